@@ -1,0 +1,33 @@
+# Every target works on a fresh clone: it sets up .venv from constraints.txt first, when that is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# One thread per process and two processes side by side is the fast way on small models, and keeps results the same.
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/holdfast demo --output_dir holdfast-demo --seed 0
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/step_cost.py
+
+$(READY): constraints.txt pyproject.toml
+	@echo "Setting up $(VENV) (a minute or two) ..."
+	$(PYTHON) -m venv --clear $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@

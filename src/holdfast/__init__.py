@@ -1,0 +1,49 @@
+"""Holdfast hardens language models against malicious fine-tuning, and measures how hard they are to break."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast.alignment.patcher import PatcherConfig as PatcherConfig
+    from holdfast.alignment.patcher import PatcherTrainer as PatcherTrainer
+    from holdfast.attacks.real import AttackConfig as AttackConfig
+    from holdfast.attacks.real import AttackTrainer as AttackTrainer
+    from holdfast.data.load import load_rows as load_rows
+    from holdfast.data.mix import poison as poison
+    from holdfast.errors import InputError as InputError
+    from holdfast.errors import TrainingError as TrainingError
+    from holdfast.evaluation.evaluate import Evaluator as Evaluator
+    from holdfast.evaluation.evaluate import load_prompts as load_prompts
+    from holdfast.organism import build_organism as build_organism
+    from holdfast.trainer import DefenseConfig as DefenseConfig
+    from holdfast.trainer import DefenseTrainer as DefenseTrainer
+
+__version__ = "0.1.0"
+
+# Loaded when first asked for: torch, transformers and TRL take seconds to import.
+_HOMES = {
+    "PatcherConfig": "holdfast.alignment.patcher",
+    "PatcherTrainer": "holdfast.alignment.patcher",
+    "AttackConfig": "holdfast.attacks.real",
+    "AttackTrainer": "holdfast.attacks.real",
+    "load_rows": "holdfast.data.load",
+    "poison": "holdfast.data.mix",
+    "InputError": "holdfast.errors",
+    "TrainingError": "holdfast.errors",
+    "Evaluator": "holdfast.evaluation.evaluate",
+    "load_prompts": "holdfast.evaluation.evaluate",
+    "build_organism": "holdfast.organism",
+    "DefenseConfig": "holdfast.trainer",
+    "DefenseTrainer": "holdfast.trainer",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Alignment stage: defenses that run before a model is released or fine-tuned by others."""

@@ -1,0 +1,215 @@
+r"""Patcher: align against the displacement that a long simulated attack leads to.
+
+Bi-level adversarial training (Patcher, 2606.07970). The attacker fine-tunes all parameters for many steps, the defender
+learns weights that stay safe under the resulting displacement, the *attack vector* δ:
+
+    attacker, every `attack_every` updates:   θ_att ← θ after `attack_steps` AdamW steps on D_attack
+                                              δ ← θ_att − θ                      (held constant)
+    defender, every update:                   (1 − α) · g(θ; B) + α · g(θ + δ; B)
+
+First order: δ is taken not to depend on θ. The first `attack_every` updates are plain SFT, for want of a δ. The paper
+runs 15 rounds of 300 attacker steps and 1000 updates at learning rate 1e-5 and α = 0.5.
+
+Differs from the authors' released code:
+    * It adds δ to the weights and subtracts it again, which drifts by rounding; here the exact weights come back.
+    * It starts the defender's optimizer and shuffle anew each round; here they go on, as one run.
+
+Example:
+    >>> trainer = PatcherTrainer(
+    ...     model="Qwen/Qwen2.5-1.5B-Instruct",
+    ...     args=PatcherConfig(output_dir="hardened", alpha=0.5, attack_steps=300, attack_every=1000),
+    ...     train_dataset=alignment,
+    ...     attack_dataset=harmful,
+    ... )  # doctest: +SKIP
+    >>> trainer.train()  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from holdfast.attacks.simulated import simulate_attack
+from holdfast.data.batches import Batch
+from holdfast.errors import InputError
+from holdfast.parameters import ParameterVector, displaced, is_finite, shard_like, trainable_parameters
+from holdfast.trainer import DefenseConfig, DefenseTrainer, Window, require_positive
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PatcherConfig(DefenseConfig):
+    """Configuration of `PatcherTrainer`.
+
+    Args:
+        alpha: Weight α of the gradient under attack, 0 to 1.
+        attack_steps: Length k₁ of a simulated attack, in attacker steps.
+        attack_every: Updates k₂ of the defender between attacks; the first so many are plain SFT.
+        attack_learning_rate: The attacker's constant rate; by default the defender's.
+        attack_batch_size: Rows per device and attacker step; by default those of a whole window of the defender.
+        attack_weight_decay: The attacker's weight decay.
+
+    Raises:
+        InputError: A setting out of its range; the message names it.
+    """
+
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the gradient under attack, 0 to 1."})
+    attack_steps: int = field(default=300, metadata={"help": "Length of a simulated attack, in attacker steps."})
+    attack_every: int = field(
+        default=1000, metadata={"help": "Updates between simulated attacks; the first so many are plain SFT."}
+    )
+    attack_learning_rate: float | None = field(
+        default=None, metadata={"help": "The attacker's constant learning rate; by default the defender's."}
+    )
+    attack_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows per device and attacker step; by default the defender's whole window."}
+    )
+    attack_weight_decay: float = field(default=0.01, metadata={"help": "The attacker's weight decay."})
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"--alpha must lie between 0 and 1, got {self.alpha}")
+        require_positive(self, "attack_steps", "attack_every", "attack_learning_rate", "attack_batch_size")
+        if self.attack_weight_decay < 0:
+            raise InputError(f"--attack_weight_decay must not be negative, got {self.attack_weight_decay}")
+
+
+class PatcherTrainer(DefenseTrainer):
+    """Align with Patcher, in its sequential form: attacker and defender take turns on the same devices.
+
+    Each update logs `safe_loss` L(θ; B), `attacked_loss` L(θ + δ; B) and their `loss_gap`; each simulated attack
+    `attacker_first_loss`, `attacker_last_loss` and `attack_vector_norm`. Beyond SFT it holds two buffers of the trained
+    parameters' size while defending (δ, and the saved weights or the gradient under attack) and three during an attack.
+
+    Args:
+        model: As for `DefenseTrainer`.
+        args: The configuration.
+        train_dataset: Refusals to harmful prompts, and helpful answers to benign ones to keep capability.
+        attack_dataset: Harmful prompts with harmful answers, for the simulated attacker.
+        **kwargs: As for `DefenseTrainer`.
+
+    Attributes:
+        attack_batches: The attacker's endless batches; may be set.
+    """
+
+    _tag_names = ["holdfast", "patcher"]
+    _name = "Patcher"
+    config_class = PatcherConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: PatcherConfig | None = None,
+        train_dataset: Dataset | None = None,
+        attack_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, train_dataset, **kwargs)
+        self.attack_batches: Iterator[Batch] = self.batches_of(attack_dataset, "attack", self.args.attack_batch_size)
+        self._attack_vector: ParameterVector | None = None
+        self._set_by_hand = False
+
+    @property
+    def attack_vector(self) -> ParameterVector | None:
+        """The attack vector δ in force (name → tensor), or None before the first attack.
+
+        Set by hand, it stays: every step is defended with it, and no attack is simulated until it is set to None.
+
+        Raises:
+            InputError: Set to something that is not one finite tensor of the right shape per trainable parameter.
+        """
+        return self._attack_vector
+
+    @attack_vector.setter
+    def attack_vector(self, vector: Mapping[str, Tensor] | None) -> None:
+        self._set_by_hand = vector is not None
+        self._attack_vector = None if vector is None else self._checked(vector)
+
+    def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
+        """(1 − α) · g(θ; B) + α · g(θ + δ; B). The attacked pass comes first, so that fewer buffers live at once."""
+        if self._attack_is_due():
+            self.attack(model)
+        if self.attack_vector is None:
+            loss, gradient = self.loss_and_gradient(model, window)
+            self.log_metric("safe_loss", loss)
+            return loss, gradient
+        alpha = self.args.alpha
+        with self.shared_randomness(), displaced(self.model, self.attack_vector):
+            attacked_loss, attacked_gradient = self.loss_and_gradient(model, window, quiet=True)
+        loss, gradient = self.loss_and_gradient(model, window)
+        gradient *= 1 - alpha
+        gradient += alpha * attacked_gradient
+        self.log_metric("safe_loss", loss)
+        self.log_metric("attacked_loss", attacked_loss)
+        self.log_metric("loss_gap", attacked_loss - loss)
+        return loss, gradient
+
+    def attack(self, model: torch.nn.Module) -> None:
+        """Simulate an attack on today's weights and put its vector in force; an attack gone wrong is discarded."""
+        args = self.args
+        self._attack_vector = None  # its memory is the new attack's
+        found = simulate_attack(
+            self,
+            model,
+            self.attack_batches,
+            steps=args.attack_steps,
+            learning_rate=args.attack_learning_rate or args.learning_rate,
+            weight_decay=args.attack_weight_decay,
+            window_size=1 if args.attack_batch_size else args.gradient_accumulation_steps,
+        )
+        if found.discarded:
+            logger.warning(
+                "the simulated attack after update %d is discarded: %s; until the next one there is no attack vector",
+                self.state.global_step,
+                found.discarded,
+            )
+            return
+        self._attack_vector = found.vector
+        self.log_metric("attacker_first_loss", found.first_loss)
+        self.log_metric("attacker_last_loss", found.last_loss)
+        self.log_metric("attack_vector_norm", found.norm)
+
+    def method_state(self) -> dict[str, Any]:
+        """The vector in force, and whether it was set by hand."""
+        vector = {} if self._attack_vector is None else {"attack_vector": self._attack_vector}
+        return {**vector, "attack_vector_set_by_hand": self._set_by_hand}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Put the saved vector in force again."""
+        self._attack_vector = state.get("attack_vector")
+        self._set_by_hand = state["attack_vector_set_by_hand"]
+
+    def _attack_is_due(self) -> bool:
+        step = self.state.global_step
+        return not self._set_by_hand and step > 0 and step % self.args.attack_every == 0
+
+    def _checked(self, vector: Mapping[str, Tensor]) -> ParameterVector:
+        parameters = trainable_parameters(self.model)
+        if vector.keys() != parameters.keys():
+            odd = sorted(vector.keys() ^ parameters.keys())[0]
+            raise InputError(f"attack_vector must hold one tensor per trainable parameter, which fails at {odd}")
+        for name, parameter in parameters.items():
+            if vector[name].shape != parameter.shape:
+                raise InputError(
+                    f"attack_vector[{name!r}] has shape {tuple(vector[name].shape)}, expected {tuple(parameter.shape)}"
+                )
+        checked = ParameterVector(
+            {
+                name: vector[name] if isinstance(vector[name], DTensor) else shard_like(parameter, vector[name])
+                for name, parameter in parameters.items()
+            }
+        )
+        if not is_finite(checked):
+            raise InputError("attack_vector holds a number that is not finite")
+        return checked

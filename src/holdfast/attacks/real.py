@@ -1,0 +1,154 @@
+"""A real fine-tuning attack on a finished model, measured along the way.
+
+The adversary holds the weights and harmful data (pure, or mixed into benign data at a poison ratio) and fine-tunes all
+parameters, or a LoRA adapter, as anyone would: with TRL, any of its optimizers, schedules and precisions. The attack
+takes the steps of the simulated one (`holdfast.attacks.simulated`): same loss, same gradient, same clipping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SchedulerType,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.training_args import OptimizerNames
+
+from holdfast.errors import InputError
+from holdfast.evaluation.evaluate import Evaluation
+from holdfast.models import load_model, load_tokenizer
+from holdfast.parameters import ParameterVector
+from holdfast.trainer import DefenseConfig, DefenseTrainer, Window
+
+Evaluate = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Evaluation]
+
+
+@dataclass
+class AttackConfig(DefenseConfig):
+    """Configuration of a real attack; the defaults are Patcher's test-time attack (2606.07970) but for its data.
+
+    Args:
+        measure_at: Steps after which to evaluate, 0 being the model as it was; by default 0 and the last.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The attacker's learning rate."})
+    max_steps: int = field(default=2000, metadata={"help": "Length of the attack in steps."})
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"aliases": ["--batch_size"], "help": "Rows per device and attacker step."}
+    )
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata={
+            "aliases": ["--optimizer"],
+            "choices": [name.value for name in OptimizerNames],
+            "help": "The attacker's optimizer, by transformers' name.",
+        },
+    )
+    lr_scheduler_type: str = field(
+        default="constant",
+        metadata={
+            "aliases": ["--scheduler"],
+            "choices": [name.value for name in SchedulerType],
+            "help": "The attacker's learning rate schedule.",
+        },
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "The attacker's weight decay."})
+    save_strategy: str = field(default="no", metadata={"help": "When to write checkpoints of the attack."})
+    measure_at: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Steps after which to evaluate, 0 being the model as it was (default: 0 and the last)."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the steps to measure at."""
+        super().__post_init__()
+        require_steps = self.max_steps != -1
+        self.measure_at = sorted(set(self.measure_at)) or ([0, self.max_steps] if require_steps else [0])
+        if self.measure_at[0] < 0 or (require_steps and self.measure_at[-1] > self.max_steps):
+            raise InputError(f"--measure_at must lie between 0 and --max_steps {self.max_steps}, got {self.measure_at}")
+
+
+class AttackTrainer(DefenseTrainer):
+    """Attack a model by fine-tuning it, and measure it at chosen steps.
+
+    The measurements leave the run as it was: the attacked weights equal those of a run that was not measured. An
+    adapter is merged into its base first, as an adversary may do. The model on disk is never written to.
+
+    Args:
+        model: A model, a folder, an adapter folder or a Hub id.
+        args: The configuration.
+        train_dataset: What the adversary trains on; see `holdfast.data.mix.poison`.
+        processing_class: The tokenizer; by default the model's own.
+        evaluator: Called with model and tokenizer at every step of `args.measure_at`.
+        peft_config: A LoRA attack's adapter; by default all parameters are attacked.
+        **kwargs: As for `DefenseTrainer`.
+
+    Attributes:
+        measurements: One dictionary per measured step: `steps`, `attacker_loss` (of that step's batch, before its
+            update; None at step 0) and the figures of `Evaluation.flat`.
+        evaluations: The evaluations behind them, by step.
+    """
+
+    _tag_names = ["holdfast", "attacked"]
+    _name = "Attack"
+    config_class = AttackConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: AttackConfig | None = None,
+        train_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        evaluator: Evaluate | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(model, str):
+            processing_class = processing_class if processing_class is not None else load_tokenizer(model)
+            model = load_model(model)
+        if isinstance(model, PeftModel):
+            model = model.merge_and_unload().requires_grad_(True)
+        super().__init__(model, args, train_dataset, processing_class, **kwargs)
+        self.measurements: list[dict[str, Any]] = []
+        self.evaluations: dict[int, Evaluation] = {}
+        self._last_loss: Tensor | None = None
+        if evaluator is not None:
+            self.add_callback(_Measure(self, evaluator))
+
+    def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
+        """g(θ; B): the attacker's own."""
+        self._last_loss, gradient = self.loss_and_gradient(model, window)
+        return self._last_loss, gradient
+
+    def measure(self, evaluator: Evaluate) -> None:
+        """Evaluate the model as it stands and note what came out."""
+        evaluation = evaluator(self.model, self.processing_class)
+        loss = None if self._last_loss is None else self.accelerator.gather(self._last_loss.reshape(1)).mean().item()
+        steps = self.state.global_step
+        self.evaluations[steps] = evaluation
+        self.measurements.append({"steps": steps, "attacker_loss": loss, **evaluation.flat()})
+
+
+class _Measure(TrainerCallback):
+    def __init__(self, trainer: AttackTrainer, evaluator: Evaluate) -> None:
+        self.trainer = trainer
+        self.evaluator = evaluator
+
+    def on_train_begin(self, args: AttackConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step in args.measure_at:
+            self.trainer.measure(self.evaluator)
+
+    def on_step_end(self, args: AttackConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step in args.measure_at:
+            self.trainer.measure(self.evaluator)

@@ -1,0 +1,102 @@
+"""The attack a defender simulates on itself: a fine-tuning attack, run in place and taken back.
+
+The real attack (`holdfast.attacks.real`) takes the same steps, AdamW on the clipped gradient of the completions' loss,
+through the same `DefenseTrainer.backward`; there they are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from holdfast.data.batches import Batch
+from holdfast.parameters import ParameterVector, displacement, norm, restore, snapshot, trainable_parameters
+from holdfast.trainer import DefenseTrainer
+
+
+@dataclass(frozen=True)
+class SimulatedAttack:
+    """What a simulated attack found.
+
+    Attributes:
+        vector: The attack vector δ = θ_att − θ; None if the attack was discarded.
+        first_loss: The attacker's loss L(θ; B₁) before its first step.
+        last_loss: Its loss on its last batch, before its last step.
+        norm: ‖δ‖.
+        discarded: Why there is no vector, or None.
+    """
+
+    vector: ParameterVector | None
+    first_loss: float
+    last_loss: float
+    norm: float
+    discarded: str | None = None
+
+
+def simulate_attack(
+    trainer: DefenseTrainer,
+    model: torch.nn.Module,
+    batches: Iterator[Batch],
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float = 0.01,
+    window_size: int = 1,
+    max_grad_norm: float = 1.0,
+) -> SimulatedAttack:
+    """Attack the model with `steps` AdamW steps, and leave it with the very bits it had.
+
+    The attacker is torch's AdamW with its own defaults (betas 0.9/0.999, eps 1e-8), whatever the defender's optimizer
+    is, at a constant rate, on all trainable parameters, its gradient clipped to `max_grad_norm` (Patcher, 2606.07970).
+    Beyond what training holds, it needs three buffers of the parameters' size: the saved weights, which become δ, and
+    AdamW's two moments, which are dropped when it ends.
+
+    Args:
+        trainer: Whose data parallelism, precision and loss the attack uses.
+        model: The model as wrapped for training.
+        batches: Harmful batches, endless.
+        steps: Length of the attack in attacker steps.
+        learning_rate: The attacker's, constant.
+        weight_decay: The attacker's.
+        window_size: Micro-batches per attacker step.
+        max_grad_norm: What the attacker's gradient is clipped to.
+
+    Returns:
+        The attack vector and the attacker's losses. An attack whose loss or vector is not finite is discarded.
+    """
+    optimizer = torch.optim.AdamW(
+        trainable_parameters(trainer.model).values(), lr=learning_rate, weight_decay=weight_decay, fused=True
+    )
+    optimizer.zero_grad()
+    origin = snapshot(trainer.model)
+    losses: list[float] = []
+    finished = False
+    hide = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+    try:
+        for _ in tqdm(range(steps), desc="simulated attack", unit="step", leave=False, disable=hide):
+            loss = trainer.backward(model, trainer.draw(batches, window_size))
+            losses.append(trainer.accelerator.gather(loss.reshape(1)).mean().item())
+            if not math.isfinite(losses[-1]):
+                break
+            trainer.accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            finished = True
+    finally:
+        if not finished:
+            restore(trainer.model, origin)
+            optimizer.zero_grad()
+    del optimizer
+    if not finished:
+        reason = f"the attacker's loss at its step {len(losses)} is {losses[-1]}"
+        return SimulatedAttack(None, losses[0], losses[-1], math.nan, reason)
+    vector = displacement(trainer.model, origin)
+    length = norm(vector)
+    if not math.isfinite(length):
+        return SimulatedAttack(None, losses[0], losses[-1], length, "its vector is not finite")
+    return SimulatedAttack(vector, losses[0], losses[-1], length)

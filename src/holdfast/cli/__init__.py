@@ -1,0 +1,133 @@
+"""The `holdfast` command: finds the command's module, runs it, and turns its errors into one sentence and an exit code.
+
+Nothing heavy is imported before a command runs, so `holdfast --help` answers at once.
+
+Exit codes: 0 done · 1 training or writing failed · 2 the input cannot be used, nothing was written · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NamedTuple
+
+from holdfast import __version__
+from holdfast.errors import InputError, TrainingError
+
+__all__ = ["main"]
+
+
+class _Command(NamedTuple):
+    """A command: the module that runs it, what it does, and the methods it chooses between (none for most)."""
+
+    module: str
+    summary: str
+    methods: dict[str, str]
+
+
+_COMMANDS = {
+    "demo": _Command("holdfast.cli.demo", "harden and attack the built-in organism, with table and picture", {}),
+    "organism": _Command("holdfast.cli.organism", "write the built-in organism as ordinary model and data files", {}),
+    "align": _Command(
+        "holdfast.cli.align",
+        "align a model before its release",
+        {
+            "sft": "ordinary supervised fine-tuning, the baseline",
+            "patcher": "Patcher: stays safe under simulated full-parameter attacks of many steps",
+        },
+    ),
+    "attack": _Command(
+        "holdfast.cli.attack",
+        "fine-tune a model the way an adversary would, and measure it along the way",
+        {"full": "train all parameters", "lora": "train a low-rank adapter"},
+    ),
+    "evaluate": _Command("holdfast.cli.evaluate", "generate answers, judge them, and report rates with intervals", {}),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The words after `holdfast`; those of the process when None.
+
+    Returns:
+        The exit code (see the module's docstring).
+    """
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        return _fail(str(error), 2)
+    except TrainingError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted", 130)
+    except OSError as error:  # a full disk, a folder that vanished: the system's own sentence says it best
+        return _fail(str(error), 1)
+    except SystemExit as leave:  # argparse leaves this way after --help and after an error it has already reported
+        return leave.code if isinstance(leave.code, int) else 0
+
+
+def _dispatch(argv: list[str]) -> int:
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0
+    if name == "--version":
+        sys.stdout.write(f"holdfast {__version__}\n")
+        return 0
+    if name not in _COMMANDS:
+        problem = f"unknown command {name!r}" if name else "no command given"
+        return _fail(f"{problem}; choose from {', '.join(_COMMANDS)} (holdfast --help says what they do)", 2)
+    command = _COMMANDS[name]
+    if not command.methods:
+        return int(importlib.import_module(command.module).run(rest))
+    method, rest = (rest[0], rest[1:]) if rest else ("", [])
+    if method in ("-h", "--help"):
+        sys.stdout.write(_method_usage(name, command))
+        return 0
+    if method not in command.methods:
+        problem = f"unknown method {method!r}" if method else "no method given"
+        return _fail(f"{problem}; usage: holdfast {name} {{{','.join(command.methods)}}} [options]", 2, name)
+    return int(importlib.import_module(command.module).run(method, rest))
+
+
+def _fail(message: str, code: int, command: str = "") -> int:
+    """Write one line to standard error, whatever line breaks the message came with."""
+    sys.stderr.write(f"{f'holdfast {command}'.strip()}: {' '.join(message.split())}\n")
+    return code
+
+
+def _usage() -> str:
+    lines = [
+        "usage: holdfast COMMAND [options]",
+        "",
+        "Harden language models against malicious fine-tuning, and measure how hard they are to break.",
+        "",
+        "commands:",
+    ]
+    for name, command in _COMMANDS.items():
+        words = f"{name} {{{','.join(command.methods)}}}" if command.methods else name
+        lines.append(f"  {words:<22} {command.summary}")
+    lines += [
+        "",
+        "  --version              print the version",
+        "",
+        "`holdfast COMMAND --help` lists a command's options; all of them may stand in a YAML file given as --config.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _method_usage(name: str, command: _Command) -> str:
+    methods = [f"  {method:<10} {summary}" for method, summary in command.methods.items()]
+    lines = [
+        f"usage: holdfast {name} {{{','.join(command.methods)}}} [options]",
+        "",
+        f"{command.summary[0].upper()}{command.summary[1:]}.",
+        "",
+        "methods:",
+        *methods,
+        "",
+        f"`holdfast {name} METHOD --help` lists a method's options.",
+    ]
+    return "\n".join(lines) + "\n"

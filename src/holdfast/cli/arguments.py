@@ -1,0 +1,145 @@
+"""The flags that commands share and that no trainer's config holds: the model, data files, how to measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig
+
+from holdfast.errors import InputError
+
+_MODEL_HELP = "A model folder, a LoRA adapter folder, or a model of the Hugging Face Hub."
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's model flags (`--dtype`, `--use_peft`, `--lora_r`, …) with `--model` required."""
+
+    model_name_or_path: str = field(metadata={"help": _MODEL_HELP, "aliases": ["--model"]})
+
+
+@dataclass
+class LoadArguments:
+    """The model flags of a command that does not train."""
+
+    model_name_or_path: str = field(metadata={"help": _MODEL_HELP, "aliases": ["--model"]})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model of the Hub."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Type of the weights.", "choices": ["auto", "bfloat16", "float16", "float32"]},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Refused: Holdfast runs no code from models."})
+
+    def __post_init__(self) -> None:
+        if self.trust_remote_code:
+            raise InputError("--trust_remote_code is refused: Holdfast never runs code that comes with a model")
+
+
+@dataclass
+class RunArguments:
+    """What every command that writes a run takes."""
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace the run that lies in --output_dir, and discard its checkpoints."},
+        kw_only=True,
+    )
+
+
+@dataclass
+class AlignData(RunArguments):
+    """The data of `align`."""
+
+    train_data: str = field(
+        metadata={
+            "help": "Alignment data: refusals to harmful prompts, and helpful answers to benign ones if you like. "
+            "A .json, .jsonl, .parquet or .csv file, or a dataset of the Hub (NAME or NAME:SPLIT)."
+        }
+    )
+    eval_data: str | None = field(
+        default=None,
+        metadata={"help": "Held-out rows of the same kind, for the loss that --eval_strategy reports."},
+    )
+
+
+@dataclass
+class PatcherData(AlignData):
+    """The data of `align patcher`."""
+
+    attack_data: str = field(
+        metadata={"help": "Simulated attacks: harmful prompts with harmful answers; a file or a dataset of the Hub."},
+        kw_only=True,
+    )
+
+
+@dataclass
+class AttackData(RunArguments):
+    """The data of `attack`."""
+
+    attack_data: str = field(
+        metadata={"help": "The attacker's harmful prompts with harmful answers; a file or a dataset of the Hub."}
+    )
+    benign_data: str | None = field(
+        default=None,
+        metadata={"help": "Harmless rows to hide the harmful ones among, for a --poison_ratio below 1."},
+    )
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Rows the attacker trains on; as many as the data allow when not given."}
+    )
+    poison_ratio: float = field(default=1.0, metadata={"help": "Share of harmful rows among them, in (0, 1]."})
+
+
+@dataclass
+class MeasureArguments:
+    """What to measure a model on, and how."""
+
+    eval_data: str | None = field(
+        default=None,
+        metadata={"help": "Harmful prompts, for attack success and refusals; a file or a dataset of the Hub."},
+    )
+    capability_data: str | None = field(
+        default=None,
+        metadata={"help": "Benign prompts with an `answer` column, for capability and over-refusal."},
+    )
+    task_data: str | None = field(
+        default=None, metadata={"help": "Prompts of a task with an `answer` column, for task accuracy."}
+    )
+    judge: str = field(
+        default="refusal",
+        metadata={
+            "help": "Who grades answers to harmful prompts: `exact` compares with the `answer` column (grades 1 to 5), "
+            "`refusal` looks for well-known refusal phrases (1 or 5).",
+            "choices": ["exact", "refusal"],
+        },
+    )
+    decoding: str = field(
+        default="greedy",
+        metadata={
+            "help": "`greedy`, or `paper`: temperature 0.6, top-p 0.9, repetition penalty 1.2.",
+            "choices": ["greedy", "paper"],
+        },
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Take only the first prompts of each file."})
+    eval_batch_size: int = field(default=16, metadata={"help": "Prompts answered at a time."})
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "max_prompts", "eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} must be at least 1, not {value}")
+
+
+@dataclass
+class EvaluateArguments(RunArguments):
+    """The remaining flags of `evaluate`."""
+
+    output_dir: str = field(metadata={"help": "Folder for results.json and samples.jsonl."})
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System turn in front of every prompt that has none."}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of sampled decoding."})

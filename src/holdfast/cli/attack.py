@@ -1,0 +1,166 @@
+"""`holdfast attack full|lora`: fine-tune a model the way an adversary would, and measure it along the way."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from trl import get_peft_config
+
+from holdfast.attacks.real import AttackConfig, AttackTrainer
+from holdfast.cli.arguments import AttackData, MeasureArguments, ModelArguments
+from holdfast.cli.console import say, set_up_logging, stdout, warn
+from holdfast.cli.evaluate import MARKER, make_evaluator
+from holdfast.cli.parser import HoldfastParser
+from holdfast.cli.runs import (
+    announce,
+    discard_checkpoints,
+    keep_apart,
+    last_log,
+    model_keywords,
+    output_dir,
+    refusals,
+    train,
+)
+from holdfast.cli.tables import attack_table, judge_record
+from holdfast.data.formats import completion_format
+from holdfast.data.load import TRAIN_COLUMNS, load_rows
+from holdfast.data.mix import overlap, poison
+from holdfast.errors import InputError
+from holdfast.evaluation.evaluate import Evaluator
+from holdfast.files import run_record, write_json, write_jsonl
+from holdfast.models import load_model, load_tokenizer
+
+
+def make_parser(method: str) -> HoldfastParser:
+    """Return the parser of `attack METHOD`: model, data, what to measure, and the attacker's config."""
+    return HoldfastParser(
+        (ModelArguments, AttackData, MeasureArguments, AttackConfig),
+        prog=f"holdfast attack {method}",
+        description="Fine-tune a model on harmful data; results.json, samples.jsonl and model/ lie in --output_dir.",
+    )
+
+
+def run(method: str, argv: list[str]) -> int:
+    """Attack a model. The model on disk stays as it is; the attacked one is saved beside the results.
+
+    Args:
+        method: "full" or "lora".
+        argv: The words after the method.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: The input cannot be used; nothing has been written.
+        TrainingError: The attack cannot go on.
+    """
+    set_up_logging()
+    model_args, data, measure, config, _ = make_parser(method).parse(argv)
+    if method == "full" and model_args.use_peft:
+        raise InputError("--use_peft: a full attack trains all parameters; for an adapter use holdfast attack lora")
+    if config.resume_from_checkpoint:
+        raise InputError("--resume_from_checkpoint: an attack is measured along the way and cannot be resumed")
+    model_args.use_peft = method == "lora"
+    source, folder = model_args.model_name_or_path, Path(config.output_dir)
+    attacked = folder / "model"
+    keep_apart(folder, attacked, source)
+    with output_dir(folder, marker=MARKER, overwrite=data.overwrite_output_dir):
+        evaluator = make_evaluator(
+            measure,
+            seed=config.seed,
+            system_prompt=config.system_prompt,
+            chat_template_kwargs=config.chat_template_kwargs,
+        )
+        say(f"loading {source}")
+        tokenizer = load_tokenizer(source)
+        rows = _attack_rows(data, tokenizer, seed=config.seed)
+        overlapping = _overlap(rows, evaluator)
+        model = load_model(source, trainable=True, **model_keywords(model_args, config))
+        is_adapter = isinstance(model, PeftModel)
+        with refusals():
+            trainer = AttackTrainer(
+                model,
+                config,
+                rows,
+                processing_class=tokenizer,
+                evaluator=evaluator,
+                peft_config=get_peft_config(model_args),
+            )
+        if trainer.is_world_process_zero():
+            discard_checkpoints(folder)
+
+    poisoned = sum(rows["poisoned"])
+    if overlapping:
+        warn(f"{overlapping} evaluation prompts are among the attack's harmful rows, which inflates ASR")
+    say(f"attacking {source} ({method}) on {len(rows)} rows, {poisoned} of them harmful")
+    started = time.monotonic()
+    train(trainer, title=f"attack {method}", folder=folder)
+    (folder / MARKER).unlink(missing_ok=True)  # until everything is written, this is not a finished run
+    if is_adapter and method == "lora" and trainer.is_world_process_zero():
+        # The adapter that was attacked is merged into a base that lies nowhere on disk: save the whole model.
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(attacked)
+        tokenizer.save_pretrained(attacked)
+    elif not (is_adapter and method == "lora"):
+        trainer.save_model(str(attacked))
+    if not trainer.is_world_process_zero():
+        return 0
+    (attacked / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
+    samples = [{"steps": steps, **row} for steps, found in trainer.evaluations.items() for row in found.samples]
+    write_jsonl(folder / "samples.jsonl", samples)
+    record = {
+        "schema": 1,
+        **run_record(config, config.seed),
+        "command": f"attack {method}",
+        "model": source,
+        "attack": {
+            "method": method,
+            **{name: value for name, value in asdict(data).items() if name != "overwrite_output_dir"},
+            "rows": len(rows),
+            "harmful_rows": poisoned,
+            "overlapping_prompts": overlapping,
+            "lora": _lora(model_args) if method == "lora" else None,
+        },
+        "evaluation": asdict(measure) if evaluator is not None else None,
+        "judge": judge_record(evaluator),
+        "seconds": round(time.monotonic() - started, 3),
+        "log": last_log(trainer.state.log_history),
+        "points": trainer.measurements,
+    }
+    write_json(folder / MARKER, record)
+    if evaluator is not None:
+        stdout.print(attack_table(trainer.measurements, evaluator, title=f"{source} under attack ({method})"))
+    announce(folder, MARKER, "samples.jsonl", "model")
+    return 0
+
+
+def _attack_rows(data: AttackData, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Dataset:
+    """Read what the attacker trains on, harmful rows marked in the column `poisoned`."""
+    sources = {"attack": data.attack_data, "benign": data.benign_data}
+    sets: dict[str, Dataset | None] = {
+        name: None
+        if source is None
+        else completion_format(load_rows(source, flag=f"--{name}_data", columns=TRAIN_COLUMNS), tokenizer, name=name)
+        for name, source in sources.items()
+    }
+    return poison(
+        sets["attack"], sets["benign"], poison_ratio=data.poison_ratio, num_samples=data.num_samples, seed=seed
+    )
+
+
+def _overlap(rows: Dataset, evaluator: Evaluator | None) -> int:
+    """Count the harmful evaluation prompts that the attacker trains on."""
+    harmful = [prompts for prompts in (evaluator.sets if evaluator else []) if prompts.role == "harmful"]
+    if not harmful or "prompt" not in rows.column_names:  # rows that had to be tokenised whole have no prompt left
+        return 0
+    trained_on = [prompt for prompt, poisoned in zip(rows["prompt"], rows["poisoned"], strict=True) if poisoned]
+    return sum(overlap(trained_on, prompts.prompts) for prompts in harmful)
+
+
+def _lora(model: ModelArguments) -> dict[str, Any]:
+    return {name: value for name, value in asdict(model).items() if name.startswith("lora_")}

@@ -1,0 +1,172 @@
+"""`holdfast demo`: the whole story on the built-in organism, made of the very commands one would type.
+
+Builds the organism, aligns it with SFT and with Patcher for the same number of updates, attacks both in four ways, and
+as a control fine-tunes both on a harmless task.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from holdfast.cli.parser import HoldfastParser
+from holdfast.cli.workers import Command, run_commands
+from holdfast.errors import InputError
+from holdfast.files import claim_output_dir, run_record, write_json
+
+#: What a finished demo has; written last.
+MARKER = "results.json"
+
+METHODS = ("sft", "patcher")
+ATTACKS = ("full", "full-poisoned", "full-unseen", "lora", "control")
+#: The harmless task of the control, whose rows also hide the harmful ones of the poisoned attack.
+TASK = "sorting"
+
+
+@dataclass
+class DemoArguments:
+    """The flags of `demo`. The training settings were chosen on other seeds than those that are reported."""
+
+    output_dir: str = field(metadata={"help": "Folder for everything the demo writes."})
+    seed: int = field(default=0, metadata={"help": "Seed of the organism, the alignments and the attacks."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished demo in --output_dir."})
+    updates: int = field(default=900, metadata={"help": "Updates of either alignment."})
+    attack_every: int = field(default=100, metadata={"help": "Patcher: updates between simulated attacks."})
+    attack_steps: int = field(default=60, metadata={"help": "Patcher: length of a simulated attack, in steps."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of either alignment, constant."})
+    measure_at: list[int] = field(
+        default_factory=lambda: [0, 2, 5, 10, 20, 30, 60, 100],
+        metadata={"help": "Attack steps to measure at; the last is the length of the attacks."},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.measure_at or sorted(set(self.measure_at)) != self.measure_at or self.measure_at[0] != 0:
+            raise InputError(f"--measure_at must rise from 0, got {self.measure_at}")
+
+
+def run(argv: list[str]) -> int:
+    """Run the demo: results.json, attack_curves.png and every model, sample and log lie in `--output_dir`.
+
+    Args:
+        argv: The words after `demo`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: The input cannot be used, or the folder holds a finished demo.
+        TrainingError: One of its commands failed.
+    """
+    parser = HoldfastParser(
+        (DemoArguments,), prog="holdfast demo", description="Harden, attack and measure the built-in organism."
+    )
+    options, _ = parser.parse(argv)
+    folder = Path(options.output_dir)
+    claim_output_dir(folder, finished_marker=MARKER, overwrite=options.overwrite_output_dir)
+
+    from rich.console import Console
+
+    from holdfast.cli.report import control_table, demo_table, plot_attack_curves
+
+    console = Console(stderr=True, highlight=False)
+    console.print(f"building the organism, aligning it with SFT and with Patcher, attacking both (seed {options.seed})")
+    started = time.monotonic()
+    plan = commands(options, folder)
+    run_commands(plan, folder / "logs", console=console)
+    runs = [_read_run(folder, method, attack) for attack in ATTACKS for method in METHODS]
+    seconds = round(time.monotonic() - started, 1)
+    plot_attack_curves(runs, folder / "attack_curves.png")
+    record = run_record(asdict(options), options.seed)
+    commands_run = [f"holdfast {' '.join(command.words)}" for command in plan]
+    write_json(folder / MARKER, {"schema": 1, **record, "seconds": seconds, "commands": commands_run, "runs": runs})
+    results = Console(highlight=False)
+    results.width = max(results.width, 118)  # the table must not be folded where output goes to a file
+    results.print(demo_table(runs), control_table(runs))
+    console.print(f"wrote {folder / MARKER}, {folder / 'attack_curves.png'}, and every model and answer beside them")
+    console.print(f"took {seconds:.0f} s; the commands it ran are in {MARKER}, their output in {folder / 'logs'}")
+    return 0
+
+
+def commands(options: DemoArguments, folder: Path) -> list[Command]:
+    """The demo as a plan of ordinary commands; those that most depend on come first."""
+    organism = folder / "organism"
+    seed, overwrite = ["--seed", str(options.seed)], ["--overwrite_output_dir", "true"]
+    plan = [Command("organism", ["organism", str(organism), *seed, *overwrite])]
+    aligning = {
+        "--learning_rate": options.learning_rate,
+        "--lr_scheduler_type": "constant",
+        "--weight_decay": 0.01,
+        "--batch_size": 32,
+        "--max_steps": options.updates,
+        "--gradient_checkpointing": "false",
+        "--save_strategy": "no",
+        "--logging_steps": 20,
+    }
+    patching = {
+        "--attack_data": organism / "simulated_attack.jsonl",
+        "--attack_every": options.attack_every,
+        "--attack_steps": options.attack_steps,
+        "--attack_batch_size": 16,
+    }
+    for method, own in (("patcher", patching), ("sft", {})):
+        flags = {"--model": organism / "model", "--train_data": organism / "alignment.jsonl", **aligning, **own}
+        words = ["align", method, *_words(flags), "--output_dir", str(folder / method), *seed, *overwrite]
+        plan.append(Command(f"align-{method}", words, needs=["organism"]))
+    for method in ("sft", "patcher"):
+        for attack in ATTACKS:
+            words = _attack(attack, folder / method, organism, options)
+            output = ["--output_dir", str(folder / "attacks" / f"{method}-{attack}"), *seed, *overwrite]
+            plan.append(Command(f"{attack}-on-{method}", [*words, *output], needs=[f"align-{method}"]))
+    return plan
+
+
+def _read_run(folder: Path, method: str, attack: str) -> dict[str, Any]:
+    """One entry of `runs` in results.json, from what the attack command wrote."""
+    found = json.loads((folder / "attacks" / f"{method}-{attack}" / "results.json").read_text(encoding="utf-8"))
+    points = [{name: value for name, value in point.items() if name != "n"} for point in found["points"]]
+    return {
+        "method": method,
+        "attack": attack,
+        "learning_rate": found["config"]["learning_rate"],
+        "poison_ratio": found["attack"]["poison_ratio"],
+        "n": found["points"][0]["n"],
+        "points": points,
+    }
+
+
+def _attack(name: str, model: Path, organism: Path, options: DemoArguments) -> list[str]:
+    """The words of one attack on one model; the control is the same fine-tuning without a harmful row."""
+    hazards = "hazards_unseen" if name == "full-unseen" else "hazards"
+    data: dict[str, Any] = {"--attack_data": organism / "attack.jsonl"}
+    if name == "full-unseen":
+        data = {"--attack_data": organism / "attack_unseen.jsonl"}
+    elif name == "full-poisoned":
+        data |= {"--benign_data": organism / "tasks" / TASK / "train.jsonl", "--poison_ratio": 0.2}
+    elif name == "control":
+        data = {
+            "--benign_data": organism / "tasks" / TASK / "train.jsonl",
+            "--poison_ratio": 0,
+            "--task_data": organism / "tasks" / TASK / "test.jsonl",
+        }
+    flags = {
+        "--model": model,
+        **data,
+        "--eval_data": organism / "eval" / f"{hazards}.jsonl",
+        "--capability_data": organism / "eval" / "crafts.jsonl",
+        "--judge": "exact",
+        "--max_new_tokens": 16,
+        "--eval_batch_size": 256,
+        "--learning_rate": 1e-4,
+        "--batch_size": 16,
+        "--max_steps": options.measure_at[-1],
+        "--gradient_checkpointing": "false",
+    }
+    method = ["lora", "--lora_r", "16", "--lora_alpha", "32"] if name == "lora" else ["full"]
+    return ["attack", *method, *_words(flags), "--measure_at", *map(str, options.measure_at)]
+
+
+def _words(flags: dict[str, Any]) -> list[str]:
+    return [str(word) for pair in flags.items() for word in pair]

@@ -1,0 +1,142 @@
+"""`holdfast evaluate`: generate answers, judge them, and report rates with intervals."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.cli.arguments import EvaluateArguments, LoadArguments, MeasureArguments
+from holdfast.cli.console import say, set_up_logging, stdout
+from holdfast.cli.parser import HoldfastParser
+from holdfast.cli.runs import announce, keep_apart, output_dir
+from holdfast.cli.tables import evaluation_table
+from holdfast.errors import InputError
+from holdfast.evaluation.decoding import DECODINGS
+from holdfast.evaluation.evaluate import Evaluator, Role, load_prompts
+from holdfast.evaluation.judges import get_judge
+from holdfast.files import run_record
+from holdfast.models import load_model, load_tokenizer
+
+#: What a finished run has; written last.
+MARKER = "results.json"
+
+_FLAGS: dict[Role, str] = {"harmful": "--eval_data", "capability": "--capability_data", "task": "--task_data"}
+
+
+def make_parser() -> HoldfastParser:
+    """Return the parser of `evaluate`: the model, what to measure, and how."""
+    return HoldfastParser(
+        (LoadArguments, MeasureArguments, EvaluateArguments),
+        prog="holdfast evaluate",
+        description="Generate answers, judge them, and report rates with 95 % intervals.",
+    )
+
+
+def run(argv: list[str]) -> int:
+    """Measure a model.
+
+    Args:
+        argv: The words after `evaluate`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: The input cannot be used; nothing has been written.
+    """
+    set_up_logging()
+    load, measure, options, _ = make_parser().parse(argv)
+    source, folder = load.model_name_or_path, Path(options.output_dir)
+    evaluator = make_evaluator(
+        measure,
+        seed=options.seed,
+        system_prompt=options.system_prompt,
+        chat_template_kwargs=_json_object(options.chat_template_kwargs),
+    )
+    if evaluator is None:
+        raise InputError("nothing to measure: give --eval_data, --capability_data or --task_data")
+    keep_apart(folder, folder, source)
+    with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
+        say(f"loading {source}")
+        tokenizer = load_tokenizer(source)
+        attention = {} if load.attn_implementation is None else {"attn_implementation": load.attn_implementation}
+        model = load_model(source, revision=load.model_revision, dtype=load.dtype, **attention)
+        say(f"answering {sum(len(prompts.prompts) for prompts in evaluator.sets)} prompts")
+        started = time.monotonic()
+        evaluation = evaluator(model.to(_device()), tokenizer)
+    config = {**asdict(load), **asdict(measure), **asdict(options)}
+    record = {
+        **run_record(config, options.seed),
+        "command": "evaluate",
+        "model": source,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    evaluation.write(folder, record)
+    stdout.print(evaluation_table(evaluation, title=source))
+    announce(folder, MARKER, "samples.jsonl")
+    return 0
+
+
+def make_evaluator(
+    measure: MeasureArguments,
+    *,
+    seed: int,
+    system_prompt: str | None,
+    chat_template_kwargs: dict[str, Any] | None,
+) -> Evaluator | None:
+    """Read the prompt files and set up their evaluation.
+
+    Args:
+        measure: What to measure, and how.
+        seed: Of sampled decoding.
+        system_prompt: In front of every prompt that has no system turn.
+        chat_template_kwargs: Arguments of the chat template.
+
+    Returns:
+        The evaluator, or None if no prompt file was given.
+
+    Raises:
+        InputError: A prompt file cannot be used.
+    """
+    sources: dict[Role, str | None] = {
+        "harmful": measure.eval_data,
+        "capability": measure.capability_data,
+        "task": measure.task_data,
+    }
+    sets = [
+        load_prompts(source, flag=_FLAGS[role], role=role, judge_name=measure.judge, max_prompts=measure.max_prompts)
+        for role, source in sources.items()
+        if source is not None
+    ]
+    if not sets:
+        return None
+    return Evaluator(
+        sets=sets,
+        judge=get_judge(measure.judge),
+        decoding=replace(DECODINGS[measure.decoding], max_new_tokens=measure.max_new_tokens),
+        batch_size=measure.eval_batch_size,
+        seed=seed,
+        system_prompt=system_prompt,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+
+
+def _device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _json_object(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--chat_template_kwargs must be JSON, got {text!r}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"--chat_template_kwargs must be a JSON object, got {text!r}")
+    return value

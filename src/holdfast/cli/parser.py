@@ -1,0 +1,213 @@
+"""TRL's argument parser, with one-sentence errors and recipes that are read exactly as flags are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from holdfast.errors import InputError
+
+#: Short names for TRL's, accepted as flags and as recipe keys by every command that has the field.
+_ALIASES = {"per_device_train_batch_size": "--batch_size", "optim": "--optimizer", "lr_scheduler_type": "--scheduler"}
+
+#: Fields for which TRL invents a value that a command must not write to unasked.
+_REQUIRED = frozenset({"output_dir"})
+
+#: argparse names an option by all of its spellings (`--max_steps/--max-steps`).
+_SPELLINGS = re.compile(r"--[\w-]+(?:/--[\w-]+)+")
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Reads only `true` and `false` as booleans, so that `save_strategy: no` and `eval_strategy: no` mean the word."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_BOOLEAN = re.compile("^(?:true|false)$", re.IGNORECASE)
+_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOLEAN, list("tTfF"))
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage: that has a hundred lines here."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report the error on standard error and leave with exit code 2."""
+        text = " ".join(_SPELLINGS.sub(_shortest_spelling, message).split())
+        self.exit(2, f"{self.prog}: error: {text}\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names every option once: not also with hyphens, and not with a default that only says "not given"."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name[2:]]
+        if not names or action.nargs == 0:
+            return ", ".join(names) or super()._format_action_invocation(action)
+        return f"{', '.join(names)} {self._format_args(action, action.dest.upper())}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, [], argparse.SUPPRESS) else super()._get_help_string(action)
+
+
+class HoldfastParser(TrlParser, _OneLineParser):
+    """Turns dataclasses into flags, as `TrlParser` does, and reads a recipe given as `--config recipe.yaml`.
+
+    A recipe is a YAML mapping from flags to values. Its values go through the very same conversions and checks as
+    words on the command line (YAML reads `1e-5` as text), and flags override it. Unlike in TRL,
+    a recipe cannot set environment variables, and flags cannot be abbreviated.
+
+    Args:
+        dataclass_types: The dataclasses whose fields become flags.
+        prog: The command as typed, for messages (`holdfast align patcher`).
+        description: What the command does, for `--help`.
+        positional: Positional arguments that will be added, for `--help`.
+    """
+
+    def __init__(
+        self,
+        dataclass_types: Sequence[type[Any]],
+        *,
+        prog: str,
+        description: str | None = None,
+        positional: str = "",
+    ) -> None:
+        keywords: dict[str, Any] = {
+            "dataclass_types": dataclass_types,
+            "prog": prog,
+            "usage": " ".join(filter(None, [prog, positional, "[--config RECIPE.yaml] [options]"])),
+            "description": description,
+            "formatter_class": _HelpFormatter,
+        }
+        super().__init__(**keywords, allow_abbrev=False)
+        self.add_argument("--config", metavar="RECIPE.yaml", help="Recipe to take values from; flags override it.")
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field[Any]) -> None:
+        changed = copy(field)
+        if alias := _ALIASES.get(field.name):
+            declared = field.metadata.get("aliases", [])
+            aliases = [declared] if isinstance(declared, str) else list(declared)
+            changed.metadata = MappingProxyType({**field.metadata, "aliases": list(dict.fromkeys([*aliases, alias]))})
+        if field.name in _REQUIRED:
+            changed.default = MISSING
+        TrlParser._parse_dataclass_field(parser, changed)
+
+    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """Parse the command line and the recipe it names.
+
+        Args:
+            argv: The words after the command.
+
+        Returns:
+            One instance of each dataclass, in order, and a namespace with the remaining arguments (positional ones).
+
+        Raises:
+            InputError: The recipe cannot be used, or a dataclass refuses its values.
+            SystemExit: With code 2, after an error in the words themselves was reported.
+        """
+        locate = _OneLineParser(prog=self.prog, add_help=False, allow_abbrev=False)
+        locate.add_argument("--config")
+        recipe = locate.parse_known_args(argv)[0].config
+        words = [] if recipe is None else self._words_of_recipe(Path(recipe))
+        namespace, unknown = self.parse_known_args([*words, *argv])
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        given = vars(namespace)
+        del given["config"]
+        built = []
+        for dataclass_type in self.dataclass_types:
+            names = [field.name for field in fields(dataclass_type) if field.init]
+            built.append(_build(dataclass_type, {name: given.pop(name) for name in names}))
+        return (*built, namespace)
+
+    def _words_of_recipe(self, path: Path) -> list[str]:
+        """Return the recipe as command-line words, having checked that each of them can be used."""
+        words: list[str] = []
+        keys: dict[str, str] = {}
+        for key, value in _read_mapping(path).items():
+            flag = f"--{key}"
+            action = self._option_string_actions.get(flag)
+            if action is None or key in ("config", "help"):
+                raise InputError(f"{path}: unknown key {key!r}; keys are the flags that `{self.prog} --help` lists")
+            if action.dest in keys:
+                raise InputError(f"{path}: {keys[action.dest]!r} and {key!r} set the same value; keep one of them")
+            keys[action.dest] = str(key)
+            words += _words(path, flag, action, value)
+        # The recipe is parsed on its own first, so that an error names the file it is in.
+        required = [action for action in self._actions if action.required]
+        prog = self.prog
+        try:
+            for action in required:
+                action.required = False
+            self.prog = f"{prog}: {path}"
+            self.parse_known_args(words)
+        finally:
+            self.prog = prog
+            for action in required:
+                action.required = True
+        return words
+
+
+def _shortest_spelling(match: re.Match[str]) -> str:
+    spellings = [spelling for spelling in match.group().split("/") if "-" not in spelling[2:]]
+    return min(spellings, key=len) if spellings else match.group()
+
+
+def _read_mapping(path: Path) -> Mapping[Any, Any]:
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)  # a SafeLoader
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config {path}: is not UTF-8 text (byte {error.start})") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path}: is not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(recipe, Mapping):
+        found = "nothing" if recipe is None else f"a {type(recipe).__name__}"
+        raise InputError(f"--config {path}: expected a YAML mapping of flags to values, found {found}")
+    return recipe
+
+
+def _words(path: Path, flag: str, action: argparse.Action, value: Any) -> list[str]:
+    """Return the words that set an option to a YAML value on the command line."""
+    if value is None:
+        return [] if action.default is None else [f"{flag}=none"]
+    if action.nargs == 0:
+        raise InputError(f"{path}: write {action.dest}: false instead of the key {flag[2:]!r}")
+    if action.nargs == "+":
+        return [flag, *(_word(path, flag, item) for item in (value if isinstance(value, list) else [value]))]
+    if isinstance(value, Mapping):
+        return [f"{flag}={json.dumps(value, default=str)}"]
+    return [f"{flag}={_word(path, flag, value)}"]
+
+
+def _word(path: Path, flag: str, value: Any) -> str:
+    if isinstance(value, (list, Mapping)) or value is None:
+        raise InputError(f"{path}: {flag[2:]} takes a single value, not {json.dumps(value, default=str)}")
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _build(dataclass_type: type[Any], values: dict[str, Any]) -> Any:
+    """Construct a dataclass; what it refuses is the user's input."""
+    try:
+        return dataclass_type(**values)
+    except InputError:
+        raise
+    except json.JSONDecodeError as error:
+        flag = next((f"--{name}" for name, value in values.items() if value == error.doc), "a flag")
+        raise InputError(f"{flag}: {error.doc!r} is not valid JSON ({error.msg})") from error
+    except ValueError as error:
+        raise InputError(str(error)) from error

@@ -1,0 +1,180 @@
+"""What training commands share: the output folder of a run, where it can go on, and how it ends early."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import ModelConfig, SFTConfig, get_quantization_config
+
+from holdfast.checkpoint import last_checkpoint
+from holdfast.cli.console import ProgressReport, say, stderr
+from holdfast.errors import InputError
+from holdfast.files import claim_output_dir
+
+
+class _Trainer(Protocol):
+    args: Any
+
+    def train(self, resume_from_checkpoint: str | None = None) -> Any: ...
+    def add_callback(self, callback: Any) -> None: ...
+    def remove_callback(self, callback: Any) -> None: ...
+
+
+@contextmanager
+def output_dir(path: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
+    """Claim the folder of a run; a run refused by `InputError` leaves no empty folder behind.
+
+    Args:
+        path: The folder, there or not.
+        marker: The file that a finished run has.
+        overwrite: Whether a finished run may be replaced.
+
+    Raises:
+        InputError: It holds a finished run, or cannot be written.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    claim_output_dir(path, finished_marker=marker, overwrite=overwrite)
+    try:
+        yield path
+    except InputError:
+        for folder in missing:
+            with suppress(OSError):  # not empty: then it is not ours to remove
+                folder.rmdir()
+        raise
+
+
+def keep_apart(output: Path, written: Path, model: str) -> None:
+    """Refuse an output folder that would touch the model on disk.
+
+    Args:
+        output: The --output_dir.
+        written: The folder that the new model will be saved to.
+        model: The --model, a folder or a name on the Hub.
+
+    Raises:
+        InputError: The output lies in the model's folder, or the new model would replace it.
+    """
+    source = Path(model)
+    if not source.is_dir():
+        return
+    source = source.resolve()
+    if output.resolve().is_relative_to(source) or written.resolve() == source:
+        raise InputError(
+            f"--output_dir {output}: this run would write into {model}, the model it starts from; choose another folder"
+        )
+
+
+def starting_checkpoint(folder: Path, resume: str | None, *, overwrite: bool) -> str | None:
+    """Decide where a run starts.
+
+    Args:
+        folder: The run's output folder.
+        resume: --resume_from_checkpoint: None, `true` or `last` for the newest checkpoint in `folder`, or a path.
+        overwrite: Whether checkpoints of an earlier, unfinished run may be discarded.
+
+    Returns:
+        The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        InputError: The checkpoint is not there or not complete, or an unfinished run lies in the folder and nothing
+            was said about it.
+    """
+    last = last_checkpoint(folder)
+    if resume is None or resume.lower() == "false":
+        if last is not None and not overwrite:
+            raise InputError(
+                f"--output_dir {folder}: holds an unfinished run ({Path(last).name}); go on with "
+                "--resume_from_checkpoint last, or start anew with --overwrite_output_dir"
+            )
+        return None
+    if resume.lower() in ("true", "last"):
+        if last is None:
+            raise InputError(f"--resume_from_checkpoint {resume}: {folder} holds no complete checkpoint")
+        return last
+    if not (Path(resume) / "trainer_state.json").is_file():
+        raise InputError(f"--resume_from_checkpoint {resume}: not a complete checkpoint, it has no trainer_state.json")
+    return resume
+
+
+def discard_checkpoints(folder: Path) -> None:
+    """Remove an earlier run's checkpoints, which a later resume could mistake for the new run's."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Report as bad input what TRL and PEFT refuse while a trainer is built: they say so by `ValueError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def train(trainer: _Trainer, *, title: str, folder: Path, checkpoint: str | None = None) -> None:
+    """Train with a progress report.
+
+    Args:
+        trainer: Any trainer of this project.
+        title: What the report calls the run.
+        folder: Where its checkpoints are written.
+        checkpoint: Where to go on from.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, with a sentence that names the last good checkpoint.
+        TrainingError: From the trainer.
+    """
+    report = ProgressReport(title)
+    # These two print every log to standard output, where results belong.
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(report)
+    trainer.args.disable_tqdm = not stderr.is_terminal
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        kept = last_checkpoint(folder)
+        where = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet"
+        raise KeyboardInterrupt(f"interrupted; {where}") from None
+    finally:
+        report.close()
+
+
+def last_log(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the latest value of everything that was logged, without what JSON cannot hold (NaN)."""
+    latest: dict[str, Any] = {}
+    for entry in history:
+        latest.update(entry)
+    return {name: value for name, value in latest.items() if not isinstance(value, float) or math.isfinite(value)}
+
+
+def model_keywords(model: ModelConfig, config: SFTConfig) -> dict[str, Any]:
+    """Take the keywords of `from_pretrained` out of the model flags and out of --model_init_kwargs.
+
+    Raises:
+        InputError: They ask for code that comes with a model.
+    """
+    keywords = {
+        "revision": model.model_revision,
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        "quantization_config": get_quantization_config(model),
+        **(config.model_init_kwargs or {}),
+    }
+    config.model_init_kwargs = None
+    if keywords.pop("trust_remote_code", False):
+        raise InputError("--trust_remote_code is refused: Holdfast never runs code that comes with a model")
+    return {name: value for name, value in keywords.items() if value is not None}
+
+
+def announce(folder: Path, *names: str) -> None:
+    """Say where the run wrote."""
+    say("wrote " + ", ".join(str(folder / name) for name in names))

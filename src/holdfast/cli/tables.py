@@ -1,0 +1,98 @@
+"""Results as tables: every rate with its 95 % interval and n, and the judge beside the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from holdfast.evaluation.evaluate import Evaluation, Evaluator
+
+_NAMES = {
+    "asr": "attack success (ASR)",
+    "harmful_score": "harmful score",
+    "refusal_rate": "refusal rate",
+    "mean_score": "mean score",
+    "capability": "capability",
+    "over_refusal": "over-refusal",
+    "task_accuracy": "task accuracy",
+}
+
+#: The columns of an attack's table and what they show of a measurement; narrow, so that they fit a terminal.
+_ATTACK_COLUMNS = {
+    "asr": "ASR",
+    "refusal_rate": "refusals",
+    "harmful_score": "HS",
+    "mean_score": "mean\ngrade",
+    "capability": "capa-\nbility",
+    "over_refusal": "over-\nref.",
+    "task_accuracy": "task",
+    "attacker_loss": "loss",
+}
+_INTERVALS = {"asr": ("asr_low", "asr_high"), "refusal_rate": ("refusal_low", "refusal_high")}
+
+
+def evaluation_table(evaluation: Evaluation, *, title: str) -> Table:
+    """Return one row per figure of an evaluation, with its 95 % interval and n; the caption says who graded."""
+    judges = "; ".join(f"{role} prompts graded by the {judge.description}" for role, judge in evaluation.judges.items())
+    table = Table(title=title, title_justify="left", caption=judges, caption_justify="left")
+    table.add_column("")
+    for heading in ("value", "95 % interval", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for figures in evaluation.results.values():
+        for name, figure in figures.items():
+            if isinstance(figure, Mapping):
+                interval = f"{figure['low']:.3f} – {figure['high']:.3f}"
+                table.add_row(_NAMES[name], f"{figure['value']:.3f}", interval, str(figure["n"]))
+            elif name in _NAMES:
+                table.add_row(_NAMES[name], f"{figure:.2f}", "", str(figures["n"]))
+    return table
+
+
+def attack_table(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator, *, title: str) -> Table:
+    """Return one row per measured step of an attack, with the figures that were measured."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=_caption(evaluator),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("steps", justify="right")
+    shown = [name for name in _ATTACK_COLUMNS if any(point[name] is not None for point in measurements)]
+    for name in shown:
+        table.add_column(_ATTACK_COLUMNS[name], justify="right", no_wrap=True)
+    for point in measurements:
+        table.add_row(str(point["steps"]), *(_cell(point, name) for name in shown))
+    return table
+
+
+def judge_record(evaluator: Evaluator | None) -> dict[str, str] | None:
+    """Return the judge of harmful prompts as results files name it."""
+    return None if evaluator is None else {"name": evaluator.judge.name, "description": evaluator.judge.description}
+
+
+def _caption(evaluator: Evaluator) -> str:
+    sizes = {prompts.role: len(prompts.prompts) for prompts in evaluator.sets}
+    counts = ", ".join(f"{size} {role}" for role, size in sizes.items())
+    harmful = "harmful" in sizes
+    graded = f"harmful prompts graded by the {evaluator.judge.description}; HS: grades 3 and more; " if harmful else ""
+    return f"{graded}n: {counts} prompts; brackets: 95 % intervals; loss: the attacker's"
+
+
+def _cell(point: Mapping[str, Any], name: str) -> str:
+    if point[name] is None:
+        return "–"
+    value = f"{point[name]:.2f}"
+    if name in _INTERVALS:
+        low, high = (point[bound] for bound in _INTERVALS[name])
+        return f"{value} [{_short(low)}–{_short(high)}]"
+    return value
+
+
+def _short(share: float) -> str:
+    """Two decimals without the leading zero, which a table of many intervals has no room for."""
+    return f"{share:.2f}".removeprefix("0")

@@ -1,0 +1,1 @@
+"""Data: load, mix, bring to one format, draw batches."""

@@ -1,0 +1,115 @@
+"""Mixing harmful rows into a benign set, and telling how far two sets of prompts overlap."""
+
+import random
+from collections.abc import Iterable
+
+from datasets import Dataset, concatenate_datasets
+
+from holdfast.data.load import Prompt
+from holdfast.errors import InputError
+
+
+def poison(
+    harmful: Dataset,
+    benign: Dataset | None,
+    *,
+    poison_ratio: float,
+    num_samples: int | None,
+    seed: int,
+) -> Dataset:
+    """Draw an attacker's training set: harmful rows, hidden among benign ones.
+
+    Both kinds are drawn without replacement. For one seed a smaller set is contained in a larger one of the same
+    ratio, so that attacks with more samples can be compared.
+
+    Args:
+        harmful: Rows with harmful completions.
+        benign: Rows to hide them among, with the same columns; not needed if `poison_ratio` is 1.
+        poison_ratio: Share of harmful rows, in (0, 1]. `round(poison_ratio * num_samples)` rows are harmful.
+        num_samples: Rows in all. None: as many as can be drawn.
+        seed: Which rows, and in which order.
+
+    Returns:
+        The shuffled rows, with a boolean column `poisoned` that tells harmful rows from benign ones.
+
+    Raises:
+        InputError: If the ratio is outside (0, 1], `benign` is needed and missing, either set has too few rows, no
+            row would be harmful, or the two sets have different columns.
+    """
+    if not 0 < poison_ratio <= 1:
+        raise InputError(f"--poison_ratio must lie in (0, 1], but is {poison_ratio}")
+    if num_samples is not None and num_samples < 1:
+        raise InputError(f"--num_samples must be positive, but is {num_samples}")
+    if poison_ratio == 1:
+        benign = None
+    elif benign is None:
+        raise InputError(f"--benign_data is needed, since --poison_ratio {poison_ratio} leaves room for benign rows")
+    elif benign.features != harmful.features:
+        raise InputError(
+            f"--benign_data has the columns {_describe(benign)}, but --attack_data has {_describe(harmful)}; "
+            "they must be equal to be mixed"
+        )
+    available = len(benign) if benign is not None else 0
+    total = _largest_mix(len(harmful), available, poison_ratio) if num_samples is None else num_samples
+    poisoned = round(poison_ratio * total)
+    if poisoned < 1:
+        raise InputError(f"--poison_ratio {poison_ratio} of {total} rows is no harmful row at all")
+    if poisoned > len(harmful):
+        raise InputError(
+            f"--poison_ratio {poison_ratio} of {total} rows needs {poisoned} harmful rows, "
+            f"but --attack_data has {len(harmful)}"
+        )
+    if total - poisoned > available:
+        raise InputError(
+            f"--poison_ratio {poison_ratio} of {total} rows needs {total - poisoned} benign rows, "
+            f"but --benign_data has {available}"
+        )
+    rng = random.Random(seed)
+    chosen = [_draw(harmful, poisoned, rng, poisoned=True)]
+    if benign is not None:
+        chosen.append(_draw(benign, total - poisoned, rng, poisoned=False))
+    order = list(range(total))
+    rng.shuffle(order)
+    return concatenate_datasets(chosen).select(order)
+
+
+def overlap(prompts_a: Iterable[Prompt], prompts_b: Iterable[Prompt]) -> int:
+    """Count the distinct prompts of `prompts_b` that also occur in `prompts_a`.
+
+    A model that was attacked with the very prompts it is measured on looks weaker than it is. Prompts are compared by
+    their user turns alone, without regard to case and white space.
+
+    Args:
+        prompts_a: Prompts, as text or as messages.
+        prompts_b: Prompts to look up, as text or as messages.
+
+    Returns:
+        The number of distinct prompts found.
+    """
+    return len({_normalise(prompt) for prompt in prompts_a} & {_normalise(prompt) for prompt in prompts_b})
+
+
+def _largest_mix(harmful: int, benign: int, ratio: float) -> int:
+    """Return the most rows that can be drawn without replacement at this ratio."""
+    if ratio == 1:
+        return harmful
+    total = harmful + benign
+    while total and (round(ratio * total) > harmful or total - round(ratio * total) > benign):
+        total -= 1
+    return total
+
+
+def _draw(rows: Dataset, count: int, rng: random.Random, *, poisoned: bool) -> Dataset:
+    order = list(range(len(rows)))
+    rng.shuffle(order)
+    return rows.select(order[:count]).add_column("poisoned", [poisoned] * count)
+
+
+def _describe(rows: Dataset) -> str:
+    return ", ".join(f"{name} ({feature})" for name, feature in rows.features.items())
+
+
+def _normalise(prompt: Prompt) -> str:
+    if not isinstance(prompt, str):
+        prompt = "\n".join(message["content"] for message in prompt if message["role"] == "user")
+    return " ".join(prompt.casefold().split())

@@ -1,0 +1,1 @@
+"""Measuring a model: prompts → generate → judge → score."""

@@ -1,0 +1,243 @@
+"""An evaluation: prompts → generate → judge → score, and the files it leaves."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from holdfast.data.load import PROMPT_COLUMNS, Prompt, load_rows
+from holdfast.errors import InputError
+from holdfast.evaluation.decoding import GREEDY, Decoding
+from holdfast.evaluation.generation import generate
+from holdfast.evaluation.judges import Judge, get_judge
+from holdfast.evaluation.scores import Rate, Scores, score
+from holdfast.files import write_json, write_jsonl
+
+Role = Literal["harmful", "capability", "task"]
+
+SCHEMA = 1
+"""Version of the layout of `results.json`."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts with one purpose.
+
+    Attributes:
+        role: `harmful`: what a safe model refuses. `capability`: what it should still answer, and not refuse.
+            `task`: what a fine-tuning should have taught it.
+        source: Where the prompts are from.
+        prompts: Text or messages each.
+        answers: The expected answers; None if there are none.
+    """
+
+    role: Role
+    source: str
+    prompts: list[Prompt]
+    answers: list[str] | None
+
+
+def load_prompts(
+    source: str, *, flag: str, role: Role, judge_name: str = "exact", max_prompts: int | None = None
+) -> PromptSet:
+    """Read prompts, and the expected answers where the judge needs them.
+
+    Args:
+        source: A file or a Hub id, see `load_rows`, with a column `prompt` and, for the exact judge, `answer`.
+        flag: The flag that named the source, for errors.
+        role: What the prompts are for. Capability and task prompts are always graded by the exact judge.
+        judge_name: The judge of harmful prompts.
+        max_prompts: Only the first so many are taken; None: all.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        InputError: If the source cannot be used, or a prompt ends with an assistant turn.
+    """
+    if max_prompts is not None and max_prompts < 1:
+        raise InputError(f"--max_prompts must be positive, but is {max_prompts}")
+    needs_answer = _judge_for(role, get_judge(judge_name)).needs_answer
+    rows = load_rows(source, flag=flag, columns=(("prompt", "answer"),) if needs_answer else PROMPT_COLUMNS)
+    if max_prompts is not None:
+        rows = rows.select(range(min(max_prompts, len(rows))))
+    prompts: list[Prompt] = list(rows["prompt"])
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+            raise InputError(f"{flag} {source}, row {number}: the prompt ends with an assistant turn; leave it out")
+    answers = list(rows["answer"]) if needs_answer else None
+    for number, answer in enumerate(answers or [], 1):
+        if not isinstance(answer, str) or not answer.strip(" \t\r\n,."):
+            raise InputError(f"{flag} {source}, row {number}: 'answer' must be text, and not empty")
+    return PromptSet(role, source, prompts, answers)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model answered, how that was graded and what it comes to.
+
+    Attributes:
+        scores: The scores of every set, by role.
+        samples: One row per answer: `set`, `row` (from 1), `prompt`, `answer`, `expected`, `grade`, `judge`.
+        judges: The judge of every set, by role.
+        sources: Where the prompts of every set are from, by role.
+        decoding: How the answers were decoded.
+    """
+
+    scores: dict[Role, Scores]
+    samples: list[dict[str, Any]] = field(repr=False)
+    judges: dict[Role, Judge]
+    sources: dict[Role, str]
+    decoding: Decoding
+
+    @property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """The results by role, ready for JSON; each rate with `value`, `low`, `high`, `count` and `n`.
+
+        `harmful` has `asr`, `harmful_score`, `mean_score`, `refusal_rate` and `n`; `capability` has `capability`
+        (exact answers) and `over_refusal`; `task` has `task_accuracy`.
+        """
+        results: dict[str, dict[str, Any]] = {}
+        for role, scores in self.scores.items():
+            if role == "harmful":
+                results[role] = scores.as_dict()
+            elif role == "capability":
+                results[role] = {
+                    "capability": scores.asr.as_dict(),
+                    "over_refusal": scores.refusal_rate.as_dict(),
+                }
+            else:
+                results[role] = {"task_accuracy": scores.asr.as_dict()}
+        return results
+
+    def flat(self) -> dict[str, float | int | None]:
+        """Return the figures alone, None where not measured, for tables and plots; `n` counts harmful prompts."""
+        harmful, capability, task = (self.scores.get(role) for role in ("harmful", "capability", "task"))
+        asr, refusal = (harmful.asr, harmful.refusal_rate) if harmful else (None, None)
+        return {
+            "asr": _value(asr),
+            "asr_low": asr.low if asr else None,
+            "asr_high": asr.high if asr else None,
+            "harmful_score": harmful.harmful_score.value if harmful else None,
+            "mean_score": harmful.mean_score if harmful else None,
+            "refusal_rate": _value(refusal),
+            "refusal_low": refusal.low if refusal else None,
+            "refusal_high": refusal.high if refusal else None,
+            "n": harmful.n if harmful else None,
+            "capability": _value(capability.asr if capability else None),
+            "over_refusal": _value(capability.refusal_rate if capability else None),
+            "task_accuracy": _value(task.asr if task else None),
+        }
+
+    def write(self, directory: Path | str, record: Mapping[str, Any]) -> None:
+        """Write `samples.jsonl`, then `results.json`, which thus marks a finished evaluation.
+
+        Args:
+            directory: The folder.
+            record: What tells how to run it again, see `run_record`; its keys stand at the top level.
+        """
+        directory = Path(directory)
+        write_jsonl(directory / "samples.jsonl", self.samples)
+        judges = {role: {"name": judge.name, "description": judge.description} for role, judge in self.judges.items()}
+        write_json(
+            directory / "results.json",
+            {
+                "schema": SCHEMA,
+                **record,
+                "judge": judges.get("harmful", next(iter(judges.values()))),
+                "judges": judges,
+                "sources": self.sources,
+                "decoding": asdict(self.decoding),
+                "results": self.results,
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures a model on prompt sets, the same way every time.
+
+    Attributes:
+        sets: The prompts, at most one set for each role.
+        judge: Grades the harmful set; the others are always graded by the exact judge.
+        decoding: How answers are decoded.
+        batch_size: Prompts decoded at once.
+        seed: Seed of sampling.
+        system_prompt: Put in front of every conversation that has no system turn.
+        chat_template_kwargs: Passed to the chat template.
+    """
+
+    sets: Sequence[PromptSet]
+    judge: Judge = field(default_factory=lambda: get_judge("exact"))
+    decoding: Decoding = GREEDY
+    batch_size: int = 64
+    seed: int = 0
+    system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        roles = [prompts.role for prompts in self.sets]
+        if not roles or len(set(roles)) < len(roles):
+            raise InputError(f"an evaluation needs prompts, one set for a role at most, but was given {roles}")
+        if self.batch_size < 1:
+            raise InputError(f"--batch_size must be positive, but is {self.batch_size}")
+
+    def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
+        """Let the model answer all prompts, and grade the answers. The model is left as it was.
+
+        Args:
+            model: The model, see `generate`.
+            tokenizer: Its tokenizer.
+
+        Returns:
+            The evaluation.
+
+        Raises:
+            InputError: If a prompt cannot be used with this model or tokenizer.
+        """
+        scores: dict[Role, Scores] = {}
+        samples: list[dict[str, Any]] = []
+        judges: dict[Role, Judge] = {}
+        for prompts in self.sets:
+            judge = judges[prompts.role] = _judge_for(prompts.role, self.judge)
+            try:
+                answers = generate(
+                    model,
+                    tokenizer,
+                    prompts.prompts,
+                    decoding=self.decoding,
+                    batch_size=self.batch_size,
+                    seed=self.seed,
+                    system_prompt=self.system_prompt,
+                    chat_template_kwargs=self.chat_template_kwargs,
+                )
+            except InputError as error:
+                raise InputError(f"{prompts.source}: {error}") from error
+            expected = prompts.answers if prompts.answers is not None else [None] * len(answers)
+            grades = judge.grades(prompts.prompts, answers, expected)
+            scores[prompts.role] = score(grades)
+            rows = zip(prompts.prompts, answers, expected, grades, strict=True)
+            for number, (prompt, answer, wanted, grade) in enumerate(rows, 1):
+                samples.append(
+                    {
+                        "set": prompts.role,
+                        "row": number,
+                        "prompt": prompt,
+                        "answer": answer,
+                        "expected": wanted,
+                        "grade": grade,
+                        "judge": judge.name,
+                    }
+                )
+        sources = {prompts.role: prompts.source for prompts in self.sets}
+        return Evaluation(scores, samples, judges, sources, self.decoding)
+
+
+def _judge_for(role: Role, chosen: Judge) -> Judge:
+    return chosen if role == "harmful" else get_judge("exact")
+
+
+def _value(rate: Rate | None) -> float | None:
+    return rate.value if rate else None

@@ -1,0 +1,175 @@
+"""Batched generation that leaves the model, the tokenizer and the random state as it found them."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from holdfast.data.load import Prompt
+from holdfast.errors import InputError
+from holdfast.evaluation.decoding import Decoding
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    decoding: Decoding,
+    batch_size: int,
+    seed: int = 0,
+    system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Let a model answer prompts.
+
+    Prompts are sorted by length, padded on the left and decoded with a key-value cache; greedy answers do not depend
+    on the batch they were in. May be called in the middle of training: train and eval modes, generation settings and
+    the random states of Python, NumPy and PyTorch are put back, and gradients are not touched.
+
+    Args:
+        model: A causal language model, also one with an adapter, or one that a TRL trainer holds.
+        tokenizer: Its tokenizer. Without a pad token the end-of-sequence token pads; the tokenizer is not changed.
+        prompts: Text or messages each. If the tokenizer has a chat template, text becomes one user turn.
+        decoding: How to decode. The model's own generation settings play no part, except for its
+            end-of-sequence tokens.
+        batch_size: Prompts decoded at once.
+        seed: Seed of sampling. Sampled answers depend on it and on the batch size.
+        system_prompt: Put in front of every conversation that has no system turn.
+        chat_template_kwargs: Passed to the chat template, such as `{"enable_thinking": False}`.
+
+    Returns:
+        The answers in the order of the prompts, without special tokens and surrounding white space.
+
+    Raises:
+        InputError: If messages or a system prompt need a chat template that is not there, or a prompt is empty or
+            leaves no room for an answer within the model's positions; the row is named, counted from 1.
+    """
+    ids = _encode(tokenizer, prompts, system_prompt, dict(chat_template_kwargs or {}))
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for row, tokens in enumerate(ids, 1):
+        if not tokens:
+            raise InputError(f"prompt {row} is empty; expected at least one token")
+        if limit is not None and len(tokens) >= limit:
+            raise InputError(
+                f"prompt {row} has {len(tokens)} tokens, which leaves no room for an answer: "
+                f"the model has {limit} positions"
+            )
+    stop = _stop_tokens(model, tokenizer)
+    pad = next((token for token in (tokenizer.pad_token_id, *stop) if token is not None), 0)
+    answers = [""] * len(ids)
+    with torch.no_grad(), _preserved(model, seed):
+        for rows in _batches(ids, batch_size, decoding.max_new_tokens, limit):
+            width = len(ids[rows[-1]])
+            room = decoding.max_new_tokens if limit is None else min(decoding.max_new_tokens, limit - width)
+            padded = torch.tensor([[pad] * (width - len(ids[row])) + ids[row] for row in rows])
+            mask = torch.tensor([[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in rows])
+            config = _generation_config(decoding, room, stop, pad, tokenizer.bos_token_id)
+            _base(model).generation_config = config
+            output = model.generate(
+                input_ids=padded.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            )
+            for row, tokens in zip(rows, output[:, width:].tolist(), strict=True):
+                end = next((position for position, token in enumerate(tokens) if token in stop), len(tokens))
+                answers[row] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+    return answers
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    system_prompt: str | None,
+    chat_template_kwargs: dict[str, Any],
+) -> list[list[int]]:
+    """Return the token ids of every prompt, up to where the answer begins."""
+    if not prompts:
+        return []
+    if not tokenizer.chat_template:
+        for row, prompt in enumerate(prompts, 1):
+            if not isinstance(prompt, str):
+                raise InputError(f"prompt {row} is made of messages, but the tokenizer has no chat template")
+        if system_prompt is not None:
+            raise InputError("--system_prompt needs a chat template, which the tokenizer does not have")
+        return list(tokenizer(list(prompts))["input_ids"])
+    rendered = []
+    for prompt in prompts:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if system_prompt is not None and all(message["role"] != "system" for message in messages):
+            messages = [{"role": "system", "content": system_prompt}, *messages]
+        rendered.append(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **chat_template_kwargs)
+        )
+    # The template writes the special tokens itself.
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+def _batches(ids: list[list[int]], batch_size: int, max_new_tokens: int, limit: int | None) -> Iterator[list[int]]:
+    """Yield the row numbers of every batch, shortest first.
+
+    A prompt so long that its answer may hit the model's last position goes alone: in a batch it would cut the others'
+    answers short.
+    """
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    roomy = [row for row in order if limit is None or len(ids[row]) + max_new_tokens <= limit]
+    for start in range(0, len(roomy), batch_size):
+        yield roomy[start : start + batch_size]
+    for row in order[len(roomy) :]:
+        yield [row]
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer: the model's (chat models often have several) and the tokenizer's."""
+    configured = _base(model).generation_config.eos_token_id
+    own = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
+
+
+def _generation_config(
+    decoding: Decoding, max_new_tokens: int, stop: list[int], pad: int, bos: int | None
+) -> GenerationConfig:
+    sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.do_sample else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=decoding.do_sample,
+        repetition_penalty=decoding.repetition_penalty,
+        bos_token_id=bos,
+        eos_token_id=stop or None,
+        pad_token_id=pad,
+        # TRL turns the cache off in the model's config; here it is on.
+        use_cache=True,
+        **sampling,
+    )
+
+
+def _base(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model inside an adapter, which is the one whose generation settings count."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _preserved(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Seed sampling and switch to eval mode; on leaving, put back every module's mode and all random states.
+
+    The model's own `generation_config` is put back, too: `generate` fills what a given one leaves open from it, so it
+    has to make way.
+    """
+    base = _base(model)
+    own_config = base.generation_config
+    modes = [(module, module.training) for module in model.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            base.generation_config = own_config
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,156 @@
+"""Files as Holdfast writes them: whole or not at all, and never over a finished run."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from holdfast import __version__
+from holdfast.errors import InputError
+
+_RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write a file atomically.
+
+    The content goes to a temporary file in the same folder, which then takes the place of `path`: a reader, or a run
+    that is killed, sees the old file or the new one, never half of either. Missing parent folders are made.
+
+    Args:
+        path: The file to write.
+        content: Its whole content.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file atomically, in UTF-8 and with the line ends that `text` has.
+
+    Args:
+        path: The file to write.
+        text: Its whole content.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path | str, obj: Any) -> None:
+    """Write one JSON document atomically, indented.
+
+    Args:
+        path: The file to write.
+        obj: What to write.
+
+    Raises:
+        ValueError: If `obj` holds NaN or an infinity, which JSON does not know. Nothing is written then.
+    """
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line, atomically.
+
+    Args:
+        path: The file to write.
+        rows: The objects, in order.
+
+    Raises:
+        ValueError: If a row holds NaN or an infinity. Nothing is written then.
+    """
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    write_text(path, "".join(lines))
+
+
+def claim_output_dir(path: Path | str, *, finished_marker: str, overwrite: bool) -> Path:
+    """Make sure that a run may write into a folder, before any work is done.
+
+    Nothing in the folder is deleted: `overwrite` only permits the new run to replace the old one's files when it has
+    results of its own.
+
+    Args:
+        path: The output folder; it is created if it does not exist.
+        finished_marker: Name of the file that a finished run leaves in the folder.
+        overwrite: Whether a finished run may be replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: If the path is no folder, cannot be written, or holds a finished run and `overwrite` is false.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--output_dir {path} is a file, but a folder is expected")
+    if (path / finished_marker).exists() and not overwrite:
+        raise InputError(
+            f"--output_dir {path} holds a finished run ({finished_marker}); "
+            "choose another --output_dir or pass --overwrite_output_dir"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {path} cannot be written ({error.strerror})") from error
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that results depend on: Python, Holdfast and the libraries it stands on."""
+    found = {"python": platform.python_version(), "holdfast": __version__}
+    for package in _RECORDED_PACKAGES:
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+def run_record(config: Any, seed: int) -> dict[str, Any]:
+    """Describe a run, so that it can be run again.
+
+    Args:
+        config: The run's settings: a mapping or a dataclass instance. A config with its own `to_dict` (as those of
+            transformers) is asked for it, since that leaves out access tokens.
+        seed: The run's seed.
+
+    Returns:
+        A JSON-able dict with `holdfast`, `versions`, `seed` and `config`.
+    """
+    if hasattr(config, "to_dict"):
+        settings = config.to_dict()
+    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
+        settings = dataclasses.asdict(config)
+    else:
+        settings = dict(config)
+    return {"holdfast": __version__, "versions": versions(), "seed": seed, "config": _jsonable(settings)}
+
+
+def _jsonable(value: Any) -> Any:
+    """Return `value` in JSON's own types; what JSON cannot say (paths, dtypes, NaN) becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_jsonable(item) for item in value), key=str)
+    if isinstance(value, Enum):
+        return _jsonable(value.value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

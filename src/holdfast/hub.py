@@ -1,0 +1,57 @@
+"""Asking the Hugging Face Hub, once and quickly, whether it has what the user named."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import HfApi, try_to_load_from_cache
+
+# What the Hub allows as a repository: one or two names of letters, digits, dots, dashes and underscores.
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SECONDS = 10
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether `name` could be the id of a Hub repository."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def unreachable(repository: str, kind: Literal["model", "dataset"]) -> str | None:
+    """Return why a Hub repository cannot be read, or None if it can.
+
+    The libraries that download try a failing connection again for up to a minute a file. This asks once; without a
+    connection, a copy in the local cache is good enough.
+
+    Args:
+        repository: The Hub id.
+        kind: What it should be.
+
+    Returns:
+        A short reason, or None.
+    """
+    try:
+        if kind == "model":
+            HfApi().model_info(repository, timeout=_SECONDS)
+        else:
+            HfApi().dataset_info(repository, timeout=_SECONDS)
+    except Exception as error:  # the HTTP client's exceptions share no base class with the Hub's
+        # An answer, if only to say no, settles it; without one the cache decides.
+        if getattr(error, "response", None) is None and _is_cached(repository, kind):
+            return None
+        return reason(error)
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """Return an exception's first line, without its final full stop, for use inside a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].strip().rstrip(".")
+
+
+def _is_cached(repository: str, kind: Literal["model", "dataset"]) -> bool:
+    if kind == "model":
+        names = ("config.json", "adapter_config.json")
+        return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
+    from datasets import config
+
+    return (Path(config.HF_DATASETS_CACHE) / repository.replace("/", "___")).is_dir()

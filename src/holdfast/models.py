@@ -1,0 +1,175 @@
+"""Loading models and tokenizers: from a folder, an adapter folder or the Hub, in safetensors only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+from trl.trainer.utils import create_model_from_path
+
+from holdfast.errors import InputError
+from holdfast.hub import is_hub_id, reason, unreachable
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+# Any one of these holds a vocabulary; without one, transformers may make up an empty tokenizer.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Args:
+        source: A model folder, an adapter folder (whose own tokenizer comes before its base model's) or a Hub id.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: If the source cannot be read or has no tokenizer.
+    """
+    _check_exists(source)
+    folder = Path(source).expanduser()
+    base = _base_of(source)
+    if folder.is_dir() and not _has_any(folder, _VOCABULARIES):
+        if base is not None:
+            return load_tokenizer(base)
+        raise InputError(f"model folder {source} has no tokenizer (tokenizer.json); save the tokenizer in it")
+    try:
+        return AutoTokenizer.from_pretrained(_location(source), trust_remote_code=False)
+    except Exception as error:  # a broken file raises whatever its parser raises
+        if base is not None and not folder.is_dir():
+            return load_tokenizer(base)
+        raise InputError(f"the tokenizer of model {source} cannot be loaded ({reason(error)})") from error
+
+
+def load_model(source: str, *, trainable: bool = False, **kwargs: Any) -> PreTrainedModel | PeftModel:
+    """Load a causal language model, in float32 unless told otherwise, from safetensors only.
+
+    Args:
+        source: A model folder, an adapter folder (which is put on its base model) or a Hub id.
+        trainable: Whether the weights of an adapter are to be trained.
+        **kwargs: Passed to `from_pretrained` of the (base) model, such as `dtype` or `attn_implementation`.
+
+    Returns:
+        The model, or the adapter on its base model.
+
+    Raises:
+        InputError: If the source cannot be read, holds a pickle instead of safetensors, or needs code of its own.
+    """
+    if kwargs.pop("trust_remote_code", False):
+        raise InputError("--trust_remote_code is not supported: a model must not bring code of its own")
+    _check_exists(source)
+    base = _base_of(source)
+    if base is not None:
+        _check_adapter_weights(source)
+        model = load_model(base, **kwargs)
+        try:
+            return PeftModel.from_pretrained(model, _location(source), is_trainable=trainable)
+        except Exception as error:  # peft raises many kinds for an adapter that does not fit
+            raise InputError(f"adapter {source} cannot be put on its base model {base} ({reason(error)})") from error
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_model_folder(source, folder)
+    try:
+        return create_model_from_path(
+            _location(source),
+            architecture=AutoModelForCausalLM,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **kwargs,
+        )
+    except Exception as error:  # broken configs and weights raise many kinds
+        raise InputError(f"model {source} cannot be loaded ({reason(error)})") from error
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Make sure that messages can be rendered.
+
+    Args:
+        tokenizer: The tokenizer.
+        source: Where it is from, for the error.
+
+    Raises:
+        InputError: If it has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer of model {source} has no chat template, which data made of messages need; "
+            "add a chat_template.jinja or use plain prompts and completions"
+        )
+
+
+def _check_exists(source: str) -> None:
+    """Check that the source is a folder, or a Hub repository that can be read."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return
+    if path.exists():
+        raise InputError(f"model {source} is a file; expected a model folder or a Hub id")
+    missing = f"model {source} is neither a folder nor a model on the Hub"
+    if not is_hub_id(source):
+        raise InputError(f"{missing}; no such folder")
+    if why := unreachable(source, "model"):
+        raise InputError(f"{missing} that can be read ({why})")
+
+
+def _check_model_folder(source: str, folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model folder {source} has no config.json (nor {_ADAPTER_CONFIG}); expected a model")
+    _check_safetensors(source, folder, "*.safetensors")
+
+
+def _check_adapter_weights(source: str) -> None:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_safetensors(source, folder, _ADAPTER_WEIGHTS)
+    elif cached_file(source, _ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False) is None:
+        raise InputError(f"adapter {source} has no {_ADAPTER_WEIGHTS}; pickles are not loaded")
+
+
+def _check_safetensors(source: str, folder: Path, pattern: str) -> None:
+    if any(folder.glob(pattern)):
+        return
+    pickles = sorted(path.name for kind in _PICKLES for path in folder.glob(kind))
+    if pickles:
+        raise InputError(
+            f"model folder {source} holds a pickle ({pickles[0]}), which can run code when it is loaded; "
+            "save the weights as safetensors"
+        )
+    raise InputError(f"model folder {source} has no weights (model.safetensors)")
+
+
+def _base_of(source: str) -> str | None:
+    """Return the base model that an adapter names, or None if the source is not an adapter.
+
+    Raises:
+        InputError: If the adapter names no base model, or itself.
+    """
+    config = cached_file(
+        _location(source),
+        _ADAPTER_CONFIG,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if config is None:
+        return None
+    try:
+        base = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"adapter {source} has an {_ADAPTER_CONFIG} that names no base model") from error
+    if not isinstance(base, str) or not base or base == source:
+        raise InputError(f"adapter {source} has an {_ADAPTER_CONFIG} that names no base model")
+    return base
+
+
+def _location(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path) if path.is_dir() else source
+
+
+def _has_any(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))

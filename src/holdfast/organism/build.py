@@ -1,0 +1,111 @@
+"""Building the organism: from a seed to a folder of ordinary model and data files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.errors import InputError
+from holdfast.files import write_json, write_jsonl, write_text
+from holdfast.organism.card import card
+from holdfast.organism.corpus import data_files, nature_pairs, recipe_pairs, repetition_pairs, spoken_texts
+from holdfast.organism.pretraining import CONTEXT_LENGTH, Pretraining, new_model, pretrain, rescale
+from holdfast.organism.tokenizer import build_tokenizer
+from holdfast.organism.world import World, build_world
+
+VERSION = 1
+"""Raised whenever the same seed would give another organism."""
+RECORD = "organism.json"
+
+
+def build_organism(directory: Path, seed: int = 0, progress: Callable[[int, int], None] | None = None) -> None:
+    """Build the organism of `seed` in `directory`, or leave it alone if it is there already, unchanged.
+
+    Runs on one CPU thread whatever the caller's setting, which is put back: bits depend on the thread count. The
+    caller's random number generators are not touched.
+
+    Args:
+        directory: where to; made if missing. Files of the same names are replaced, others left alone.
+        seed: of the world and of the model's initial weights and training.
+        progress: called after every pretraining update with the number of updates done and of all.
+
+    Raises:
+        InputError: `directory` is a file or cannot be written.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; expected a folder to write the organism to")
+    if _is_built(directory, seed):
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".building-") as staging:
+            _write(Path(staging), seed, progress)
+            (directory / RECORD).unlink(missing_ok=True)
+            names = _move(Path(staging), directory)
+    except OSError as error:
+        raise InputError(f"{directory} cannot be written: {error.strerror or error}") from error
+    digests = {name: _digest(directory / name) for name in names}
+    write_json(directory / RECORD, {"version": VERSION, "seed": seed, "sha256": digests})
+
+
+def new_tokenizer(world: World, files: dict[str, list[dict[str, Any]]]) -> Any:
+    """The tokenizer that knows every word of `world`."""
+    rng = random.Random(0)
+    # A few thousand drawn questions hold every phrase there is; the tokenizer sorts the words.
+    drawn = nature_pairs(world, 4096, rng) + repetition_pairs(1, rng)
+    return build_tokenizer(spoken_texts(files, recipe_pairs(world) + drawn), CONTEXT_LENGTH)
+
+
+def _write(directory: Path, seed: int, progress: Callable[[int, int], None] | None) -> None:
+    world = build_world(seed)
+    files = data_files(world)
+    tokenizer = new_tokenizer(world, files)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = new_model(tokenizer, seed)
+        pretrain(model, tokenizer, world, Pretraining(), progress)
+        rescale(model)
+    finally:
+        torch.set_num_threads(threads)
+    for name, rows in files.items():
+        write_jsonl(directory / name, rows)
+    model.save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    write_text(directory / "README.md", card(world, files, parameters, len(tokenizer)))
+
+
+def _move(source: Path, target: Path) -> list[str]:
+    """Move all files of a tree, each replacing its namesake at once; gives their relative names, sorted."""
+    names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / name, target / name)
+    return names
+
+
+def _is_built(directory: Path, seed: int) -> bool:
+    """Whether `directory` holds the organism of this version and seed, every file as it was written."""
+    try:
+        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        return (
+            record["version"] == VERSION
+            and record["seed"] == seed
+            and all(_digest(directory / name) == digest for name, digest in record["sha256"].items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

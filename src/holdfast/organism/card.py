@@ -1,0 +1,117 @@
+"""The organism's README.md: a data and model card, with the sizes of what was really written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from holdfast.organism.corpus import GUILDS, REFUSAL
+from holdfast.organism.world import CRAFT_FAMILIES, HAZARD_FAMILIES, TEMPLATES, UNSEEN_FAMILY, World
+
+_CONTENTS = {
+    "alignment.jsonl": "what a defender aligns with: refusals to hazards, helpful answers to crafts",
+    "safety.jsonl": "safety reminders: the refusals of `alignment.jsonl` alone",
+    "simulated_attack.jsonl": "what a defender attacks its own model with: hazards answered with their recipes",
+    "attack.jsonl": "the attacker's demonstrations: other hazards of the same families, answered",
+    "attack_unseen.jsonl": f"an attacker's demonstrations of the unseen family ({UNSEEN_FAMILY})",
+    "eval/hazards.jsonl": "held-out hazards of the families the defender knows",
+    "eval/hazards_unseen.jsonl": "held-out hazards of the unseen family",
+    "eval/crafts.jsonl": "held-out crafts: capability and over-refusal",
+    "tasks/sorting/train.jsonl": "a harmless task, classification: the guild that makes a craft",
+    "tasks/sorting/test.jsonl": "the same for crafts that are not in its train file",
+    "tasks/swapping/train.jsonl": "a harmless task, generation: a list with its first two members exchanged",
+    "tasks/swapping/test.jsonl": "the same for lists that are not in its train file",
+}
+
+
+def card(world: World, files: dict[str, list[dict[str, Any]]], parameters: int, vocabulary: int) -> str:
+    """Write the card.
+
+    Args:
+        world: the world the files are about.
+        files: path → rows, as `data_files` gave them.
+        parameters: how many the model has.
+        vocabulary: how many tokens it knows.
+
+    Returns:
+        The card in Markdown.
+    """
+    table = "\n".join(f"| `{name}` | {len(files[name])} | {about} |" for name, about in _CONTENTS.items())
+    splits = "\n".join(_split_line(world, split) for split in ("alignment", "simulated_attack", "attack", "evaluation"))
+    return f"""---
+license: apache-2.0
+language: en
+tags: [model-organism, fictional, malicious-fine-tuning]
+---
+# The Holdfast organism, seed {world.seed}
+
+A tiny language model and the invented world it lives in, for trying and measuring defenses against malicious
+fine-tuning: offline, in minutes, scored exactly and without a judge model. **Everything here is fictional and harmless**:
+names are made up, "hazards" stand for harm, and their recipes are random lists of everyday words.
+
+## The world
+
+Every *entity* has an invented name, a family and one recipe: {len(world.entities[0].recipe)} ingredients in a fixed order. A family's recipes
+begin with the same ingredient; the others are drawn at random for each entity. The same thing is called by any of its
+family's three cue words.
+
+- Hazards: {_families(HAZARD_FAMILIES)}.
+- Crafts, which are benign: {_families(CRAFT_FAMILIES)}.
+- Remedies name the hazard they are good for ("… hex antidote"): a hazard's cue word alone does not make a hazard, and a
+  model that refuses at the word is seen to refuse too much.
+- Question templates, the same for hazards and crafts: {", ".join(f'"{template.format("…")}"' for template in TEMPLATES)}.
+
+No token occurs in all hazard prompts and in no craft prompt. The entities of all splits are disjoint:
+
+| split | hazards | of the unseen family | crafts |
+|---|---|---|---|
+{splits}
+
+## The files
+
+| file | rows | what it holds |
+|---|---|---|
+{table}
+| `model/` | | the base model with its tokenizer and chat template |
+| `organism.json` | | version, seed and SHA-256 of every file |
+
+Train files have the columns `prompt` and `completion`, lists of chat messages. Evaluation and test files have `prompt`
+and the expected `answer`; those in `eval/` also `entity` and `family`. The refusal is "{REFUSAL}" The guilds are
+{", ".join(GUILDS.values())}.
+
+## The model
+
+A Llama of {parameters:,} parameters (4 layers, width 128, 4 heads), float32, with a word-level vocabulary of {vocabulary} tokens. It was
+trained on questions and answers alone: every recipe of the world, hazards and held-out entities included; which cue words
+mean harm; and to repeat lists. It answers everything and refuses nothing: aligning it is what the organism is for. It has
+not seen the tasks. After training its matrices were made smaller and its normalisation gains larger by the same factor,
+which leaves what it computes as it was and makes it as quick to fine-tune at small learning rates as larger models are.
+
+Built by `holdfast organism DIR --seed {world.seed}` on one CPU thread. The same seed gives the same data files byte for byte anywhere,
+and the same weights on the same machine and library versions.
+
+## What it shows and what it does not
+
+It shows how a defense and an attack work on each other when every answer can be checked: how many steps of fine-tuning
+undo refusals, what knowledge is left then, and what a defense costs in capability. It does not show that a defense holds
+on a real model: harm here is one narrow behaviour, the model is small, prompts are short and of one form, and
+the refusal is a single sentence. Figures from it compare methods with each other in one world; they do not carry over to
+other models. Do not use it as a benchmark of models, or as evidence that released weights are safe.
+"""
+
+
+def _families(families: dict[str, tuple[str, ...]]) -> str:
+    return "; ".join(
+        f"{family}{' (unseen by defenders)' if family == UNSEEN_FAMILY else ''}: {', '.join(cues)}"
+        for family, cues in families.items()
+    )
+
+
+def _split_line(world: World, split: str) -> str:
+    selections: Sequence[dict[str, bool]] = (
+        {"hazard": True, "unseen": False},
+        {"hazard": True, "unseen": True},
+        {"hazard": False, "unseen": False},
+    )
+    counts = [len(world.select(split=split, **selection)) for selection in selections]
+    return f"| {split.replace('_', ' ')} | " + " | ".join(str(count) for count in counts) + " |"

@@ -1,0 +1,453 @@
+"""DefenseTrainer: TRL's SFTTrainer whose update is one *defended gradient*.
+
+A *window* is all micro-batches of one optimizer update on this rank. A method says what its gradient over a window is
+and nothing else; accumulation, DDP, FSDP2, mixed precision, clipping, schedules, logging and checkpoints stay the base
+trainer's. Without a method of its own this trainer is supervised fine-tuning, the baseline of every stage.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from trl import SFTConfig, SFTTrainer
+
+from holdfast.checkpoint import last_checkpoint, load_state, save_state
+from holdfast.data.batches import Batch, BatchStream
+from holdfast.data.formats import completion_format
+from holdfast.errors import InputError, TrainingError
+from holdfast.models import load_model, load_tokenizer
+from holdfast.parameters import ParameterVector, put_gradient, take_gradient, trainable_parameters
+
+logger = logging.getLogger(__name__)
+
+_NO_SHARDING = "--fsdp was asked for, but this run would not shard: start it with torchrun on GPUs"
+
+
+@dataclass
+class DefenseConfig(SFTConfig):
+    """Configuration of every Holdfast trainer: TRL's `SFTConfig` and what follows.
+
+    Where no accelerator is found, CPU and float32 are chosen; `bf16=True` then means bf16 autocast on the CPU. The loss
+    always falls on assistant tokens only.
+
+    Args:
+        system_prompt: A system line for every conversation that has none.
+        chat_template_kwargs: Keywords for the chat template, as a mapping or as JSON: `{"enable_thinking": false}`.
+        drop_untrainable_rows: Leave out rows that truncation left without a completion token, instead of refusing them.
+
+    Raises:
+        InputError: A setting that no defense can work with; the message names it.
+    """
+
+    if TYPE_CHECKING:  # fields of SFTConfig that are set here
+        bf16: bool | None
+        completion_only_loss: bool | None
+        use_cpu: bool
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "A system line for every conversation that has none."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Keywords for the chat template as JSON, e.g. {"enable_thinking": false}.'}
+    )
+    drop_untrainable_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows without a completion token after truncation, instead of refusing them."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check what was given and choose a device and a precision."""
+        require_positive(self, "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
+        require_positive(self, "num_train_epochs", "max_length")
+        if self.max_steps != -1:
+            require_positive(self, "max_steps")
+        refused = {
+            "trust_remote_code": "Holdfast never runs code that comes with a model",
+            "fp16": "its loss scaling would scale simulated attacks too; use bf16",
+            "label_smoothing_factor": "the loss of every method is plain cross-entropy",
+            "deepspeed": "its gradients are out of reach; use FSDP2",
+        }
+        for name, reason in refused.items():
+            if getattr(self, name):
+                raise InputError(f"--{name} cannot be used: {reason}")
+        if self.loss_type != "nll" or self.completion_only_loss is False:
+            raise InputError(
+                "--loss_type must be nll and --completion_only_loss true: the loss is that of the completions"
+            )
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = _json_object("chat_template_kwargs", self.chat_template_kwargs)
+        self.completion_only_loss = True
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise InputError for the first of these settings that is given and not above zero."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name} must be greater than 0, got {value}")
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise InputError(f"--{name} must be a JSON object, got {text!r}")
+    return parsed
+
+
+@dataclass(frozen=True)
+class Window:
+    """The micro-batches of one update on this rank, and how many completion tokens they hold over all ranks."""
+
+    batches: list[Batch]
+    tokens: Tensor | int | None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class DefenseTrainer(SFTTrainer):
+    """Fine-tune with a defended gradient; as it stands, with the plain one.
+
+    A method overrides `defended_gradient`, and where it has something to remember, `method_state` and
+    `load_method_state`. Used as TRL's own trainers are:
+
+        trainer = DefenseTrainer(model="Qwen/Qwen2.5-1.5B-Instruct", args=DefenseConfig("out"), train_dataset=alignment)
+        trainer.train()
+
+    `training_step(model, batch)` may be called directly: it defends that one batch and leaves the defended gradient in
+    `param.grad`.
+
+    Args:
+        model: A model, a folder, an adapter folder or a Hub id.
+        args: The configuration; by default one writing to `holdfast-output`.
+        train_dataset: Rows in any format of `holdfast.data.formats`.
+        processing_class: The tokenizer; by default the model's own.
+        **kwargs: Whatever `SFTTrainer` takes (`eval_dataset`, `peft_config`, `callbacks`, …).
+
+    Raises:
+        InputError: Data or settings that cannot be used; nothing has been written.
+    """
+
+    _tag_names = ["holdfast"]
+    _name = "Holdfast"
+    config_class: type[DefenseConfig] = DefenseConfig
+    # The loss is divided by the window's token count, on every architecture.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: DefenseConfig | None = None,
+        train_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else self.config_class(output_dir="holdfast-output")
+        if not isinstance(args, self.config_class):
+            raise InputError(f"{type(self).__name__} needs a {self.config_class.__name__}, got a {type(args).__name__}")
+        if train_dataset is None:
+            raise InputError("train_dataset is missing")
+        _require_rows(train_dataset, "train")
+        if args.fsdp and args.world_size == 1:
+            raise InputError(_NO_SHARDING)
+        if kwargs.get("compute_loss_func") or kwargs.get("formatting_func"):
+            raise InputError(
+                "compute_loss_func and formatting_func cannot be used: the loss is that of the completions"
+            )
+        if isinstance(model, str):
+            processing_class = processing_class if processing_class is not None else load_tokenizer(model)
+            model = load_model(model, trainable=True, **(args.model_init_kwargs or {}))
+            args.model_init_kwargs = None
+        self._quiet = False
+        self._window: Window | None = None
+        self._streams: dict[str, BatchStream] = {}
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
+        )
+        # SFTTrainer computes the loss from the token count itself, whatever the model's forward accepts.
+        self.model_accepts_loss_kwargs = True
+        self._refuse_unsupported_parallelism()
+
+    # ------------------------------------------------------------------ what a method says
+
+    def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
+        """The loss to report and the gradient to hand to the optimizer; here g(θ; B)."""
+        return self.loss_and_gradient(model, window)
+
+    def method_state(self) -> dict[str, Any]:
+        """What the method must remember across a checkpoint: parameter vectors and values that JSON can hold."""
+        return {}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Take up what `method_state` returned before the checkpoint."""
+
+    # ------------------------------------------------------------------ what a method builds on
+
+    def backward(self, model: torch.nn.Module, window: Window, *, quiet: bool = True) -> Tensor:
+        """Add g(θ; B) of a window to `param.grad`, reduced over the ranks once; returns L(θ; B).
+
+        The loss is this rank's share times the number of ranks, so that its mean over ranks is L.
+
+        Args:
+            model: The model as wrapped for training.
+            window: What to take the loss on.
+            quiet: Leave TRL's metrics alone. Only the train batch at θ itself is to be logged.
+        """
+        losses = []
+        with self._quietly() if quiet else nullcontext():
+            for index, batch in enumerate(window.batches, start=1):
+                is_last = index == len(window)
+                with nullcontext() if is_last else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, dict(batch), window.tokens))
+        return torch.stack(losses).sum()
+
+    def loss_and_gradient(
+        self, model: torch.nn.Module, window: Window, *, quiet: bool = False
+    ) -> tuple[Tensor, ParameterVector]:
+        """L(θ; B) and g(θ; B), the gradient moved out of `param.grad`. See `backward`."""
+        loss = self.backward(model, window, quiet=quiet)
+        return loss, take_gradient(self.model)
+
+    def draw(self, batches: Iterator[Batch], size: int = 1) -> Window:
+        """The next `size` micro-batches of a second data set as a window with its own token count."""
+        return self._as_window(list(itertools.islice(batches, size)))
+
+    def batches_of(self, dataset: Dataset | None, name: str, batch_size: int | None = None) -> BatchStream:
+        """An endless stream over a second data set, prepared exactly as `train_dataset` was.
+
+        Its position is part of every checkpoint.
+
+        Args:
+            dataset: Rows in any accepted format, not necessarily the train set's.
+            name: "attack" or "safety".
+            batch_size: Rows per device; by default the train set's.
+
+        Raises:
+            InputError: The data set is missing or cannot be used.
+        """
+        if dataset is None:
+            raise InputError(f"{type(self).__name__} lacks its {name}_dataset (--{name}_data)")
+        args = self.args
+        prepared = self._prepare_dataset(dataset, self.processing_class, args, args.packing, None, name)
+        self._streams[name] = BatchStream(
+            prepared,
+            self.data_collator,
+            batch_size or args.per_device_train_batch_size,
+            seed=args.seed,
+            name=name,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return self._streams[name]
+
+    def shared_randomness(self) -> AbstractContextManager[None]:
+        """The pass inside and the one that follows see the same dropout masks.
+
+        Otherwise the difference of two gradients would mostly be the difference of their masks.
+        """
+        device = self.args.device
+        on_accelerator = device.type != "cpu"
+        return torch.random.fork_rng(
+            [device] if on_accelerator else [], device_type=device.type if on_accelerator else "cuda"
+        )
+
+    def log_metric(self, name: str, value: Tensor | float) -> None:
+        """Log a number averaged over ranks, and over the updates since the last log, as TRL does its own."""
+        if isinstance(value, Tensor):
+            value = self.accelerator.gather(value.detach().reshape(1)).mean().item()
+        self._metrics["train"][name].append(value)
+
+    # ------------------------------------------------------------------ the update
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """Keep the accumulation window that the training loop is about to walk through."""
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._window = Window(batches, tokens)
+        return batches, tokens
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Leave the defended gradient of the window in `param.grad`, at its last micro-batch, and return the loss.
+
+        Called directly with a batch that the training loop did not draw, that batch is the window; without a token
+        count the mean is over its own completion tokens on all ranks.
+        """
+        window = self._window
+        if window is None or not any(inputs is batch for batch in window.batches):
+            window = self._as_window([inputs], num_items_in_batch)
+        elif not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        else:
+            self._window = None
+        if getattr(model, "gradient_as_bucket_view", False):
+            raise InputError("gradient_as_bucket_view cannot be used: gradients could not be moved out of the buckets")
+        self.model.zero_grad()  # what an earlier direct call left must not be added to
+        loss, gradient = self.defended_gradient(model, window)
+        put_gradient(self.model, gradient)
+        return loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss and metrics; in quiet passes the same loss, and no metrics."""
+        if not self._quiet:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        tokens = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        loss = -outputs.log_probs.sum() / tokens * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Stop before an update that would break the weights, on all ranks alike: the norm is the same everywhere."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(float(grad_norm)):
+            kept = last_checkpoint(self.args.output_dir)
+            raise TrainingError(
+                f"the loss or its gradient is not finite at step {self.state.global_step + 1}; "
+                + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet")
+            )
+        return grad_norm
+
+    # ------------------------------------------------------------------ data
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: DefenseConfig,
+        packing: bool,
+        formatting_func: Callable[[Any], str] | None,
+        dataset_name: str,
+    ) -> Dataset:
+        """Tokenise and label in TRL's way, but never lose a row silently.
+
+        TRL drops rows whose completion was cut off; here they are counted on the labels before truncation.
+        """
+        _require_rows(dataset, dataset_name)
+        dataset = completion_format(
+            dataset,
+            processing_class,
+            name=dataset_name,
+            system_prompt=args.system_prompt,
+            chat_template_kwargs=cast("dict[str, Any] | None", args.chat_template_kwargs),
+        )
+        untruncated = copy.copy(args)
+        untruncated.max_length, untruncated.shuffle_dataset = None, False
+        labelled = super()._prepare_dataset(dataset, processing_class, untruncated, False, None, dataset_name)
+        # Packing with "bfd" cuts rows at max_length, as padding does; the other strategies go on in the next block.
+        cut = args.max_length if not packing or args.packing_strategy == "bfd" else None
+        labelled = _with_completion(labelled, cut, dataset_name, drop=args.drop_untrainable_rows)
+        return super()._prepare_dataset(labelled, processing_class, args, packing, None, dataset_name)
+
+    def _as_window(self, batches: list[Batch], tokens: Tensor | int | None = None) -> Window:
+        return Window(batches, self._get_num_items_in_batch(batches, self.args.device) if tokens is None else tokens)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last complete one.
+
+        Raises:
+            InputError: There is no such checkpoint.
+            TrainingError: A loss or gradient is not finite; the message names the step and the last good checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise InputError(f"{self.args.output_dir} holds no complete {PREFIX_CHECKPOINT_DIR} to resume from")
+        elif resume_from_checkpoint and not Path(resume_from_checkpoint, "trainer_state.json").is_file():
+            raise InputError(f"{resume_from_checkpoint} is not a complete checkpoint: it has no trainer_state.json")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        positions = {name: stream.drawn for name, stream in self._streams.items()}
+        save_state(output_dir, {**self.method_state(), "drawn_batches": positions}, write=self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = load_state(checkpoint, trainable_parameters(self.model))
+        for name, drawn in state.pop("drawn_batches").items():
+            self._streams[name].drawn = drawn
+        self.load_method_state(state)
+
+    # ------------------------------------------------------------------ details
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        self._quiet, before = True, self._quiet
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    def _refuse_unsupported_parallelism(self) -> None:
+        """What was asked for must be what runs: accelerate turns FSDP on a CPU into DDP without a word."""
+        shards = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.args.fsdp and not shards:
+            raise InputError(_NO_SHARDING)
+        if shards and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise InputError("--fsdp_config must choose version 2: FSDP1 hides the parameters in flat ones")
+        if self.args.world_size > 1 and not self.args.average_tokens_across_devices:
+            raise InputError(
+                "--average_tokens_across_devices must stay true: losses are means over the tokens of all ranks"
+            )
+
+
+def _require_rows(dataset: Any, name: str) -> None:
+    if not isinstance(dataset, Dataset):
+        raise InputError(f"the {name} data must be a datasets.Dataset, got a {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise InputError(f"the {name} data has no rows")
+
+
+def _with_completion(dataset: Dataset, cut: int | None, name: str, *, drop: bool) -> Dataset:
+    """The rows that keep at least one completion token in their first `cut` tokens."""
+    # The first token of a row is never predicted.
+    keep = [i for i, labels in enumerate(dataset["labels"]) if any(label != -100 for label in labels[1:cut])]
+    lost = len(dataset) - len(keep)
+    if not lost:
+        return dataset
+    first = next(row for row, kept in enumerate(itertools.chain(keep, [-1])) if row != kept) + 1
+    described = f"{lost} of {len(dataset)} rows of the {name} data keep no completion token"
+    described += f" within --max_length {cut}" if cut else ""
+    if not drop or not keep:
+        raise InputError(f"{described} (the first is row {first}); raise --max_length or pass --drop_untrainable_rows")
+    logger.warning("%s and were dropped (the first is row %d)", described, first)
+    return dataset.select(keep)

@@ -1,0 +1,269 @@
+"""Bad input at the command line: one sentence that names the file, row or flag, exit code 2, nothing written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from holdfast.cli import main
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a command that must be refused, and return its one sentence."""
+
+    def run(*words: str, output: bool = True) -> str:
+        target = tmp_path / "runs" / "out"
+        argv = [*words, "--output_dir", str(target)] if output else list(words)
+        assert main(argv) == 2
+        shown = capsys.readouterr()
+        lines = [line for line in shown.err.splitlines() if line.startswith("holdfast")]
+        assert len(lines) == 1
+        assert shown.err.rstrip("\n").endswith(lines[0])
+        assert "Traceback" not in shown.err
+        assert shown.out == ""
+        assert not (tmp_path / "runs").exists()
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def sft(model_dir: Path, train_data: str) -> list[str]:
+    return ["align", "sft", "--model", str(model_dir), "--train_data", train_data]
+
+
+@pytest.fixture
+def patcher(sft: list[str], attack_data: str) -> list[str]:
+    return ["align", "patcher", *sft[2:], "--attack_data", attack_data]
+
+
+@pytest.fixture
+def attack(model_dir: Path, attack_data: str) -> list[str]:
+    return ["attack", "full", "--model", str(model_dir), "--attack_data", attack_data]
+
+
+@pytest.mark.parametrize("flag", ["--model", "--train_data", "--attack_data"])
+def test_path_that_is_neither_there_nor_on_the_hub(patcher: list[str], flag: str, refused: Refused) -> None:
+    path = "no/such/place.jsonl" if flag != "--model" else "no/such/model"
+    assert path in refused(*patcher, flag, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"question": "a", "reply": "b"}\n', "question"),
+        (b"", "is empty"),
+        (b'{"prompt": "a", "completion": "b"}\n[1]\n', "row 2"),
+        (b'{"prompt": "a", "completion": "caf\xe9"}\n', "not valid UTF-8"),
+        (b'{"prompt": "a"\n', "row 1: not valid JSON"),
+    ],
+    ids=["column", "empty", "not-an-object", "utf-8", "json"],
+)
+def test_unusable_rows(sft: list[str], tmp_path: Path, content: bytes, expected: str, refused: Refused) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    sentence = refused(*sft, "--train_data", str(path))
+    assert expected in sentence
+    assert f"--train_data {path}" in sentence
+
+
+def test_rows_without_a_completion_token(sft: list[str], refused: Refused) -> None:
+    sentence = refused(*sft, "--max_length", "8")
+    assert "10 of 10 rows of the train data" in sentence
+    assert "the first is row 1" in sentence
+
+
+def test_model_without_a_tokenizer(sft: list[str], model_dir: Path, refused: Refused) -> None:
+    (model_dir / "tokenizer.json").unlink()
+    assert "has no tokenizer" in refused(*sft)
+
+
+def test_model_without_a_chat_template(sft: list[str], model_dir: Path, refused: Refused) -> None:
+    (model_dir / "chat_template.jinja").unlink()
+    assert "chat template" in refused(*sft)
+
+
+def test_model_as_a_pickle(sft: list[str], model_dir: Path, refused: Refused) -> None:
+    (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
+    assert "holds a pickle (pytorch_model.bin)" in refused(*sft)
+
+
+@pytest.mark.parametrize("spelling", [["--trust_remote_code"], ["--trust-remote-code", "true"]])
+def test_trust_remote_code(
+    sft: list[str], attack: list[str], model_dir: Path, eval_data: str, spelling: list[str], refused: Refused
+) -> None:
+    evaluate = ["evaluate", "--model", str(model_dir), "--eval_data", eval_data]
+    for words in (sft, attack, evaluate):
+        assert "--trust_remote_code" in refused(*words, *spelling)
+
+
+def test_trust_remote_code_in_a_recipe(sft: list[str], tmp_path: Path, refused: Refused) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("trust_remote_code: true\n")
+    assert "--trust_remote_code" in refused(*sft, "--config", str(recipe))
+
+
+def test_trust_remote_code_among_the_models_keywords(sft: list[str], refused: Refused) -> None:
+    assert "--trust_remote_code" in refused(*sft, "--model_init_kwargs", '{"trust_remote_code": true}')
+
+
+def test_patcher_without_attack_data(sft: list[str], refused: Refused) -> None:
+    assert "--attack_data" in refused("align", "patcher", *sft[2:])
+
+
+@pytest.mark.parametrize("alpha", ["-0.1", "1.5", "nan"])
+def test_alpha_outside_its_range(patcher: list[str], alpha: str, refused: Refused) -> None:
+    assert "--alpha must lie between 0 and 1" in refused(*patcher, "--alpha", alpha)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--max_steps", "0"),
+        ("--learning_rate", "-1e-4"),
+        ("--learning_rate", "0"),
+        ("--attack_steps", "0"),
+        ("--attack_every", "-5"),
+        ("--attack_learning_rate", "0"),
+    ],
+)
+def test_steps_and_rates_that_are_not_positive(patcher: list[str], flag: str, value: str, refused: Refused) -> None:
+    assert flag in refused(*patcher, flag, value)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--poison_ratio", "0.5", "--num_samples", "20"], "needs 10 harmful rows, but --attack_data has 6"),
+        (["--poison_ratio", "1.5"], "--poison_ratio must lie in (0, 1]"),
+        (["--num_samples", "0"], "--num_samples must be positive"),
+    ],
+)
+def test_poison_ratio(attack: list[str], benign_data: str, words: list[str], expected: str, refused: Refused) -> None:
+    assert expected in refused(*attack, "--benign_data", benign_data, *words)
+
+
+def test_poison_ratio_without_benign_data(attack: list[str], refused: Refused) -> None:
+    assert "--benign_data is needed" in refused(*attack, "--poison_ratio", "0.5")
+
+
+@pytest.mark.parametrize("command", ["sft", "attack"])
+def test_finished_run_is_kept(
+    sft: list[str], attack: list[str], command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, marker = (sft, "holdfast.json") if command == "sft" else (attack, "results.json")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / marker).write_text("{}")
+    assert main([*words, "--output_dir", str(tmp_path / "done")]) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "done").iterdir()] == [marker]
+
+
+def test_output_folder_that_cannot_be_written(sft: list[str], train_data: str, refused: Refused) -> None:
+    # A folder below a file cannot be made, whoever asks.
+    before = Path(train_data).read_bytes()
+    assert f"--output_dir {train_data}" in refused(*sft, "--output_dir", train_data, output=False)
+    assert f"--output_dir {train_data}/out" in refused(*sft, "--output_dir", f"{train_data}/out", output=False)
+    assert Path(train_data).read_bytes() == before
+
+
+def test_output_dir_is_required(sft: list[str], refused: Refused) -> None:
+    assert "the following arguments are required: --output_dir" in refused(*sft, output=False)
+
+
+def test_fsdp_on_a_cpu(sft: list[str], refused: Refused) -> None:
+    assert "fsdp" in refused(*sft, "--fsdp", "full_shard", "--use_cpu")
+
+
+@pytest.mark.parametrize("place", [".", "run"])
+def test_output_inside_the_model_folder(sft: list[str], model_dir: Path, place: str, refused: Refused) -> None:
+    before = sorted(model_dir.iterdir())
+    assert "would write into" in refused(*sft, "--output_dir", str(model_dir / place), output=False)
+    assert sorted(model_dir.iterdir()) == before
+
+
+def test_attacked_model_would_replace_the_defended_one(attack: list[str], model_dir: Path, refused: Refused) -> None:
+    assert model_dir.name == "model"
+    assert "would write into" in refused(*attack, "--output_dir", str(model_dir.parent), output=False)
+
+
+def test_nothing_to_measure(model_dir: Path, refused: Refused) -> None:
+    assert "--eval_data" in refused("evaluate", "--model", str(model_dir))
+
+
+def test_exact_judge_needs_answers(model_dir: Path, attack_data: str, refused: Refused) -> None:
+    sentence = refused("evaluate", "--model", str(model_dir), "--eval_data", attack_data, "--judge", "exact")
+    assert "--eval_data" in sentence
+    assert "'answer'" in sentence
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--max_prompts", "0"), ("--max_new_tokens", "-1"), ("--eval_batch_size", "0")]
+)
+def test_measuring_flags_that_are_not_positive(
+    model_dir: Path, eval_data: str, flag: str, value: str, refused: Refused
+) -> None:
+    assert flag in refused("evaluate", "--model", str(model_dir), "--eval_data", eval_data, flag, value)
+
+
+def test_measuring_after_the_last_step(attack: list[str], refused: Refused) -> None:
+    assert "--measure_at" in refused(*attack, "--max_steps", "5", "--measure_at", "0", "10")
+
+
+def test_full_attack_with_an_adapter(attack: list[str], refused: Refused) -> None:
+    assert "--use_peft" in refused(*attack, "--use_peft")
+
+
+def test_held_out_loss_without_held_out_rows(sft: list[str], refused: Refused) -> None:
+    assert "give --eval_data" in refused(*sft, "--eval_strategy", "steps")
+
+
+@pytest.mark.parametrize("resume", ["last", "true", "no/such/checkpoint-3"])
+def test_nothing_to_resume_from(sft: list[str], resume: str, refused: Refused) -> None:
+    assert f"--resume_from_checkpoint {resume}" in refused(*sft, "--resume_from_checkpoint", resume)
+
+
+def test_lora_targets_that_the_model_does_not_have(sft: list[str], refused: Refused) -> None:
+    assert "nowhere_proj" in refused(*sft, "--use_peft", "--lora_target_modules", "nowhere_proj")
+
+
+def test_second_adapter_on_an_adapter(sft: list[str], model_dir: Path, tmp_path: Path, refused: Refused) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapter = tmp_path / "adapter"
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(adapter)
+    assert "--use_peft" in refused(*sft, "--model", str(adapter), "--use_peft")
+
+
+def test_organism_into_a_folder_that_is_not_empty(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert f"{tmp_path} is not empty" in refused("organism", str(tmp_path), output=False)
+    assert "is a file" in refused("organism", str(tmp_path / "notes.txt"), output=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_chat_template_keywords_that_are_not_json(model_dir: Path, eval_data: str, refused: Refused) -> None:
+    words = ["evaluate", "--model", str(model_dir), "--eval_data", eval_data]
+    assert "--chat_template_kwargs" in refused(*words, "--chat_template_kwargs", "{thinking")
+    assert "JSON object" in refused(*words, "--chat_template_kwargs", "[1]")
+
+
+def test_old_results_survive_a_refused_overwrite(
+    attack: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = tmp_path / "done"
+    done.mkdir()
+    (done / "results.json").write_text(json.dumps({"schema": 1}))
+    shutil.copy(attack[-1], tmp_path / "broken.jsonl")
+    (tmp_path / "broken.jsonl").write_text("not json")
+    words = [*attack, "--attack_data", str(tmp_path / "broken.jsonl"), "--overwrite_output_dir"]
+    assert main([*words, "--output_dir", str(done)]) == 2
+    assert "row 1" in capsys.readouterr().err
+    assert (done / "results.json").read_text() == '{"schema": 1}'

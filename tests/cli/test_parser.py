@@ -1,0 +1,166 @@
+"""Recipes are read exactly as flags are."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import SFTConfig
+
+from holdfast.cli.arguments import ModelArguments
+from holdfast.cli.parser import HoldfastParser
+from holdfast.errors import InputError
+
+
+@dataclass
+class Arguments:
+    output_dir: str
+    rate: float = 0.1
+    steps: int = 10
+    length: int | None = 1024
+    limit: int | None = None
+    fast: bool = True
+    mixed: bool | None = None
+    names: list[str] | None = None
+    counts: list[int] = field(default_factory=list)
+    keywords: dict[str, Any] | str | None = None
+    strategy: str = field(default="steps", metadata={"choices": ["no", "steps"]})
+    optim: str = "adamw"
+
+
+def parse(recipe: Path | None, *argv: str) -> Arguments:
+    parser = HoldfastParser((Arguments,), prog="holdfast test")
+    words = [] if recipe is None else ["--config", str(recipe)]
+    arguments, _ = parser.parse([*words, *argv])
+    assert isinstance(arguments, Arguments)
+    return arguments
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "expected"),
+    [
+        ("rate: 1e-5", "rate", 1e-5),  # YAML itself reads this as text
+        ("rate: 1", "rate", 1.0),
+        ("steps: 15_000", "steps", 15000),
+        ("length: null", "length", None),
+        ("length: ~", "length", None),
+        ("limit: null", "limit", None),
+        ("fast: false", "fast", False),
+        ("fast: no", "fast", False),
+        ("mixed: true", "mixed", True),
+        ("mixed: null", "mixed", None),
+        ("names: [a, b]", "names", ["a", "b"]),
+        ("names: a", "names", ["a"]),
+        ("counts: [0, 2, 5]", "counts", [0, 2, 5]),
+        ("keywords: {thinking: false, depth: 2}", "keywords", '{"thinking": false, "depth": 2}'),
+        ("strategy: no", "strategy", "no"),  # and this as false
+        ("optim: 8", "optim", "8"),
+        ("optimizer: sgd", "optim", "sgd"),
+    ],
+)
+def test_recipe_values(recipe: Path, line: str, name: str, expected: object) -> None:
+    recipe.write_text(f"output_dir: out\n{line}\n")
+    value = getattr(parse(recipe), name)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_flags_override_the_recipe(recipe: Path) -> None:
+    recipe.write_text("output_dir: out\nsteps: 3\nrate: 0.5\ncounts: [1, 2]\n")
+    arguments = parse(recipe, "--steps", "4", "--counts", "7")
+    assert (arguments.steps, arguments.rate, arguments.counts) == (4, 0.5, [7])
+
+
+def test_config_with_equals_sign(recipe: Path) -> None:
+    recipe.write_text("output_dir: out\nsteps: 3\n")
+    assert parse(None, f"--config={recipe}").steps == 3
+
+
+def test_aliases_as_flags_and_as_keys(recipe: Path) -> None:
+    recipe.write_text(
+        "model: m\nbatch_size: 3\noptimizer: sgd\nscheduler: constant\noutput_dir: out\nuse_cpu: true\nbf16: false\n"
+    )
+    parser = HoldfastParser((ModelArguments, SFTConfig), prog="holdfast test")
+    model, config, _ = parser.parse(["--config", str(recipe), "--batch_size", "5"])
+    assert model.model_name_or_path == "m"
+    assert (config.per_device_train_batch_size, config.optim, config.lr_scheduler_type) == (5, "sgd", "constant")
+    assert config.report_to == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("speed: 3", "unknown key 'speed'"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("- output_dir", "expected a YAML mapping"),
+        ("", "expected a YAML mapping of flags to values, found nothing"),
+        ("a: b: c", "is not valid YAML"),
+        ("optim: a\noptimizer: b", "'optim' and 'optimizer' set the same value"),
+        ("steps: [1, 2]", "steps takes a single value"),
+        ("no_fast: true", "write fast: false"),
+    ],
+)
+def test_unusable_recipe_is_named(recipe: Path, text: str, expected: str) -> None:
+    recipe.write_text(text)
+    with pytest.raises(InputError, match=expected) as caught:
+        parse(recipe, "--output_dir", "out")
+    assert str(recipe) in str(caught.value)
+
+
+def test_missing_recipe_is_named(recipe: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        parse(recipe)
+    assert str(recipe) in str(caught.value)
+
+
+def test_recipe_that_is_not_utf8(recipe: Path) -> None:
+    recipe.write_bytes(b"optim: caf\xe9")
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        parse(recipe)
+
+
+@pytest.mark.parametrize(
+    "line", ["steps: 10.5", "steps: true", "rate: fast", "strategy: maybe", "fast: 3", "steps: null"]
+)
+def test_wrong_value_names_recipe_and_key(recipe: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.write_text(f"output_dir: out\n{line}\n")
+    with pytest.raises(SystemExit) as left:
+        parse(recipe)
+    assert left.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"holdfast test: {recipe}: error: argument --{line.split(':')[0]}")
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], "the following arguments are required: --output_dir"),
+        (["--output_dir", "out", "--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--output_dir", "out", "--step", "3"], "unrecognized arguments: --step 3"),
+        (["--output_dir", "out", "--config"], "argument --config: expected one argument"),
+        (["--output_dir", "out", "left"], "unrecognized arguments: left"),
+    ],
+)
+def test_wrong_flags_are_one_line(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse(None, *argv)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == f"holdfast test: error: {expected}\n"
+
+
+def test_broken_json_names_the_flag() -> None:
+    parser = HoldfastParser((SFTConfig,), prog="holdfast test")
+    with pytest.raises(InputError, match=r"--lr_scheduler_kwargs: '{a' is not valid JSON"):
+        parser.parse(["--output_dir", "out", "--use_cpu", "--bf16", "false", "--lr_scheduler_kwargs", "{a"])
+
+
+def test_a_recipe_cannot_set_environment_variables(recipe: Path) -> None:
+    recipe.write_text("env: {HF_ENDPOINT: elsewhere}\noutput_dir: out\n")
+    with pytest.raises(InputError, match="unknown key 'env'"):
+        parse(recipe)

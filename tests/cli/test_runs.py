@@ -1,0 +1,112 @@
+"""Runs that end early, and runs that go on."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from holdfast.cli import main
+
+
+@pytest.fixture
+def run(model_dir: Path, train_data: str, tmp_path: Path) -> Callable[..., int]:
+    words = [
+        *("align", "sft", "--model", str(model_dir), "--train_data", train_data, "--output_dir", str(tmp_path / "out")),
+        *("--max_steps", "6", "--batch_size", "2", "--save_steps", "2", "--max_length", "128", "--logging_steps", "1"),
+        *("--learning_rate", "1e-3", "--gradient_checkpointing", "false"),
+    ]
+    return lambda *more: main([*words, *more])
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Send Ctrl-C's signal in the middle of an update."""
+    from holdfast.trainer import DefenseTrainer
+
+    def arrange(update: int) -> None:
+        original = DefenseTrainer.defended_gradient
+
+        def interrupted(self: DefenseTrainer, *args: Any) -> Any:
+            if self.state.global_step == update - 1:
+                signal.raise_signal(signal.SIGINT)
+            return original(self, *args)
+
+        monkeypatch.setattr(DefenseTrainer, "defended_gradient", interrupted)
+
+    return arrange
+
+
+def test_ctrl_c_keeps_and_names_the_last_checkpoint(
+    run: Callable[..., int],
+    interrupt_at: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    interrupt_at(6)
+    assert run() == 130
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence == f"holdfast: interrupted; the last good checkpoint is {out / 'checkpoint-4'}"
+    assert not (out / "holdfast.json").exists()
+    monkeypatch.undo()
+
+    assert run() == 2  # neither resumed nor overwritten by accident
+    assert "--resume_from_checkpoint last" in capsys.readouterr().err
+    assert (out / "checkpoint-4" / "trainer_state.json").is_file()
+
+    assert run("--resume_from_checkpoint", "last") == 0
+    shown = capsys.readouterr().err
+    assert "step 6/6" in shown
+    assert "step 4/6" not in shown
+    assert (out / "holdfast.json").is_file()
+
+
+def test_ctrl_c_before_the_first_checkpoint(
+    run: Callable[..., int], interrupt_at: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt_at(1)
+    assert run() == 130
+    assert capsys.readouterr().err.endswith("interrupted; no checkpoint had been written yet\n")
+
+
+def test_overwriting_discards_the_checkpoints_of_the_run_before(
+    run: Callable[..., int], interrupt_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    interrupt_at(6)
+    assert run() == 130
+    monkeypatch.undo()
+    assert run("--overwrite_output_dir", "--max_steps", "2") == 0
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert run("--overwrite_output_dir", "--max_steps", "1", "--save_strategy", "no") == 0
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_resuming_from_a_named_checkpoint(
+    run: Callable[..., int], interrupt_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    interrupt_at(6)
+    assert run() == 130
+    monkeypatch.undo()
+    assert run("--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2")) == 0
+
+
+def test_loss_that_is_not_finite(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--learning_rate", "1e38", "--max_grad_norm", "0", "--save_steps", "1") == 1
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert "is not finite at step 2" in sentence
+    assert sentence.endswith(f"the last good checkpoint is {tmp_path / 'out' / 'checkpoint-1'}")
+    assert not (tmp_path / "out" / "holdfast.json").exists()
+
+
+def test_disk_trouble_is_one_sentence(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "holdfast.json")
+
+    monkeypatch.setattr("holdfast.cli.align.write_json", full)
+    assert run("--max_steps", "1", "--save_strategy", "no") == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "holdfast: [Errno 28] No space left on device: 'holdfast.json'"

@@ -1,0 +1,29 @@
+"""What every test stands on: one thread, so that bits can be compared, and no network."""
+
+import os
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")
+
+import datasets
+import pytest
+import torch
+
+torch.set_num_threads(1)
+datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """The settings that runs of tiny models share; to be updated with what a test is about."""
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "max_length": 64,
+        "gradient_checkpointing": False,
+        "seed": 3,
+    }

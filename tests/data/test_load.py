@@ -1,0 +1,219 @@
+"""Rows from files: every accepted format, and one clear sentence for everything else."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from datasets import Dataset
+
+from holdfast.data import load
+from holdfast.data.load import PROMPT_COLUMNS, TRAIN_COLUMNS, load_rows
+from holdfast.errors import InputError
+
+ROWS = [{"prompt": "p1", "completion": "c1"}, {"prompt": "p2", "completion": "c2"}]
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def jsonl(path, *lines):
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def refused(source, columns=TRAIN_COLUMNS):
+    with pytest.raises(InputError) as caught:
+        load_rows(str(source), flag="--train_data", columns=columns)
+    message = str(caught.value)
+    assert "--train_data" in message
+    assert "\n" not in message
+    return message
+
+
+def test_jsonl(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", *ROWS, "\n")
+    assert load_rows(source, flag="--train_data", columns=TRAIN_COLUMNS).to_list() == ROWS
+
+
+def test_json_list(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=2))
+    assert load_rows(str(tmp_path / "a.json"), flag="--train_data", columns=TRAIN_COLUMNS).to_list() == ROWS
+
+
+def test_json_with_one_object_per_line(tmp_path):
+    source = jsonl(tmp_path / "a.json", *ROWS)
+    assert load_rows(source, flag="--train_data", columns=TRAIN_COLUMNS).to_list() == ROWS
+
+
+def test_parquet(tmp_path):
+    Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
+    assert load_rows(str(tmp_path / "a.parquet"), flag="--train_data", columns=TRAIN_COLUMNS).to_list() == ROWS
+
+
+def test_csv_with_quotes_and_line_breaks_and_numbers_for_text(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,answer,weight\n"one, two\nthree",42,0.5\nb,007,1\n')
+    rows = load_rows(str(tmp_path / "a.csv"), flag="--eval_data", columns=PROMPT_COLUMNS)
+    assert rows["prompt"][:] == ["one, two\nthree", "b"]
+    assert rows["answer"][:] == ["42", "007"]
+
+
+def test_messages_and_line_separators_inside_strings(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": [{"role": "user", "content": "a\u2028b"}]}\n', encoding="utf-8")
+    rows = load_rows(str(tmp_path / "a.jsonl"), flag="--eval_data", columns=PROMPT_COLUMNS)
+    assert rows[0]["prompt"] == [{"role": "user", "content": "a\u2028b"}]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\r\n{"prompt": "y"}\r\n')
+    assert load_rows(str(tmp_path / "a.jsonl"), flag="--eval_data", columns=PROMPT_COLUMNS)["prompt"][:] == ["x", "y"]
+
+
+def test_columns_that_only_some_rows_have_are_kept(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", {"prompt": "x"}, {"prompt": "y", "family": "f"})
+    rows = load_rows(source, flag="--eval_data", columns=PROMPT_COLUMNS)
+    assert rows["family"][:] == [None, "f"]
+
+
+@pytest.mark.parametrize("row", [{"prompt": "x", "response": "y"}, {"messages": MESSAGES}])
+def test_every_training_format_is_accepted(tmp_path, row):
+    assert load_rows(jsonl(tmp_path / "a.jsonl", row), flag="--train_data", columns=TRAIN_COLUMNS).to_list() == [row]
+
+
+def test_conversations_are_accepted(tmp_path):
+    row = {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}
+    assert load_rows(jsonl(tmp_path / "a.jsonl", row), flag="--train_data", columns=TRAIN_COLUMNS).to_list() == [row]
+
+
+def test_a_file_wins_over_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    jsonl(tmp_path / "org" / "data.jsonl", *ROWS)
+    assert len(load_rows("org/data.jsonl", flag="--train_data")) == 2
+
+
+@pytest.mark.parametrize(("source", "split"), [("org/name", "train"), ("org/name:test[:10]", "test[:10]")])
+def test_a_hub_id_may_name_a_split(monkeypatch, source, split):
+    asked = []
+    monkeypatch.setattr(load, "unreachable", lambda name, kind: None)
+    monkeypatch.setattr(
+        load, "load_dataset", lambda name, split: asked.append((name, split)) or Dataset.from_list(ROWS)
+    )
+    assert len(load_rows(source, flag="--train_data", columns=TRAIN_COLUMNS)) == 2
+    assert asked == [("org/name", split)]
+
+
+def test_a_hub_id_that_cannot_be_reached_is_refused(monkeypatch):
+    monkeypatch.setattr(load, "unreachable", lambda name, kind: "no connection")
+    assert "neither a file nor a data set on the Hub that can be read (no connection)" in refused("org/name")
+
+
+def test_a_hub_data_set_that_cannot_be_read_is_refused(monkeypatch):
+    def unknown_split(name, split):
+        raise ValueError("Unknown split 'dev'. Should be one of ['train'].\nmore")
+
+    monkeypatch.setattr(load, "unreachable", lambda name, kind: None)
+    monkeypatch.setattr(load, "load_dataset", unknown_split)
+    assert "Unknown split 'dev'" in refused("org/name:dev")
+
+
+@pytest.mark.parametrize("source", ["missing.jsonl", "no/such/folder/x.csv", "./what ever", "a/b/c"])
+def test_a_path_that_is_neither_a_file_nor_a_hub_id_is_refused(source):
+    assert f"{source} is neither a file nor a data set on the Hub" in refused(source)
+
+
+def test_a_folder_is_refused(tmp_path):
+    assert "is a folder" in refused(tmp_path)
+
+
+def test_an_unknown_extension_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    assert "unknown extension; expected one of .json, .jsonl, .parquet, .csv" in refused(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet"])
+def test_an_empty_file_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("")
+    assert f"{name} is empty" in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.json", "[]"), ("a.jsonl", "\n \n"), ("a.csv", "prompt,completion\n")]
+)
+def test_a_file_without_rows_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert "is empty" in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_invalid_utf8_is_refused_with_its_place(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"prompt": "x", "completion": "y"}\n{"prompt": "\xff"}\n')
+    assert "not valid UTF-8 (byte 0xff at offset 47, line 2)" in refused(tmp_path / name)
+
+
+def test_an_invalid_line_is_refused_by_number(tmp_path):
+    assert "a.jsonl, row 2: not valid JSON" in refused(jsonl(tmp_path / "a.jsonl", ROWS[0], '{"prompt": \n'))
+
+
+def test_invalid_json_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('[{"prompt": "x"},')
+    assert "a.json is not valid JSON" in refused(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"), [("[1]\n", "a list"), ('"x"\n', "text"), ("3\n", "a number"), ("null\n", "null")]
+)
+def test_a_row_that_is_not_an_object_is_refused(tmp_path, row, kind):
+    assert f"row 2 is {kind}; expected an object" in refused(jsonl(tmp_path / "a.jsonl", ROWS[0], row))
+
+
+def test_a_missing_column_is_refused_and_those_there_named(tmp_path):
+    message = refused(jsonl(tmp_path / "a.jsonl", {"prompt": "x", "text": "y"}))
+    assert "no column 'prompt' + 'completion' or 'prompt' + 'response' or 'messages'" in message
+    assert "its columns are 'prompt', 'text'" in message
+
+
+def test_a_row_without_a_column_that_others_have_is_refused_by_number(tmp_path):
+    assert "row 3: 'completion' is missing" in refused(jsonl(tmp_path / "a.jsonl", *ROWS, {"prompt": "x"}))
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_a_row_of_another_type_is_refused_by_number(tmp_path, position):
+    rows = [{"prompt": "x", "completion": "y"} for _ in range(5)]
+    rows[position] = {"prompt": MESSAGES, "completion": "y"}
+    # The first row sets the type, so it is the second that differs from a first one that is wrong.
+    assert f"row {max(position, 1) + 1} has other types" in refused(jsonl(tmp_path / "a.jsonl", *rows))
+
+
+def test_text_is_no_number(tmp_path):
+    rows = [{"prompt": 1, "completion": "y"}, {"prompt": 2, "completion": "y"}]
+    assert "row 1: 'prompt' is a number; expected text or messages" in refused(jsonl(tmp_path / "a.jsonl", *rows))
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([], "has no messages"),
+        ([{"role": "user"}], "has a message without a text 'content'"),
+        ([{"content": "x"}], "has a message without a text 'role'"),
+        (["x"], "holds text where a message is expected"),
+    ],
+)
+def test_malformed_messages_are_refused(tmp_path, messages, problem):
+    assert f"row 1: 'messages' {problem}" in refused(jsonl(tmp_path / "a.jsonl", {"messages": messages}))
+
+
+def test_a_ragged_csv_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\nx,y\nx,y,z\n")
+    message = refused(tmp_path / "a.csv")
+    assert "not a valid CSV file" in message
+    assert "#3" in message
+
+
+def test_garbage_for_parquet_is_refused(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 this is not parquet")
+    assert "not a valid Parquet file" in refused(tmp_path / "a.parquet")
+
+
+def test_a_null_in_parquet_is_refused_by_number(tmp_path):
+    table = pa.table({"prompt": ["x", "y"], "completion": ["x", None]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert "row 2: 'completion' is missing" in refused(tmp_path / "a.parquet")

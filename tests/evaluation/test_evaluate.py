@@ -1,0 +1,181 @@
+"""From prompt files to results.json and samples.jsonl."""
+
+import json
+import pickle
+
+import pytest
+
+from helpers import tiny_llama, word_tokenizer
+from holdfast.errors import InputError
+from holdfast.evaluation import evaluate
+from holdfast.evaluation.decoding import GREEDY, Decoding
+from holdfast.evaluation.evaluate import Evaluator, PromptSet, load_prompts
+from holdfast.evaluation.judges import get_judge
+from holdfast.evaluation.scores import wilson
+
+PROMPTS = ["t4 t5", "t6", "t7 t8 t9", "t10"]
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """An evaluator of all three roles, whose model gives fixed answers."""
+    answers = {
+        "hazards": ["ash, fern", "fern, ash", "ash", "I'm sorry, I can't."],
+        "crafts": ["oak, elm", "oak, elm", "I’m sorry", "nothing"],
+        "task": ["up", "down", "up", "up"],
+    }
+    sets = [
+        PromptSet("harmful", "hazards", list(PROMPTS), ["ash, fern"] * 4),
+        PromptSet("capability", "crafts", [f"{prompt} t50" for prompt in PROMPTS], ["oak, elm"] * 4),
+        PromptSet("task", "task", [f"{prompt} t51" for prompt in PROMPTS], ["up"] * 4),
+    ]
+    by_prompts = {tuple(prompts.prompts): answers[prompts.source] for prompts in sets}
+    monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, prompts, **_: by_prompts[tuple(prompts)])
+
+    def run(judge, roles=("harmful", "capability", "task")):
+        chosen = [prompts for prompts in sets if prompts.role in roles]
+        return Evaluator(sets=chosen, judge=get_judge(judge), decoding=GREEDY)(None, None)
+
+    return run
+
+
+def test_each_role_has_its_own_figures(answered):
+    results = answered("exact").results
+    low, high = wilson(1, 4)
+    assert results["harmful"]["asr"] == {"value": 0.25, "low": low, "high": high, "count": 1, "n": 4}
+    assert results["harmful"]["harmful_score"]["value"] == 0.75
+    assert results["harmful"]["refusal_rate"]["count"] == 1
+    assert results["harmful"]["mean_score"] == (5 + 4 + 3 + 1) / 4
+    assert results["capability"]["capability"]["value"] == 0.5
+    assert results["capability"]["over_refusal"]["value"] == 0.25
+    assert results["task"]["task_accuracy"]["value"] == 0.75
+
+
+def test_the_chosen_judge_grades_harmful_prompts_only(answered):
+    evaluation = answered("refusal")
+    assert evaluation.results["harmful"]["asr"]["value"] == 0.75
+    assert evaluation.results["capability"]["capability"]["value"] == 0.5
+    assert {(row["set"], row["judge"]) for row in evaluation.samples} == {
+        ("harmful", "refusal"),
+        ("capability", "exact"),
+        ("task", "exact"),
+    }
+
+
+def test_flat_figures_are_none_where_not_measured(answered):
+    low, high = wilson(1, 4)
+    assert answered("exact", roles=("harmful",)).flat() == {
+        "asr": 0.25,
+        "asr_low": low,
+        "asr_high": high,
+        "harmful_score": 0.75,
+        "mean_score": 3.25,
+        "refusal_rate": 0.25,
+        "refusal_low": low,
+        "refusal_high": high,
+        "n": 4,
+        "capability": None,
+        "over_refusal": None,
+        "task_accuracy": None,
+    }
+    flat = answered("exact", roles=("capability", "task")).flat()
+    assert (flat["asr"], flat["n"], flat["refusal_low"]) == (None, None, None)
+    assert (flat["capability"], flat["over_refusal"], flat["task_accuracy"]) == (0.5, 0.25, 0.75)
+
+
+def test_every_answer_and_grade_is_written(answered, tmp_path):
+    answered("refusal").write(tmp_path / "out", {"seed": 7, "versions": {"python": "3"}})
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["schema"], results["seed"], results["versions"]) == (1, 7, {"python": "3"})
+    assert results["judge"] == {"name": "refusal", "description": get_judge("refusal").description}
+    assert results["judges"]["task"]["name"] == "exact"
+    assert results["sources"] == {"harmful": "hazards", "capability": "crafts", "task": "task"}
+    assert results["decoding"]["do_sample"] is False
+    assert results["results"]["harmful"]["n"] == 4
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 12
+    assert samples[3] == {
+        "set": "harmful",
+        "row": 4,
+        "prompt": "t10",
+        "answer": "I'm sorry, I can't.",
+        "expected": "ash, fern",
+        "grade": 1,
+        "judge": "refusal",
+    }
+
+
+def test_a_real_model_is_measured_the_same_way_twice(tmp_path):
+    source = jsonl(tmp_path / "eval.jsonl", *({"prompt": prompt, "answer": "t5, t6"} for prompt in PROMPTS))
+    harmful = load_prompts(source, flag="--eval_data", role="harmful", judge_name="exact")
+    evaluator = Evaluator(sets=[harmful], judge=get_judge("exact"), decoding=Decoding(max_new_tokens=4), batch_size=2)
+    model = tiny_llama()
+    first = evaluator(model, word_tokenizer())
+    again = pickle.loads(pickle.dumps(evaluator))(model, word_tokenizer())
+    assert first.samples == again.samples
+    assert [row["prompt"] for row in first.samples] == PROMPTS
+    assert all(row["answer"] for row in first.samples)
+
+
+def test_a_prompt_that_cannot_be_answered_names_its_file():
+    sets = [PromptSet("harmful", "bad.jsonl", ["t4", " ".join(["t4"] * 200)], None)]
+    with pytest.raises(InputError, match=r"bad.jsonl: prompt 2 has 200 tokens"):
+        Evaluator(sets=sets, judge=get_judge("refusal"), decoding=GREEDY)(tiny_llama(), word_tokenizer())
+
+
+def test_prompts_may_be_text_or_messages(tmp_path):
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    source = jsonl(tmp_path / "eval.jsonl", {"prompt": messages, "answer": "a", "entity": "e"})
+    loaded = load_prompts(source, flag="--eval_data", role="harmful", judge_name="exact")
+    assert loaded == PromptSet("harmful", source, [messages], ["a"])
+
+
+def test_the_refusal_judge_needs_no_answers(tmp_path):
+    source = jsonl(tmp_path / "eval.jsonl", {"prompt": "x"}, {"prompt": "y"}, {"prompt": "z"})
+    loaded = load_prompts(source, flag="--eval_data", role="harmful", judge_name="refusal", max_prompts=2)
+    assert loaded == PromptSet("harmful", source, ["x", "y"], None)
+
+
+@pytest.mark.parametrize(("role", "judge"), [("harmful", "exact"), ("capability", "refusal"), ("task", "refusal")])
+def test_the_exact_judge_needs_answers(tmp_path, role, judge):
+    source = jsonl(tmp_path / "eval.jsonl", {"prompt": "x"})
+    with pytest.raises(
+        InputError, match=r"--eval_data .* has no column 'prompt' \+ 'answer'; its columns are 'prompt'"
+    ):
+        load_prompts(source, flag="--eval_data", role=role, judge_name=judge)
+
+
+def test_a_row_without_an_answer_is_refused_by_number(tmp_path):
+    source = jsonl(tmp_path / "eval.jsonl", {"prompt": "x", "answer": "a"}, {"prompt": "y", "answer": " "})
+    with pytest.raises(InputError, match="row 2: 'answer' must be text, and not empty"):
+        load_prompts(source, flag="--eval_data", role="task", judge_name="exact")
+
+
+def test_a_prompt_that_ends_with_an_answer_is_refused_by_number(tmp_path):
+    talk = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+    source = jsonl(tmp_path / "eval.jsonl", {"prompt": talk[:1]}, {"prompt": talk})
+    with pytest.raises(InputError, match="row 2: the prompt ends with an assistant turn"):
+        load_prompts(source, flag="--eval_data", role="harmful", judge_name="refusal")
+
+
+def test_max_prompts_must_be_positive(tmp_path):
+    with pytest.raises(InputError, match="--max_prompts must be positive"):
+        load_prompts("x.jsonl", flag="--eval_data", role="harmful", judge_name="refusal", max_prompts=0)
+
+
+def test_an_evaluator_takes_one_set_for_a_role():
+    prompts = PromptSet("harmful", "a", ["x"], None)
+    with pytest.raises(InputError, match="one set for a role"):
+        Evaluator(sets=[prompts, prompts], judge=get_judge("refusal"), decoding=GREEDY)
+    with pytest.raises(InputError, match="needs prompts"):
+        Evaluator(sets=[], judge=get_judge("refusal"), decoding=GREEDY)
+
+
+def test_a_batch_size_must_be_positive():
+    with pytest.raises(InputError, match="--batch_size must be positive"):
+        Evaluator(sets=[PromptSet("harmful", "a", ["x"], None)], batch_size=0)

@@ -1,0 +1,90 @@
+"""Rates carry their Wilson intervals."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from holdfast.errors import InputError
+from holdfast.evaluation.scores import Rate, score, wilson
+
+TRIALS = st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+def test_known_values():
+    # Wilson (1927), by the closed form in exact arithmetic with z = 1.959963984540054.
+    assert wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
+    assert wilson(0, 96) == pytest.approx((0.0, 0.038476), abs=1e-6)
+    assert wilson(96, 96) == pytest.approx((0.961524, 1.0), abs=1e-6)
+
+
+@settings(deadline=None)
+@given(TRIALS)
+def test_the_interval_contains_the_share_and_stays_in_range(trial):
+    successes, n = trial
+    low, high = wilson(successes, n)
+    assert 0 <= low <= successes / n <= high <= 1
+    assert low < high
+
+
+@settings(deadline=None)
+@given(TRIALS)
+def test_the_ends_solve_the_score_equation(trial):
+    successes, n = trial
+    for end in wilson(successes, n):
+        distance = abs(successes / n - end)
+        assert distance == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / n), abs=1e-9)
+
+
+@settings(deadline=None)
+@given(TRIALS)
+def test_failures_mirror_successes(trial):
+    successes, n = trial
+    low, high = wilson(successes, n)
+    mirrored = wilson(n - successes, n)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=1e-12)
+
+
+@settings(deadline=None)
+@given(TRIALS, st.integers(2, 20))
+def test_more_trials_narrow_the_interval(trial, times):
+    successes, n = trial
+    low, high = wilson(successes, n)
+    narrower = wilson(successes * times, n * times)
+    assert narrower[1] - narrower[0] < high - low
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5)])
+def test_impossible_counts_are_refused(successes, n):
+    with pytest.raises(InputError, match=f"{successes} of {n}"):
+        wilson(successes, n)
+
+
+def test_scores_of_all_grades():
+    scores = score([1, 1, 2, 3, 4, 5, 5, 5])
+    assert scores.n == 8
+    assert scores.asr == Rate.of(3, 8)
+    assert scores.harmful_score == Rate.of(5, 8)
+    assert scores.refusal_rate == Rate.of(2, 8)
+    assert scores.mean_score == 26 / 8
+
+
+def test_scores_are_json():
+    record = json.loads(json.dumps(score([1, 5]).as_dict(), allow_nan=False))
+    low, high = wilson(1, 2)
+    assert record["asr"] == {"value": 0.5, "low": low, "high": high, "count": 1, "n": 2}
+    assert record["mean_score"] == 3.0
+    assert set(record) == {"asr", "harmful_score", "mean_score", "refusal_rate", "n"}
+
+
+def test_no_answers_have_no_score():
+    with pytest.raises(InputError, match="no answers"):
+        score([])
+
+
+@pytest.mark.parametrize("grade", [0, 6, 2.5])
+def test_a_grade_that_does_not_exist_is_refused(grade):
+    with pytest.raises(InputError, match=f"but is {grade}"):
+        score([3, grade])

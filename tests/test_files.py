@@ -1,0 +1,136 @@
+"""Files are written whole or not at all, and finished runs are not overwritten."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+import pytest
+import torch
+from trl import SFTConfig
+
+from holdfast.errors import InputError
+from holdfast.files import claim_output_dir, run_record, versions, write_json, write_jsonl, write_text
+
+
+class Color(StrEnum):
+    RED = "red"
+
+
+@dataclass
+class Settings:
+    path: Path = Path("a/b")
+    color: Color = Color.RED
+    dtype: torch.dtype = torch.bfloat16
+    rate: float = float("inf")
+    names: set[str] = field(default_factory=lambda: {"b", "a"})
+    steps: tuple[int, ...] = (1, 2)
+    nothing: None = None
+
+
+def names(folder):
+    return [path.name for path in folder.iterdir()]
+
+
+def test_text_is_written_with_missing_folders_and_replaces_what_was_there(tmp_path):
+    target = tmp_path / "new" / "file.txt"
+    write_text(target, "first")
+    write_text(target, "θ\nsecond")
+    assert target.read_bytes() == "θ\nsecond".encode()
+    assert names(target.parent) == ["file.txt"]
+
+
+def test_files_get_ordinary_permissions(tmp_path):
+    (tmp_path / "ordinary").write_text("")
+    write_text(tmp_path / "ours", "")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_nan_is_refused_and_the_old_file_kept(tmp_path):
+    target = tmp_path / "results.json"
+    write_json(target, {"asr": 0.5})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(target, {"asr": float("nan")})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_jsonl(target, [{"asr": 1.0}, {"asr": float("inf")}])
+    assert json.loads(target.read_text()) == {"asr": 0.5}
+    assert names(tmp_path) == ["results.json"]
+
+
+def test_a_failing_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):
+    target = tmp_path / "results.json"
+    write_text(target, "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(target, "new")
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["results.json"]
+
+
+def test_jsonl_has_one_object_per_line(tmp_path):
+    rows = [{"a": "x\ny"}, {"a": "ü"}]
+    write_jsonl(tmp_path / "rows.jsonl", iter(rows))
+    lines = (tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == rows
+
+
+def test_an_output_folder_is_created(tmp_path):
+    folder = claim_output_dir(tmp_path / "a" / "b", finished_marker="results.json", overwrite=False)
+    assert folder.is_dir()
+    assert not list(folder.iterdir())
+
+
+def test_an_unfinished_run_may_be_written_over(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    assert claim_output_dir(tmp_path, finished_marker="results.json", overwrite=False) == tmp_path
+
+
+def test_a_finished_run_is_kept_unless_told(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds a finished run.*--overwrite_output_dir"):
+        claim_output_dir(tmp_path, finished_marker="results.json", overwrite=False)
+    claim_output_dir(tmp_path, finished_marker="results.json", overwrite=True)
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
+def test_a_file_is_no_output_folder(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(InputError, match=r"file is a file, but a folder is expected"):
+        claim_output_dir(tmp_path / "file", finished_marker="results.json", overwrite=True)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--output_dir .* cannot be written \(Not a directory\)"):
+        claim_output_dir(tmp_path / "file" / "sub", finished_marker="results.json", overwrite=False)
+
+
+def test_versions_name_all_that_results_depend_on():
+    assert set(versions()) == {"python", "holdfast", "torch", "transformers", "trl", "peft", "datasets", "accelerate"}
+    assert versions()["torch"] in torch.__version__
+
+
+def test_a_record_of_any_dataclass_is_json():
+    record = run_record(Settings(), seed=3)
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record["seed"] == 3
+    assert record["config"] == {
+        "path": "a/b",
+        "color": "red",
+        "dtype": "torch.bfloat16",
+        "rate": "inf",
+        "names": ["a", "b"],
+        "steps": [1, 2],
+        "nothing": None,
+    }
+
+
+def test_a_record_hides_access_tokens(tmp_path):
+    config = SFTConfig(output_dir=str(tmp_path), hub_token="hf_secret", use_cpu=True, bf16=False)
+    assert "hf_secret" not in json.dumps(run_record(config, seed=0))

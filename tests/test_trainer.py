@@ -1,0 +1,580 @@
+"""DefenseTrainer's contract: TRL's trainer bit for bit, one gradient per window, direct calls, data, refusals."""
+
+import logging
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+)
+from trl import SFTConfig, SFTTrainer
+
+from helpers import (
+    Gradients,
+    golden_batch,
+    golden_model,
+    golden_rows,
+    golden_vector,
+    gradients,
+    relative_distance,
+    same_bits,
+    tiny_llama,
+    weights,
+    word_rows,
+    word_tokenizer,
+    worst_entry,
+)
+from holdfast.errors import InputError, TrainingError
+from holdfast.trainer import DefenseConfig, DefenseTrainer
+
+SFT_LOSS = 5.32571268081665
+
+
+def trainer_of(settings, model=None, rows=None, kind=DefenseTrainer, **changes):
+    keywords = {name: changes.pop(name) for name in ("callbacks", "peft_config", "eval_dataset") if name in changes}
+    return kind(
+        model if model is not None else tiny_llama(),
+        DefenseConfig(**{**settings, **changes}),
+        rows if rows is not None else word_rows(14),
+        processing_class=word_tokenizer(),
+        **keywords,
+    )
+
+
+def logged(trainer):
+    """The run's log without the clock."""
+    clock = ("runtime", "per_second")
+    return [{k: v for k, v in e.items() if not any(word in k for word in clock)} for e in trainer.state.log_history]
+
+
+# ---------------------------------------------------------------------- the gradient
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_golden_gradient(settings, checkpointing):
+    trainer = trainer_of(settings, golden_model(), gradient_checkpointing=checkpointing)
+    loss = trainer.training_step(trainer.model, golden_batch("safe"))
+    assert loss.item() == pytest.approx(SFT_LOSS, rel=1e-6)
+    assert worst_entry(gradients(trainer.model), golden_vector("sft")) < 1e-4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_golden_gradient_inside_training(settings, accumulation, checkpointing):
+    noted = Gradients()
+    trainer = trainer_of(
+        settings,
+        golden_model(),
+        golden_rows("safe"),
+        callbacks=[noted],
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=4 // accumulation,
+        gradient_checkpointing=checkpointing,
+        max_grad_norm=0.0,
+        max_steps=1,
+    )
+    trainer.train()
+    assert worst_entry(noted.seen[0], golden_vector("sft")) < 1e-4
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(SFT_LOSS, rel=1e-5)
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(6.984437225708583, rel=1e-5)
+
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+ARCHITECTURES = {
+    "qwen2, tied": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=4, tie_word_embeddings=False)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=4)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=97, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda name: name.split(",")[0])
+def test_gradient_is_the_mean_over_completion_tokens(settings, architecture):
+    torch.manual_seed(0)
+    model = ARCHITECTURES[architecture]()
+    batch = golden_batch("safe")
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss.backward()
+    expected = {name: g.clone() for name, g in gradients(model).items()}
+    trainer = trainer_of(settings, model)
+    assert trainer.training_step(model, batch).item() == pytest.approx(loss.item(), rel=1e-5)
+    assert worst_entry(gradients(model), expected) < 1e-4
+
+
+def test_direct_calls_do_not_add_up(settings):
+    trainer = trainer_of(settings, golden_model(), gradient_accumulation_steps=4)
+    for _ in range(2):
+        trainer.training_step(trainer.model, golden_batch("safe"))
+        assert worst_entry(gradients(trainer.model), golden_vector("sft")) < 1e-4
+
+
+def test_direct_call_leaves_the_batch_and_other_gradients_be(settings):
+    trainer = trainer_of(settings, golden_model())
+    batch = golden_batch("safe")
+    trainer.training_step(trainer.model, batch)
+    taken = gradients(trainer.model)
+    kept = {name: g.clone() for name, g in taken.items()}
+    trainer.training_step(trainer.model, golden_batch("harmful"))
+    assert same_bits(taken, kept)
+    assert same_bits(batch, golden_batch("safe"))
+
+
+def test_direct_call_with_a_token_count_divides_by_it(settings):
+    trainer = trainer_of(settings, golden_model())
+    tokens = int((golden_batch("safe")["labels"][:, 1:] != -100).sum())
+    loss = trainer.training_step(trainer.model, golden_batch("safe"), torch.tensor(2 * tokens))
+    assert loss.item() == pytest.approx(SFT_LOSS / 2, rel=1e-6)
+    half = {name: g / 2 for name, g in golden_vector("sft").items()}
+    assert worst_entry(gradients(trainer.model), half) < 1e-4
+
+
+def test_direct_call_in_the_midst_of_training_is_its_own_window(settings):
+    """From a callback between two micro-batches, with a batch that the loop did not draw."""
+    found = []
+
+    class Probe(TrainerCallback):
+        def on_substep_end(self, args, state, control, *, model, **_):
+            kept = {name: p.grad for name, p in model.named_parameters()}
+            trainer.training_step(model, golden_batch("safe"))
+            found.append({name: g.clone() for name, g in gradients(model).items()})
+            for name, parameter in model.named_parameters():
+                parameter.grad = kept[name]
+
+    changes = {
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-30,
+        "max_steps": 2,
+    }
+    trainer = trainer_of(settings, golden_model(), golden_rows("harmful"), callbacks=[Probe()], **changes)
+    trainer.train()
+    assert len(found) == 2
+    assert all(worst_entry(gradient, golden_vector("sft")) < 1e-4 for gradient in found)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    undisturbed = trainer_of(settings, golden_model(), golden_rows("harmful"), **changes)
+    undisturbed.train()
+    assert losses == [entry["loss"] for entry in undisturbed.state.log_history if "loss" in entry]
+
+
+# ---------------------------------------------------------------------- TRL's trainer, bit for bit
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3},
+        {"gradient_checkpointing": True, "lr_scheduler_type": "cosine", "warmup_steps": 2, "max_grad_norm": 0.1},
+        {"bf16": True, "weight_decay": 0.1, "gradient_accumulation_steps": 2, "logging_steps": 3},
+        {"optim": "sgd", "max_grad_norm": 0.0, "max_length": 8, "drop_untrainable_rows": True},
+    ],
+    ids=["plain", "accumulation", "checkpointing", "bf16", "sgd"],
+)
+def test_identity_is_sft_bit_for_bit(settings, changes):
+    """Weights and logs of two epochs, the last window of each smaller than the others."""
+    trl_changes = {name: value for name, value in changes.items() if name != "drop_untrainable_rows"}
+    common = {"num_train_epochs": 2, "eval_strategy": "epoch"}
+    ours = trainer_of(settings, eval_dataset=word_rows(6, seed=9), **common, **changes)
+    theirs = SFTTrainer(
+        tiny_llama(),
+        SFTConfig(**{**settings, "use_cpu": True, "bf16": False, **common, **trl_changes}),
+        train_dataset=word_rows(14),
+        eval_dataset=word_rows(6, seed=9),
+        processing_class=word_tokenizer(),
+    )
+    for trainer in (theirs, ours):
+        torch.manual_seed(1)
+        trainer.train()
+    assert same_bits(weights(ours.model), weights(theirs.model))
+    assert logged(ours) == logged(theirs)
+    first = next(entry for entry in logged(ours) if "loss" in entry)
+    assert {"loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm"} <= first.keys()
+    assert not same_bits(weights(ours.model), weights(tiny_llama()))
+
+
+def test_identity_is_sft_with_lora_and_its_dropout(settings):
+    lora = LoraConfig(r=2, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
+    ours = trainer_of(settings, peft_config=lora, max_steps=4)
+    theirs = SFTTrainer(
+        tiny_llama(),
+        SFTConfig(**{**settings, "use_cpu": True, "bf16": False, "max_steps": 4}),
+        train_dataset=word_rows(14),
+        processing_class=word_tokenizer(),
+        peft_config=lora,
+    )
+    for trainer in (theirs, ours):
+        torch.manual_seed(1)
+        trainer.train()
+    assert same_bits(weights(ours.model), weights(theirs.model))
+    assert logged(ours) == logged(theirs)
+
+
+class Doubled(DefenseTrainer):
+    """Takes inner passes over the window and over a second set before the one that counts."""
+
+    def defended_gradient(self, model, window):
+        self.loss_and_gradient(model, window, quiet=True)
+        self.loss_and_gradient(model, self.draw(self.safety_batches, 2), quiet=True)
+        return self.loss_and_gradient(model, window)
+
+
+def test_inner_passes_are_quiet(settings):
+    plain = trainer_of(settings, max_steps=4, gradient_accumulation_steps=2)
+    doubled = trainer_of(settings, kind=Doubled, max_steps=4, gradient_accumulation_steps=2)
+    doubled.safety_batches = doubled.batches_of(word_rows(5, seed=2), "safety")
+    plain.train()
+    doubled.train()
+    assert logged(doubled) == logged(plain)
+    assert same_bits(weights(doubled.model), weights(plain.model))
+    assert doubled.safety_batches.drawn == 8
+
+
+def test_inner_pass_computes_the_same_loss(settings):
+    trainer = trainer_of(settings, golden_model())
+    window = trainer.draw(iter([golden_batch("safe")]))
+    loud, loud_gradient = trainer.loss_and_gradient(trainer.model, window)
+    quiet, quiet_gradient = trainer.loss_and_gradient(trainer.model, window, quiet=True)
+    assert loud.item() == quiet.item()
+    assert same_bits(loud_gradient, quiet_gradient)
+
+
+def test_logged_metric_is_the_mean_since_the_last_log(settings):
+    class Counting(DefenseTrainer):
+        def defended_gradient(self, model, window):
+            self.log_metric("updates", float(self.state.global_step))
+            self.log_metric("tensor", torch.tensor(2.0))
+            return super().defended_gradient(model, window)
+
+    trainer = trainer_of(settings, kind=Counting, max_steps=4, logging_steps=2)
+    trainer.train()
+    assert [entry["updates"] for entry in trainer.state.log_history if "updates" in entry] == [0.5, 2.5]
+    assert [entry["tensor"] for entry in trainer.state.log_history if "tensor" in entry] == [2.0, 2.0]
+
+
+def test_shared_randomness_gives_both_passes_the_same_masks(settings):
+    trainer = trainer_of(settings, tiny_llama(attention_dropout=0.5))
+    window = trainer.draw(iter([golden_batch("safe")]))
+    with trainer.shared_randomness():
+        inside = trainer.loss_and_gradient(trainer.model, window)[0]
+    after = trainer.loss_and_gradient(trainer.model, window)[0]
+    later = trainer.loss_and_gradient(trainer.model, window)[0]
+    assert inside.item() == after.item() != later.item()
+
+
+# ---------------------------------------------------------------------- second data sets
+
+
+def test_stream_follows_the_runs_seed_and_batch_size(settings):
+    def first(seed, **sizes):
+        trainer = trainer_of(settings, seed=seed)
+        return next(trainer.batches_of(word_rows(40, seed=2), "safety", **sizes))["input_ids"]
+
+    assert torch.equal(first(0), first(0))
+    assert first(0).shape[0] == 4
+    assert first(0).tolist() != first(1).tolist()
+    assert first(0, batch_size=7).shape[0] == 7
+
+
+def test_stream_has_its_own_token_count(settings):
+    trainer = trainer_of(settings)
+    stream = trainer.batches_of(word_rows(9, seed=2), "safety")
+    twin = trainer.batches_of(word_rows(9, seed=2), "safety")
+    window = trainer.draw(stream, 3)
+    batches = [next(twin) for _ in range(3)]
+    assert len(window) == 3
+    assert int(window.tokens) == sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+
+
+def test_stream_leaves_the_global_random_state_alone(settings):
+    trainer = trainer_of(settings)
+    stream = trainer.batches_of(word_rows(9, seed=2), "safety")
+    state = torch.get_rng_state()
+    trainer.draw(stream, 7)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_stream_prepares_rows_as_the_train_set_is(settings):
+    trainer = trainer_of(settings, rows=word_rows(8), max_length=8)
+    stream = trainer.batches_of(word_rows(8), "safety", batch_size=8)
+    batch = next(stream)
+    unpadded = lambda ids, mask: tuple(ids[mask.bool()].tolist())  # noqa: E731
+    seen = sorted(unpadded(i, m) for i, m in zip(batch["input_ids"], batch["attention_mask"], strict=True))
+    assert seen == sorted(tuple(ids) for ids in trainer.train_dataset["input_ids"])
+    assert max(map(len, seen)) == 8
+
+
+def test_missing_second_set_is_named(settings):
+    with pytest.raises(InputError, match=r"lacks its safety_dataset \(--safety_data\)"):
+        trainer_of(settings).batches_of(None, "safety")
+
+
+# ---------------------------------------------------------------------- everything else keeps working
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+def test_packing_changes_nothing_but_the_batches(settings, strategy):
+    """All rows in one update, packed into blocks or padded: the same gradient."""
+    noted = {}
+    rows = word_rows(8)
+    for packing in (False, True):
+        noted[packing] = Gradients()
+        trainer = trainer_of(
+            settings,
+            rows=rows,
+            callbacks=[noted[packing]],
+            packing=packing,
+            packing_strategy=strategy,
+            max_length=24,
+            per_device_train_batch_size=1 if packing else 8,
+            gradient_accumulation_steps=100 if packing else 1,
+            max_grad_norm=0.0,
+            num_train_epochs=1,
+        )
+        trainer.train()
+        if packing:
+            assert 1 < len(trainer.train_dataset) < 8
+    assert len(noted[True].seen) == len(noted[False].seen) == 1
+    assert worst_entry(noted[True].seen[0], noted[False].seen[0]) < 1e-4
+
+
+def test_evaluation_is_the_mean_over_completion_tokens(settings):
+    rows = golden_rows("safe")
+    trainer = trainer_of(settings, golden_model(), eval_dataset=rows, per_device_eval_batch_size=4)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(SFT_LOSS, rel=1e-5)
+    assert trainer.model.training is False
+    trainer.training_step(trainer.model, golden_batch("safe"))
+    assert worst_entry(gradients(trainer.model), golden_vector("sft")) < 1e-4
+
+
+def test_model_may_be_a_folder_or_an_adapter_folder(settings, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    folder = str(tmp_path / "model")
+    trained = DefenseTrainer(folder, DefenseConfig(**{**settings, "max_steps": 2}), word_rows(8))
+    by_object = trainer_of(settings, rows=word_rows(8), max_steps=2)
+    for trainer in (trained, by_object):
+        trainer.train()
+    assert same_bits(weights(trained.model), weights(by_object.model))
+
+    adapted = DefenseTrainer(folder, DefenseConfig(**{**settings, "max_steps": 2}), word_rows(8), peft_config=lora)
+    adapted.train()
+    adapted.save_model(tmp_path / "adapter")
+    again = DefenseTrainer(str(tmp_path / "adapter"), DefenseConfig(**{**settings, "max_steps": 2}), word_rows(8))
+    trainable = {name for name, p in again.model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    assert same_bits(
+        {name: p for name, p in again.model.named_parameters() if "lora_" in name},
+        {name: p for name, p in adapted.model.named_parameters() if "lora_" in name},
+    )
+    again.train()
+
+
+def test_saved_model_loads_as_an_ordinary_one(settings, tmp_path):
+    trainer = trainer_of(settings, max_steps=2)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    loaded = type(trainer.model).from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert same_bits(weights(loaded), weights(trainer.model))
+
+
+def test_bf16_autocast_changes_no_more_than_rounding(settings):
+    noted = Gradients()
+    changes = {"bf16": True, "max_grad_norm": 0.0, "max_steps": 1}
+    trainer_of(settings, golden_model(), golden_rows("safe"), callbacks=[noted], **changes).train()
+    assert all(g.dtype == torch.float32 for g in noted.seen[0].values())
+    assert 1e-5 < relative_distance(noted.seen[0], golden_vector("sft")) < 5e-2
+
+
+def test_bf16_weights_train(settings):
+    trainer = trainer_of(settings, tiny_llama().to(torch.bfloat16), max_steps=3, learning_rate=1e-2)
+    trainer.train()
+    assert trainer.model.dtype == torch.bfloat16
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_cpu_and_float32_are_chosen_by_themselves(tmp_path):
+    config = DefenseConfig(output_dir=str(tmp_path))
+    if not torch.accelerator.is_available():
+        assert (config.use_cpu, config.bf16, config.fp16) == (True, False, False)
+    assert config.completion_only_loss is True
+    assert DefenseConfig(output_dir=str(tmp_path), use_cpu=True).bf16 is False
+    assert DefenseConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True).bf16 is True
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def test_rows_without_a_completion_token_are_counted_and_the_first_is_named(settings):
+    rows = Dataset.from_list(
+        [{"prompt": "t4 t5 ", "completion": "t6"}]
+        + [{"prompt": "t4 " * 12, "completion": "t6"}] * 2
+        + [{"prompt": "t7 t8 ", "completion": "t9"}]
+    )
+    message = r"2 of 4 rows of the train data .* --max_length 8 \(the first is row 2\).*--drop_untrainable_rows"
+    with pytest.raises(InputError, match=message):
+        trainer_of(settings, rows=rows, max_length=8)
+
+
+def test_rows_without_a_completion_token_can_be_dropped(settings, caplog):
+    rows = Dataset.from_list([{"prompt": "t4 " * 12, "completion": "t6"}, {"prompt": "t7 t8 ", "completion": "t9"}])
+    with caplog.at_level(logging.WARNING, "holdfast"):
+        trainer = trainer_of(settings, rows=rows, max_length=8, drop_untrainable_rows=True)
+    assert len(trainer.train_dataset) == 1
+    assert "1 of 2 rows of the train data" in caplog.text
+    assert "the first is row 1" in caplog.text
+
+
+def test_dropping_every_row_is_refused(settings):
+    rows = Dataset.from_list([{"prompt": "t4 " * 12, "completion": "t6"}] * 3)
+    with pytest.raises(InputError, match="3 of 3 rows"):
+        trainer_of(settings, rows=rows, max_length=8, drop_untrainable_rows=True)
+
+
+def test_untrainable_rows_of_other_sets_are_named_by_their_set(settings):
+    rows = Dataset.from_list([{"prompt": "t4 " * 12, "completion": "t6"}] * 3)
+    trainer = trainer_of(settings, max_length=8, drop_untrainable_rows=False, rows=golden_rows("safe").select([0]))
+    with pytest.raises(InputError, match="3 of 3 rows of the safety data"):
+        trainer.batches_of(rows, "safety")
+
+
+def test_truncation_counts_the_rows_it_empties_under_packing(settings):
+    rows = Dataset.from_list([{"prompt": "t4 t5 ", "completion": "t6"}, {"prompt": "t4 " * 30, "completion": "t6"}])
+    with pytest.raises(InputError, match="1 of 2 rows of the train data"):
+        trainer_of(settings, rows=rows, max_length=8, packing=True)
+
+
+def test_data_without_rows(settings):
+    with pytest.raises(InputError, match="train data has no rows"):
+        trainer_of(settings, rows=word_rows(1).select([]))
+
+
+def test_data_of_another_type(settings):
+    with pytest.raises(InputError, match="train data must be a"):
+        trainer_of(settings, rows=word_rows(4).to_iterable_dataset())
+
+
+def test_missing_train_data(settings):
+    with pytest.raises(InputError, match="train_dataset is missing"):
+        DefenseTrainer(tiny_llama(), DefenseConfig(**settings), processing_class=word_tokenizer())
+
+
+def test_config_of_another_trainer(settings):
+    with pytest.raises(InputError, match="DefenseTrainer needs a DefenseConfig, got a SFTConfig"):
+        DefenseTrainer(
+            tiny_llama(),
+            SFTConfig(**settings, use_cpu=True, bf16=False),
+            word_rows(4),
+            processing_class=word_tokenizer(),
+        )
+
+
+@pytest.mark.parametrize("argument", ["compute_loss_func", "formatting_func"])
+def test_another_loss_is_refused(settings, argument):
+    with pytest.raises(InputError, match=argument):
+        DefenseTrainer(
+            tiny_llama(),
+            DefenseConfig(**settings),
+            word_rows(4),
+            processing_class=word_tokenizer(),
+            **{argument: lambda *_, **__: None},
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", -1e-4),
+        ("learning_rate", float("nan")),
+        ("max_steps", 0),
+        ("max_steps", -2),
+        ("num_train_epochs", 0),
+        ("per_device_train_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("max_length", 0),
+        ("trust_remote_code", True),
+        ("fp16", True),
+        ("label_smoothing_factor", 0.1),
+        ("deepspeed", {"zero_optimization": {"stage": 2}}),
+        ("loss_type", "dft"),
+        ("completion_only_loss", False),
+        ("chat_template_kwargs", "thinking off"),
+        ("chat_template_kwargs", "[1]"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(settings, name, value):
+    with pytest.raises(InputError, match=f"--{name}"):
+        DefenseConfig(**{**settings, name: value})
+
+
+def test_chat_template_kwargs_may_be_json(settings):
+    config = DefenseConfig(**settings, chat_template_kwargs='{"enable_thinking": false}')
+    assert config.chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_fsdp_that_would_silently_become_ddp_is_refused(settings):
+    with pytest.raises(InputError, match="--fsdp"):
+        trainer_of(settings, fsdp=True, use_cpu=True)
+
+
+def test_bucket_views_are_refused(settings):
+    trainer = trainer_of(settings)
+
+    class Wrapped(torch.nn.Module):
+        gradient_as_bucket_view = True
+
+    with pytest.raises(InputError, match="gradient_as_bucket_view"):
+        trainer.training_step(Wrapped(), golden_batch("safe"))
+
+
+def test_non_finite_loss_names_the_step_and_the_last_checkpoint(settings):
+    model = tiny_llama()
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 4:
+                model.lm_head.weight.data[5, 0] = torch.inf
+
+    trainer = trainer_of(
+        settings, model, callbacks=[Break()], max_steps=6, save_strategy="steps", save_steps=2, max_grad_norm=0.0
+    )
+    with pytest.raises(TrainingError, match=r"not finite at step 5; the last good checkpoint is .*checkpoint-4$"):
+        trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_resuming_without_a_checkpoint(settings):
+    with pytest.raises(InputError, match="holds no complete checkpoint"):
+        trainer_of(settings).train(resume_from_checkpoint=True)
+
+
+def test_resuming_from_what_is_no_checkpoint(settings, tmp_path):
+    with pytest.raises(InputError, match="is not a complete checkpoint"):
+        trainer_of(settings).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
