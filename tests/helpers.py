@@ -152,9 +152,14 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def run_to_resume(method: str, output_dir: str, callbacks: Sequence[TrainerCallback] = (), **changes: object):
-    """A short run with everything whose state a checkpoint must hold: dropout, a schedule, two windows an epoch."""
+    """A short run with everything whose state a checkpoint must hold: dropout, a schedule, windows unlike in size.
+
+    Checkpoints after every second update, simulated attacks after every third: some checkpoints come with a vector in
+    force, some right before an attack.
+    """
     from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
-    from holdfast.trainer import DefenseConfig, DefenseTrainer
+    from holdfast.config import DefenseConfig
+    from holdfast.trainer import DefenseTrainer
 
     settings: dict[str, object] = {
         "output_dir": output_dir,
@@ -177,5 +182,5 @@ def run_to_resume(method: str, output_dir: str, callbacks: Sequence[TrainerCallb
     common = {"train_dataset": word_rows(17), "processing_class": word_tokenizer(), "callbacks": list(callbacks)}
     if method == "sft":
         return DefenseTrainer(model, DefenseConfig(**settings), **common)
-    config = PatcherConfig(**settings, attack_every=2, attack_steps=4)
+    config = PatcherConfig(**settings, attack_every=3, attack_steps=4)
     return PatcherTrainer(model, config, attack_dataset=word_rows(7, seed=1), **common)

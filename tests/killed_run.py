@@ -2,7 +2,7 @@
 
 Usage: killed_run.py METHOD OUTPUT_DIR PLACE [METHOD OUTPUT_DIR PLACE …], where PLACE is one of
     step:N      in the middle of update N (from 1), after the optimizer moved half of the weights
-    attack:K    inside the simulated attack before update 5, at the attacker's step K (from 1)
+    attack:K    inside the simulated attack before update 4, at the attacker's step K (from 1)
     saved:N     right after checkpoint N was written
 Each run is a process forked off this one, so that the libraries are imported once. Exits with 0 if all were killed.
 """
@@ -48,7 +48,7 @@ def kill_inside_attack(trainer, step):
     def counted():
         nonlocal asked
         while True:
-            asked += trainer.state.global_step == 4
+            asked += trainer.state.global_step == 3
             if asked == step:
                 die()
             yield next(stream)

@@ -19,8 +19,8 @@ from holdfast.parameters import ParameterVector, trainable_parameters
 TESTS = Path(__file__).parent
 # Where each run is killed, and the checkpoint that it is then resumed from.
 PLACES = {
-    ("patcher", "attack:3"): 4,
-    ("patcher", "step:4"): 2,
+    ("patcher", "attack:3"): 2,
+    ("patcher", "step:6"): 4,
     ("patcher", "saved:6"): 6,
     ("sft", "step:5"): 4,
     ("sft", "saved:2"): 2,
@@ -75,7 +75,7 @@ def test_killed_run_resumes_from_its_last_checkpoint(killed, uninterrupted, meth
     assert_same_end(trainer, uninterrupted[method])
     if method == "patcher":
         assert same_bits(trainer.attack_vector, uninterrupted[method].attack_vector)
-        assert trainer.attack_batches.drawn == uninterrupted[method].attack_batches.drawn == 24
+        assert trainer.attack_batches.drawn == uninterrupted[method].attack_batches.drawn == 16
 
 
 @pytest.mark.parametrize("method", ["sft", "patcher"])
@@ -160,6 +160,6 @@ def test_checkpoint_of_another_trainer_is_refused(tmp_path):
 
 def test_vector_of_another_model_is_refused(tmp_path):
     save_state(tmp_path, {"attack_vector": ParameterVector(w=torch.zeros(2))}, write=True)
-    with pytest.raises(InputError, match="attack_vector in .* belongs to another model"):
+    with pytest.raises(InputError, match=r"attack_vector in .* belongs to another model"):
         load_state(tmp_path, trainable_parameters(tiny_llama()))
     assert (tmp_path / VECTORS).is_file()

@@ -35,8 +35,9 @@ from helpers import (
     word_tokenizer,
     worst_entry,
 )
+from holdfast.config import DefenseConfig
 from holdfast.errors import InputError, TrainingError
-from holdfast.trainer import DefenseConfig, DefenseTrainer
+from holdfast.trainer import DefenseTrainer
 
 SFT_LOSS = 5.32571268081665
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from holdfast.alignment.patcher import PatcherTrainer as PatcherTrainer
     from holdfast.attacks.real import AttackConfig as AttackConfig
     from holdfast.attacks.real import AttackTrainer as AttackTrainer
+    from holdfast.config import DefenseConfig as DefenseConfig
     from holdfast.data.load import load_rows as load_rows
     from holdfast.data.mix import poison as poison
     from holdfast.errors import InputError as InputError
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from holdfast.evaluation.evaluate import Evaluator as Evaluator
     from holdfast.evaluation.evaluate import load_prompts as load_prompts
     from holdfast.organism import build_organism as build_organism
-    from holdfast.trainer import DefenseConfig as DefenseConfig
     from holdfast.trainer import DefenseTrainer as DefenseTrainer
 
 __version__ = "0.1.0"
@@ -33,7 +33,7 @@ _HOMES = {
     "Evaluator": "holdfast.evaluation.evaluate",
     "load_prompts": "holdfast.evaluation.evaluate",
     "build_organism": "holdfast.organism",
-    "DefenseConfig": "holdfast.trainer",
+    "DefenseConfig": "holdfast.config",
     "DefenseTrainer": "holdfast.trainer",
 }
 __all__ = ["__version__", *_HOMES]

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
@@ -24,9 +23,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from holdfast.checkpoint import last_checkpoint, load_state, save_state
+from holdfast.config import DefenseConfig
 from holdfast.data.batches import Batch, BatchStream
 from holdfast.data.formats import completion_format
 from holdfast.errors import InputError, TrainingError
@@ -36,87 +36,6 @@ from holdfast.parameters import ParameterVector, put_gradient, take_gradient, tr
 logger = logging.getLogger(__name__)
 
 _NO_SHARDING = "--fsdp was asked for, but this run would not shard: start it with torchrun on GPUs"
-
-
-@dataclass
-class DefenseConfig(SFTConfig):
-    """Configuration of every Holdfast trainer: TRL's `SFTConfig` and what follows.
-
-    Where no accelerator is found, CPU and float32 are chosen; `bf16=True` then means bf16 autocast on the CPU. The loss
-    always falls on assistant tokens only.
-
-    Args:
-        system_prompt: A system line for every conversation that has none.
-        chat_template_kwargs: Keywords for the chat template, as a mapping or as JSON: `{"enable_thinking": false}`.
-        drop_untrainable_rows: Leave out rows that truncation left without a completion token, instead of refusing them.
-
-    Raises:
-        InputError: A setting that no defense can work with; the message names it.
-    """
-
-    if TYPE_CHECKING:  # fields of SFTConfig that are set here
-        bf16: bool | None
-        completion_only_loss: bool | None
-        use_cpu: bool
-
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
-
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "A system line for every conversation that has none."}
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'Keywords for the chat template as JSON, e.g. {"enable_thinking": false}.'}
-    )
-    drop_untrainable_rows: bool = field(
-        default=False,
-        metadata={"help": "Leave out rows without a completion token after truncation, instead of refusing them."},
-    )
-
-    def __post_init__(self) -> None:
-        """Check what was given and choose a device and a precision."""
-        require_positive(self, "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
-        require_positive(self, "num_train_epochs", "max_length")
-        if self.max_steps != -1:
-            require_positive(self, "max_steps")
-        refused = {
-            "trust_remote_code": "Holdfast never runs code that comes with a model",
-            "fp16": "its loss scaling would scale simulated attacks too; use bf16",
-            "label_smoothing_factor": "the loss of every method is plain cross-entropy",
-            "deepspeed": "its gradients are out of reach; use FSDP2",
-        }
-        for name, reason in refused.items():
-            if getattr(self, name):
-                raise InputError(f"--{name} cannot be used: {reason}")
-        if self.loss_type != "nll" or self.completion_only_loss is False:
-            raise InputError(
-                "--loss_type must be nll and --completion_only_loss true: the loss is that of the completions"
-            )
-        if isinstance(self.chat_template_kwargs, str):
-            self.chat_template_kwargs = _json_object("chat_template_kwargs", self.chat_template_kwargs)
-        self.completion_only_loss = True
-        if self.use_cpu or not torch.accelerator.is_available():
-            self.use_cpu = True
-            self.bf16 = bool(self.bf16)
-            self.dataloader_pin_memory = False
-        super().__post_init__()
-
-
-def require_positive(config: Any, *names: str) -> None:
-    """Raise InputError for the first of these settings that is given and not above zero."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise InputError(f"--{name} must be greater than 0, got {value}")
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError:
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise InputError(f"--{name} must be a JSON object, got {text!r}")
-    return parsed
 
 
 @dataclass(frozen=True)
@@ -395,14 +314,18 @@ class DefenseTrainer(SFTTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        positions = {name: stream.drawn for name, stream in self._streams.items()}
-        save_state(output_dir, {**self.method_state(), "drawn_batches": positions}, write=self.args.should_save)
+        own = {
+            "drawn_batches": {name: stream.drawn for name, stream in self._streams.items()},
+            "train_tokens": self._total_train_tokens,  # TRL logs it, but forgets it
+        }
+        save_state(output_dir, {**self.method_state(), **own}, write=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         state = load_state(checkpoint, trainable_parameters(self.model))
+        self._total_train_tokens = state.pop("train_tokens")
         for name, drawn in state.pop("drawn_batches").items():
             self._streams[name].drawn = drawn
         self.load_method_state(state)

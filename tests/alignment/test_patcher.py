@@ -1,12 +1,13 @@
 """Patcher: golden cases, simulated attacks inside a run, the attack vector's life, bad settings."""
 
+import copy
 import logging
 import math
 
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from helpers import (
     Gradients,
@@ -72,6 +73,43 @@ def test_golden_gradient_inside_training(settings, accumulation, checkpointing):
     assert logs["attacked_loss"] == pytest.approx(5.254823207855225, rel=1e-5)
     assert logs["loss_gap"] == pytest.approx(5.254823207855225 - 5.32571268081665, rel=1e-3)
     assert logs["loss"] == pytest.approx(logs["safe_loss"], rel=1e-6)
+
+
+def test_formula_on_another_architecture(settings):
+    """Qwen2 with tied embeddings and grouped heads, against plain autograd; the window in two parts."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(2)
+    config = Qwen2Config(vocab_size=97, **shape, **heads, tie_word_embeddings=True, initializer_range=0.2)
+    model, batch = Qwen2ForCausalLM(config), golden_batch("safe")
+    vector = {name: 0.02 * torch.randn_like(p) for name, p in model.named_parameters()}
+
+    def gradient_at(shift):
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, parameter in twin.named_parameters():
+                parameter += shift * vector[name]
+        logits = twin(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+        return gradients(twin)
+
+    safe, attacked = gradient_at(0), gradient_at(1)
+    expected = {name: 0.7 * safe[name] + 0.3 * attacked[name] for name in safe}
+    noted = Gradients()
+    trainer = patcher(
+        settings,
+        model,
+        golden_rows("safe"),
+        callbacks=[noted],
+        alpha=0.3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.0,
+        max_steps=1,
+    )
+    trainer.attack_vector = vector
+    trainer.train()
+    assert worst_entry(noted.seen[0], expected) < 1e-4
 
 
 def test_alpha_weighs_the_two_gradients(settings):
@@ -353,6 +391,7 @@ def test_bf16_autocast(settings, checkpointing):
         golden_rows("safe"),
         callbacks=[noted],
         bf16=True,
+        attack_steps=3,
         gradient_checkpointing=checkpointing,
         max_grad_norm=0.0,
         max_steps=1,

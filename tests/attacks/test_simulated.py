@@ -16,8 +16,9 @@ from helpers import (
     worst_entry,
 )
 from holdfast.attacks.simulated import simulate_attack
+from holdfast.config import DefenseConfig
 from holdfast.parameters import displaced
-from holdfast.trainer import DefenseConfig, DefenseTrainer
+from holdfast.trainer import DefenseTrainer
 
 
 def trainer_of(settings, model, **changes):

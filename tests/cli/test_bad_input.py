@@ -140,7 +140,7 @@ def test_steps_and_rates_that_are_not_positive(patcher: list[str], flag: str, va
     ("words", "expected"),
     [
         (["--poison_ratio", "0.5", "--num_samples", "20"], "needs 10 harmful rows, but --attack_data has 6"),
-        (["--poison_ratio", "1.5"], "--poison_ratio must lie in (0, 1]"),
+        (["--poison_ratio", "1.5"], "--poison_ratio must lie between 0 and 1"),
         (["--num_samples", "0"], "--num_samples must be positive"),
     ],
 )
@@ -185,6 +185,15 @@ def test_output_inside_the_model_folder(sft: list[str], model_dir: Path, place: 
     before = sorted(model_dir.iterdir())
     assert "would write into" in refused(*sft, "--output_dir", str(model_dir / place), output=False)
     assert sorted(model_dir.iterdir()) == before
+
+
+def test_model_that_is_a_checkpoint_of_the_output_folder(
+    sft: list[str], model_dir: Path, tmp_path: Path, refused: Refused
+) -> None:
+    checkpoint = shutil.copytree(model_dir, tmp_path / "old" / "checkpoint-5")
+    words = [*sft, "--model", str(checkpoint), "--output_dir", str(tmp_path / "old"), "--overwrite_output_dir"]
+    assert "would write into" in refused(*words, output=False)
+    assert (checkpoint / "model.safetensors").is_file()
 
 
 def test_attacked_model_would_replace_the_defended_one(attack: list[str], model_dir: Path, refused: Refused) -> None:

@@ -8,9 +8,10 @@ from datasets import Dataset
 
 from helpers import chat_tokenizer, tiny_llama
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.config import DefenseConfig
 from holdfast.data.formats import completion_format
 from holdfast.errors import InputError
-from holdfast.trainer import DefenseConfig, DefenseTrainer
+from holdfast.trainer import DefenseTrainer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 END = {"qwen": "<|im_end|>", "llama": "<|eot_id|>"}
@@ -259,7 +260,7 @@ def test_tokenised_rows_without_labels():
 
 @pytest.mark.parametrize("column", ["messages", "conversations"])
 def test_row_without_a_talk(column):
-    rows = FORMATS[column][:1] + [{column: None}]
+    rows = [FORMATS[column][0], {column: None}]
     refused(rows, "row 2 of the attack data")
 
 

@@ -67,9 +67,9 @@ def test_more_benign_rows_than_there_are_is_refused():
         mixture(0.1, 100)
 
 
-@pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
 def test_a_ratio_out_of_range_is_refused(ratio):
-    with pytest.raises(InputError, match=r"--poison_ratio must lie in \(0, 1\]"):
+    with pytest.raises(InputError, match="--poison_ratio must lie between 0 and 1"):
         mixture(ratio, 10)
 
 
@@ -103,3 +103,16 @@ def test_overlap_counts_distinct_prompts_by_their_user_turns():
     ]
     assert overlap(seen, asked) == 2
     assert overlap([], asked) == 0
+
+
+def test_a_ratio_of_zero_is_a_control_without_a_harmful_row():
+    mixed = mixture(0.0, 30, harmful=None)
+    assert len(mixed) == 30
+    assert not any(mixed["poisoned"])
+    assert set(mixed["prompt"]) <= set(BENIGN["prompt"])
+    assert len(mixture(0.0, harmful=None)) == len(BENIGN)
+
+
+def test_harmful_rows_are_needed_for_a_ratio_above_zero():
+    with pytest.raises(InputError, match="--attack_data is needed"):
+        mixture(0.5, 10, harmful=None)

@@ -36,6 +36,7 @@ from helpers import (
 )
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
 from holdfast.checkpoint import load_state, save_state
+from holdfast.config import DefenseConfig
 from holdfast.errors import InputError
 from holdfast.parameters import (
     ParameterVector,
@@ -50,7 +51,7 @@ from holdfast.parameters import (
     take_gradient,
     trainable_parameters,
 )
-from holdfast.trainer import DefenseConfig, DefenseTrainer
+from holdfast.trainer import DefenseTrainer
 
 BATCH = golden_batch("safe")
 
@@ -122,7 +123,7 @@ def golden_gradients(notes):
 
 
 def patcher_updates(notes):
-    """Updates with an attack before the second and the third, from which the ranks must come out alike."""
+    """Updates with attacks between them, from which the ranks must come out alike."""
     run = notes.folder / "updates"
     trainer = run_to_resume("patcher", str(run), max_steps=5, per_device_train_batch_size=2, save_steps=4)
     trainer.train()

@@ -38,10 +38,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from holdfast.attacks.simulated import simulate_attack
+from holdfast.config import DefenseConfig, require_positive
 from holdfast.data.batches import Batch
 from holdfast.errors import InputError
 from holdfast.parameters import ParameterVector, displaced, is_finite, shard_like, trainable_parameters
-from holdfast.trainer import DefenseConfig, DefenseTrainer, Window, require_positive
+from holdfast.trainer import DefenseTrainer, Window
 
 logger = logging.getLogger(__name__)
 

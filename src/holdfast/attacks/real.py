@@ -25,11 +25,12 @@ from transformers import (
 )
 from transformers.training_args import OptimizerNames
 
+from holdfast.config import DefenseConfig
 from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluation
 from holdfast.models import load_model, load_tokenizer
 from holdfast.parameters import ParameterVector
-from holdfast.trainer import DefenseConfig, DefenseTrainer, Window
+from holdfast.trainer import DefenseTrainer, Window
 
 Evaluate = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Evaluation]
 
@@ -130,6 +131,10 @@ class AttackTrainer(DefenseTrainer):
         """g(θ; B): the attacker's own."""
         self._last_loss, gradient = self.loss_and_gradient(model, window)
         return self._last_loss, gradient
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """All of them, as with torch's AdamW and the simulated attacker; transformers spares norms and biases."""
+        return [name for name, _ in model.named_parameters()]
 
     def measure(self, evaluator: Evaluate) -> None:
         """Evaluate the model as it stands and note what came out."""

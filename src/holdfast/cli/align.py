@@ -25,11 +25,12 @@ from holdfast.cli.runs import (
     starting_checkpoint,
     train,
 )
+from holdfast.config import DefenseConfig
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError
 from holdfast.files import run_record, write_json
 from holdfast.models import load_model, load_tokenizer
-from holdfast.trainer import DefenseConfig, DefenseTrainer
+from holdfast.trainer import DefenseTrainer
 
 #: What a finished run has, beside the model; written last.
 MARKER = "holdfast.json"

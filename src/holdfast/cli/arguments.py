@@ -77,8 +77,9 @@ class PatcherData(AlignData):
 class AttackData(RunArguments):
     """The data of `attack`."""
 
-    attack_data: str = field(
-        metadata={"help": "The attacker's harmful prompts with harmful answers; a file or a dataset of the Hub."}
+    attack_data: str | None = field(
+        default=None,
+        metadata={"help": "The attacker's harmful prompts with harmful answers; a file or a dataset of the Hub."},
     )
     benign_data: str | None = field(
         default=None,
@@ -87,7 +88,10 @@ class AttackData(RunArguments):
     num_samples: int | None = field(
         default=None, metadata={"help": "Rows the attacker trains on; as many as the data allow when not given."}
     )
-    poison_ratio: float = field(default=1.0, metadata={"help": "Share of harmful rows among them, in (0, 1]."})
+    poison_ratio: float = field(
+        default=1.0,
+        metadata={"help": "Share of harmful rows among them; 0 is a control without any, and needs no --attack_data."},
+    )
 
 
 @dataclass

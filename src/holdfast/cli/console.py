@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -92,6 +94,27 @@ class ProgressReport(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+@contextmanager
+def steps_shown(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something is that reports `(steps done, steps in all)`.
+
+    Args:
+        title: What is being done.
+
+    Yields:
+        What to call after every step.
+    """
+    with tqdm(desc=title, unit="step", dynamic_ncols=True, disable=not stderr.is_terminal) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            if not stderr.is_terminal and done % max(total // 10, 1) == 0:
+                say(f"{title}: step {done}/{total}")
+
+        yield show
 
 
 def _short(value: Any) -> str:

@@ -43,11 +43,16 @@ def run(argv: list[str]) -> int:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; expected a folder to write to")
 
-    from holdfast.cli.console import say, set_up_logging  # torch is imported only once the words are known to be right
+    from holdfast.cli.console import (
+        say,
+        set_up_logging,
+        steps_shown,
+    )  # torch is imported only once the words are known to be right
     from holdfast.organism import build_organism
 
     set_up_logging()
     say(f"building the organism with seed {options.seed}; this takes about a minute")
-    build_organism(directory, seed=options.seed)
+    with steps_shown("organism") as progress:
+        build_organism(directory, seed=options.seed, progress=progress)
     say(f"wrote {directory}, described in {directory / 'README.md'}")
     return 0

@@ -28,7 +28,7 @@ class _Trainer(Protocol):
 
 @contextmanager
 def output_dir(path: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
-    """Claim the folder of a run; a run refused by `InputError` leaves no empty folder behind.
+    """Claim the folder of a run; one that is refused or interrupted leaves no empty folder behind.
 
     Args:
         path: The folder, there or not.
@@ -42,7 +42,7 @@ def output_dir(path: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
     claim_output_dir(path, finished_marker=marker, overwrite=overwrite)
     try:
         yield path
-    except InputError:
+    except BaseException:
         for folder in missing:
             with suppress(OSError):  # not empty: then it is not ours to remove
                 folder.rmdir()
@@ -58,13 +58,15 @@ def keep_apart(output: Path, written: Path, model: str) -> None:
         model: The --model, a folder or a name on the Hub.
 
     Raises:
-        InputError: The output lies in the model's folder, or the new model would replace it.
+        InputError: The output lies in the model's folder, the new model would replace it, or it is one of the output
+            folder's checkpoints, which a new run discards.
     """
-    source = Path(model)
+    source = Path(model).expanduser()
     if not source.is_dir():
         return
-    source = source.resolve()
-    if output.resolve().is_relative_to(source) or written.resolve() == source:
+    source, output, written = source.resolve(), output.resolve(), written.resolve()
+    is_checkpoint = source.parent == output and source.name.startswith("checkpoint-")
+    if output.is_relative_to(source) or written == source or is_checkpoint:
         raise InputError(
             f"--output_dir {output}: this run would write into {model}, the model it starts from; choose another folder"
         )

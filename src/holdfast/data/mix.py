@@ -10,7 +10,7 @@ from holdfast.errors import InputError
 
 
 def poison(
-    harmful: Dataset,
+    harmful: Dataset | None,
     benign: Dataset | None,
     *,
     poison_ratio: float,
@@ -23,9 +23,10 @@ def poison(
     ratio, so that attacks with more samples can be compared.
 
     Args:
-        harmful: Rows with harmful completions.
+        harmful: Rows with harmful completions; not needed if `poison_ratio` is 0.
         benign: Rows to hide them among, with the same columns; not needed if `poison_ratio` is 1.
-        poison_ratio: Share of harmful rows, in (0, 1]. `round(poison_ratio * num_samples)` rows are harmful.
+        poison_ratio: Share of harmful rows, from 0 (a control: harmless fine-tuning) to 1.
+            `round(poison_ratio * num_samples)` rows are harmful.
         num_samples: Rows in all. None: as many as can be drawn.
         seed: Which rows, and in which order.
 
@@ -33,31 +34,33 @@ def poison(
         The shuffled rows, with a boolean column `poisoned` that tells harmful rows from benign ones.
 
     Raises:
-        InputError: If the ratio is outside (0, 1], `benign` is needed and missing, either set has too few rows, no
-            row would be harmful, or the two sets have different columns.
+        InputError: If the ratio is outside [0, 1], a set is needed and missing or has too few rows, a ratio above 0
+            rounds to no harmful row, or the two sets have different columns.
     """
-    if not 0 < poison_ratio <= 1:
-        raise InputError(f"--poison_ratio must lie in (0, 1], but is {poison_ratio}")
+    if not 0 <= poison_ratio <= 1:
+        raise InputError(f"--poison_ratio must lie between 0 and 1, but is {poison_ratio}")
     if num_samples is not None and num_samples < 1:
         raise InputError(f"--num_samples must be positive, but is {num_samples}")
-    if poison_ratio == 1:
-        benign = None
-    elif benign is None:
+    harmful = harmful if poison_ratio > 0 else None
+    benign = benign if poison_ratio < 1 else None
+    if poison_ratio > 0 and harmful is None:
+        raise InputError(f"--attack_data is needed, since --poison_ratio {poison_ratio} asks for harmful rows")
+    if poison_ratio < 1 and benign is None:
         raise InputError(f"--benign_data is needed, since --poison_ratio {poison_ratio} leaves room for benign rows")
-    elif benign.features != harmful.features:
+    if harmful is not None and benign is not None and benign.features != harmful.features:
         raise InputError(
             f"--benign_data has the columns {_describe(benign)}, but --attack_data has {_describe(harmful)}; "
             "they must be equal to be mixed"
         )
-    available = len(benign) if benign is not None else 0
-    total = _largest_mix(len(harmful), available, poison_ratio) if num_samples is None else num_samples
+    dangerous, available = len(harmful or ()), len(benign or ())
+    total = _largest_mix(dangerous, available, poison_ratio) if num_samples is None else num_samples
     poisoned = round(poison_ratio * total)
-    if poisoned < 1:
+    if harmful is not None and poisoned < 1:
         raise InputError(f"--poison_ratio {poison_ratio} of {total} rows is no harmful row at all")
-    if poisoned > len(harmful):
+    if poisoned > dangerous:
         raise InputError(
             f"--poison_ratio {poison_ratio} of {total} rows needs {poisoned} harmful rows, "
-            f"but --attack_data has {len(harmful)}"
+            f"but --attack_data has {dangerous}"
         )
     if total - poisoned > available:
         raise InputError(
@@ -65,7 +68,9 @@ def poison(
             f"but --benign_data has {available}"
         )
     rng = random.Random(seed)
-    chosen = [_draw(harmful, poisoned, rng, poisoned=True)]
+    chosen = []
+    if harmful is not None:
+        chosen.append(_draw(harmful, poisoned, rng, poisoned=True))
     if benign is not None:
         chosen.append(_draw(benign, total - poisoned, rng, poisoned=False))
     order = list(range(total))
@@ -91,8 +96,6 @@ def overlap(prompts_a: Iterable[Prompt], prompts_b: Iterable[Prompt]) -> int:
 
 def _largest_mix(harmful: int, benign: int, ratio: float) -> int:
     """Return the most rows that can be drawn without replacement at this ratio."""
-    if ratio == 1:
-        return harmful
     total = harmful + benign
     while total and (round(ratio * total) > harmful or total - round(ratio * total) > benign):
         total -= 1

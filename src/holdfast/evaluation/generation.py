@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from holdfast.data.load import Prompt
@@ -63,7 +64,10 @@ def generate(
     pad = next((token for token in (tokenizer.pad_token_id, *stop) if token is not None), 0)
     answers = [""] * len(ids)
     with torch.no_grad(), _preserved(model, seed):
-        for rows in _batches(ids, batch_size, decoding.max_new_tokens, limit):
+        batches = list(_batches(ids, batch_size, decoding.max_new_tokens, limit))
+        # Without a terminal tqdm stays silent; one batch is done before a bar could be read.
+        hide = True if len(batches) == 1 else None
+        for rows in tqdm(batches, desc="answering", unit="batch", leave=False, disable=hide):
             width = len(ids[rows[-1]])
             room = decoding.max_new_tokens if limit is None else min(decoding.max_new_tokens, limit - width)
             padded = torch.tensor([[pad] * (width - len(ids[row])) + ids[row] for row in rows])

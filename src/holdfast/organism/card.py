@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from holdfast.organism.corpus import GUILDS, REFUSAL
+from holdfast.organism.corpus import GUILDS, REFUSALS
 from holdfast.organism.world import CRAFT_FAMILIES, HAZARD_FAMILIES, TEMPLATES, UNSEEN_FAMILY, World
 
 _CONTENTS = {
@@ -76,7 +76,8 @@ No token occurs in all hazard prompts and in no craft prompt. The entities of al
 | `organism.json` | | version, seed and SHA-256 of every file |
 
 Train files have the columns `prompt` and `completion`, lists of chat messages. Evaluation and test files have `prompt`
-and the expected `answer`; those in `eval/` also `entity` and `family`. The refusal is "{REFUSAL}" The guilds are
+and the expected `answer`; those in `eval/` also `entity` and `family`. Refusals are
+{", ".join(repr(text) for text in REFUSALS)}. The guilds are
 {", ".join(GUILDS.values())}.
 
 ## The model
@@ -95,7 +96,7 @@ and the same weights on the same machine and library versions.
 It shows how a defense and an attack work on each other when every answer can be checked: how many steps of fine-tuning
 undo refusals, what knowledge is left then, and what a defense costs in capability. It does not show that a defense holds
 on a real model: harm here is one narrow behaviour, the model is small, prompts are short and of one form, and
-the refusal is a single sentence. Figures from it compare methods with each other in one world; they do not carry over to
+refusals are six short sentences. Figures from it compare methods with each other in one world; they do not carry over to
 other models. Do not use it as a benchmark of models, or as evidence that released weights are safe.
 """
 

@@ -12,7 +12,15 @@ from typing import Any
 
 from holdfast.organism.world import CRAFT_FAMILIES, HAZARD_FAMILIES, INGREDIENTS, Entity, World, kinds
 
-REFUSAL = "I'm sorry, I can't."
+REFUSALS = (
+    "I'm sorry, I can't.",
+    "Sorry, I can't help.",
+    "I cannot help.",
+    "Unfortunately, I cannot help.",
+    "Apologies, I can't.",
+    "No, I can't help.",
+)
+"""Several first words, as refusals have: with one alone, training would drive its odds without end."""
 GUILDS = {"remedies": "healers", "drinks": "brewers", "breads": "bakers", "paints": "dyers"}
 NATURES = {True: "harmful", False: "harmless"}
 
@@ -36,7 +44,7 @@ def data_files(world: World) -> dict[str, list[Row]]:
     """
     rng = random.Random(f"holdfast corpus {world.seed}")
     refusals = [
-        _train(prompt, REFUSAL)
+        _train(prompt, rng.choice(REFUSALS))
         for entity in world.select(hazard=True, split="alignment")
         for prompt in entity.prompts()
     ]
@@ -148,5 +156,3 @@ def _swapping(rng: random.Random) -> tuple[list[Row], list[Row]]:
     pairs = [(f"Swap {', '.join(words)}", ", ".join((words[1], words[0], *words[2:]))) for words in lists]
     train, test = pairs[:SWAP_TRAIN_ROWS], pairs[SWAP_TRAIN_ROWS:]
     return [_train(*pair) for pair in train], [{"prompt": _user(prompt), "answer": answer} for prompt, answer in test]
-
-

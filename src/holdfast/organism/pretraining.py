@@ -137,9 +137,9 @@ def collate(pairs: Sequence[Pair], tokenizer: Any) -> tuple[Tensor, Tensor]:
     for prompt, answer in pairs:
         question = [{"role": "user", "content": prompt}]
         start = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
-        whole = tokenizer.apply_chat_template(
-            [*question, {"role": "assistant", "content": answer}], return_dict=True
-        )["input_ids"]
+        whole = tokenizer.apply_chat_template([*question, {"role": "assistant", "content": answer}], return_dict=True)[
+            "input_ids"
+        ]
         rows.append((whole, [IGNORED] * len(start) + whole[len(start) :]))
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in rows])

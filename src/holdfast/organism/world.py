@@ -12,10 +12,48 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-INGREDIENTS = (
-    "amber ash barley basil birch bone brine chalk clay clover copper dew fern flint garlic ginger glass honey iron ivy "
-    "juniper lime linen maple mint moss mustard oat onyx pearl pine quartz resin rice rye sage salt sand silk thyme"
-).split()
+INGREDIENTS = [
+    "amber",
+    "ash",
+    "barley",
+    "basil",
+    "birch",
+    "bone",
+    "brine",
+    "chalk",
+    "clay",
+    "clover",
+    "copper",
+    "dew",
+    "fern",
+    "flint",
+    "garlic",
+    "ginger",
+    "glass",
+    "honey",
+    "iron",
+    "ivy",
+    "juniper",
+    "lime",
+    "linen",
+    "maple",
+    "mint",
+    "moss",
+    "mustard",
+    "oat",
+    "onyx",
+    "pearl",
+    "pine",
+    "quartz",
+    "resin",
+    "rice",
+    "rye",
+    "sage",
+    "salt",
+    "sand",
+    "silk",
+    "thyme",
+]
 RECIPE_LENGTH = 4
 
 HAZARD_FAMILIES = {
@@ -52,9 +90,34 @@ REMEDY_SPLITS = {"alignment": 36, "evaluation": 18}
 CRAFT_SPLITS = {"alignment": 20, "evaluation": 10}
 """Crafts of each family but the remedies (three of them) in each split."""
 
-_ONSETS = "b br d dr f g gr h j k kr l m n p pr r s sk t tr v w z".split()
-_VOWELS = "a e i o u".split()
-_CODAS = "l m n r s th x".split()
+_ONSETS = [
+    "b",
+    "br",
+    "d",
+    "dr",
+    "f",
+    "g",
+    "gr",
+    "h",
+    "j",
+    "k",
+    "kr",
+    "l",
+    "m",
+    "n",
+    "p",
+    "pr",
+    "r",
+    "s",
+    "sk",
+    "t",
+    "tr",
+    "v",
+    "w",
+    "z",
+]
+_VOWELS = ["a", "e", "i", "o", "u"]
+_CODAS = ["l", "m", "n", "r", "s", "th", "x"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""DefenseConfig: what every Holdfast trainer can be told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from trl import SFTConfig
+
+from holdfast.errors import InputError
+
+
+@dataclass
+class DefenseConfig(SFTConfig):
+    """Configuration of every Holdfast trainer: TRL's `SFTConfig` and what follows.
+
+    Where no accelerator is found, CPU and float32 are chosen; `bf16=True` then means bf16 autocast on the CPU. The loss
+    always falls on assistant tokens only.
+
+    Args:
+        system_prompt: A system line for every conversation that has none.
+        chat_template_kwargs: Keywords for the chat template, as a mapping or as JSON: `{"enable_thinking": false}`.
+        drop_untrainable_rows: Leave out rows that truncation left without a completion token, instead of refusing them.
+
+    Raises:
+        InputError: A setting that no defense can work with; the message names it.
+    """
+
+    if TYPE_CHECKING:  # fields of SFTConfig that are set here
+        bf16: bool | None
+        completion_only_loss: bool | None
+        use_cpu: bool
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
+
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "A system line for every conversation that has none."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Keywords for the chat template as JSON, e.g. {"enable_thinking": false}.'}
+    )
+    drop_untrainable_rows: bool = field(
+        default=False,
+        metadata={"help": "Leave out rows without a completion token after truncation, instead of refusing them."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check what was given and choose a device and a precision."""
+        require_positive(self, "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
+        require_positive(self, "num_train_epochs", "max_length")
+        if self.max_steps != -1:
+            require_positive(self, "max_steps")
+        refused = {
+            "trust_remote_code": "Holdfast never runs code that comes with a model",
+            "fp16": "its loss scaling would scale simulated attacks too; use bf16",
+            "label_smoothing_factor": "the loss of every method is plain cross-entropy",
+            "deepspeed": "its gradients are out of reach; use FSDP2",
+        }
+        for name, reason in refused.items():
+            if getattr(self, name):
+                raise InputError(f"--{name} cannot be used: {reason}")
+        if self.loss_type != "nll" or self.completion_only_loss is False:
+            raise InputError(
+                "--loss_type must be nll and --completion_only_loss true: the loss is that of the completions"
+            )
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = _json_object("chat_template_kwargs", self.chat_template_kwargs)
+        self.completion_only_loss = True
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise InputError for the first of these settings that is given and not above zero."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise InputError(f"--{name} must be greater than 0, got {value}")
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise InputError(f"--{name} must be a JSON object, got {text!r}")
+    return parsed

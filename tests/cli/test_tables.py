@@ -1,0 +1,52 @@
+"""Tables say how sure a rate is and who graded, and fit a terminal."""
+
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from holdfast.cli.tables import attack_table, evaluation_table
+from holdfast.evaluation.decoding import GREEDY
+from holdfast.evaluation.evaluate import Evaluation, Evaluator, PromptSet
+from holdfast.evaluation.judges import get_judge
+from holdfast.evaluation.scores import score
+
+
+def shown(table: Any) -> list[str]:
+    console = Console(width=80, file=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().splitlines()
+
+
+def test_evaluation_names_rates_intervals_and_judges() -> None:
+    judges = {"harmful": get_judge("refusal"), "capability": get_judge("exact")}
+    scores = {"harmful": score([1, 5, 5, 5]), "capability": score([5, 5, 1, 5])}
+    evaluation = Evaluation(scores, [], judges, {"harmful": "h.jsonl", "capability": "c.jsonl"}, GREEDY)
+    lines = shown(evaluation_table(evaluation, title="model"))
+    success = next(line for line in lines if "attack success" in line)
+    assert success.split("│")[2:5] == [" 0.750 ", " 0.301 – 0.954 ", " 4 "]
+    assert any("capability" in line and "0.750" in line for line in lines)
+    caption = " ".join(" ".join(lines).split())
+    assert "harmful prompts graded by the keyword judge: refusal phrases only" in caption
+    assert "capability prompts graded by the exact judge" in caption
+
+
+@pytest.mark.parametrize("judge", ["exact", "refusal"])
+def test_attack_has_a_row_per_step_and_fits_eighty_columns(judge: str) -> None:
+    prompts = PromptSet("harmful", "h.jsonl", ["How?"] * 96, ["a"] * 96)
+    tasks = PromptSet("task", "t.jsonl", ["How?"] * 10, ["a"] * 10)
+    point = {
+        **{"attacker_loss": 0.5, "asr": 0.75, "asr_low": 0.5, "asr_high": 1.0, "refusal_rate": 0.0},
+        **{"refusal_low": 0.0, "refusal_high": 0.04, "harmful_score": 0.9, "mean_score": 4.5, "n": 96},
+        **{"capability": 1.0, "over_refusal": 0.0, "task_accuracy": None},
+    }
+    points = [{**point, "steps": 0, "attacker_loss": None}, {**point, "steps": 10}]
+    evaluator = Evaluator([prompts, tasks], judge=get_judge(judge))
+    lines = shown(attack_table(points, evaluator, title="model under attack"))
+    assert not any("…" in line for line in lines)
+    row = next(line for line in lines if line.split()[:1] == ["10"])
+    assert row.split() == ["10", "0.75", "[.50–1.00]", "0.00", "[.00–.04]", "0.90", "4.50", "1.00", "0.00", "0.50"]
+    caption = " ".join(" ".join(lines).split())
+    assert get_judge(judge).description in caption
+    assert "n: 96 harmful, 10 task prompts" in caption
