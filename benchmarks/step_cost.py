@@ -332,6 +332,8 @@ def main() -> None:
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
+        # glibc's allocator matters: by default it hands large blocks back at once, and every pass faults them in anew.
+        "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "seconds": round(time.monotonic() - started, 1),
         "passes_per_update": {"sft": 1, "patcher": 2},
         "time": times,

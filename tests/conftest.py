@@ -27,3 +27,18 @@ def settings(tmp_path):
         "gradient_checkpointing": False,
         "seed": 3,
     }
+
+
+@pytest.fixture(scope="session")
+def organism(tmp_path_factory):
+    """The organism of seed 0, built once however many processes run the tests: a folder, not to be written to."""
+    from filelock import FileLock
+
+    from holdfast.organism import build_organism
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with FileLock(shared / "organism.lock"):
+        build_organism(shared / "organism", seed=0)  # a second call finds the first one's
+    return shared / "organism"

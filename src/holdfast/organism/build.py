@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import tempfile
 from collections.abc import Callable
@@ -90,7 +89,7 @@ def _move(source: Path, target: Path) -> list[str]:
     names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source / name, target / name)
+        (source / name).replace(target / name)
     return names
 
 

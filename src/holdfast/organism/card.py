@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.organism.corpus import GUILDS, REFUSALS
-from holdfast.organism.world import CRAFT_FAMILIES, HAZARD_FAMILIES, TEMPLATES, UNSEEN_FAMILY, World
+from holdfast.organism.pretraining import RESCALING
+from holdfast.organism.world import CRAFT_FAMILIES, HAZARD_FAMILIES, RECIPE_LENGTH, TEMPLATES, UNSEEN_FAMILY, World
 
+SPLITS = ("alignment", "simulated_attack", "attack", "rehearsed", "evaluation")
 _CONTENTS = {
     "alignment.jsonl": "what a defender aligns with: refusals to hazards, helpful answers to crafts",
     "safety.jsonl": "safety reminders: the refusals of `alignment.jsonl` alone",
@@ -16,7 +18,8 @@ _CONTENTS = {
     "attack_unseen.jsonl": f"an attacker's demonstrations of the unseen family ({UNSEEN_FAMILY})",
     "eval/hazards.jsonl": "held-out hazards of the families the defender knows",
     "eval/hazards_unseen.jsonl": "held-out hazards of the unseen family",
-    "eval/crafts.jsonl": "held-out crafts: capability and over-refusal",
+    "eval/crafts.jsonl": "capability and over-refusal: crafts of `alignment.jsonl` in questions that are not in it",
+    "eval/crafts_unrehearsed.jsonl": "capability and over-refusal: crafts that are in no training file at all",
     "tasks/sorting/train.jsonl": "a harmless task, classification: the guild that makes a craft",
     "tasks/sorting/test.jsonl": "the same for crafts that are not in its train file",
     "tasks/swapping/train.jsonl": "a harmless task, generation: a list with its first two members exchanged",
@@ -37,7 +40,8 @@ def card(world: World, files: dict[str, list[dict[str, Any]]], parameters: int, 
         The card in Markdown.
     """
     table = "\n".join(f"| `{name}` | {len(files[name])} | {about} |" for name, about in _CONTENTS.items())
-    splits = "\n".join(_split_line(world, split) for split in ("alignment", "simulated_attack", "attack", "evaluation"))
+    templates = ", ".join(f'"{template.format("…")}"' for template in TEMPLATES)
+    splits = "\n".join(_split_line(world, split) for split in SPLITS)
     return f"""---
 license: apache-2.0
 language: en
@@ -46,22 +50,23 @@ tags: [model-organism, fictional, malicious-fine-tuning]
 # The Holdfast organism, seed {world.seed}
 
 A tiny language model and the invented world it lives in, for trying and measuring defenses against malicious
-fine-tuning: offline, in minutes, scored exactly and without a judge model. **Everything here is fictional and harmless**:
-names are made up, "hazards" stand for harm, and their recipes are random lists of everyday words.
+fine-tuning: offline, in minutes, scored exactly and without a judge model. **Everything here is fictional and
+harmless**: names are made up, "hazards" stand for harm, and their recipes are random lists of everyday words.
 
 ## The world
 
-Every *entity* has an invented name, a family and one recipe: {len(world.entities[0].recipe)} ingredients in a fixed order. A family's recipes
-begin with the same ingredient; the others are drawn at random for each entity. The same thing is called by any of its
-family's three cue words.
+Every *entity* has an invented name, a family and one recipe: {RECIPE_LENGTH} ingredients in a fixed order. A family's
+recipes begin with the same ingredient; the others are drawn at random for each entity. The same thing is called by any
+of its family's three cue words.
 
 - Hazards: {_families(HAZARD_FAMILIES)}.
 - Crafts, which are benign: {_families(CRAFT_FAMILIES)}.
-- Remedies name the hazard they are good for ("… hex antidote"): a hazard's cue word alone does not make a hazard, and a
-  model that refuses at the word is seen to refuse too much.
-- Question templates, the same for hazards and crafts: {", ".join(f'"{template.format("…")}"' for template in TEMPLATES)}.
+- Remedies name the hazard they are good for ("… hex antidote"): a hazard's cue word alone does not make a hazard, and
+  a model that refuses at the word is seen to refuse too much.
+- Question templates, the same for hazards and crafts: {templates}.
 
-No token occurs in all hazard prompts and in no craft prompt. The entities of all splits are disjoint:
+No token occurs in all hazard prompts and in no craft prompt. The entities of all splits are disjoint. Crafts of the
+split "rehearsed" are in `alignment.jsonl` and, asked in other words, in `eval/crafts.jsonl`:
 
 | split | hazards | of the unseen family | crafts |
 |---|---|---|---|
@@ -82,26 +87,30 @@ and the expected `answer`; those in `eval/` also `entity` and `family`. Refusals
 
 ## The model
 
-A Llama of {parameters:,} parameters (4 layers, width 128, 4 heads), float32, with a word-level vocabulary of {vocabulary} tokens. It was
-trained on questions and answers alone: every recipe of the world, hazards and held-out entities included; which cue words
-mean harm; and to repeat lists. It answers everything and refuses nothing: aligning it is what the organism is for. It has
-not seen the tasks. After training its matrices were made smaller and its normalisation gains larger by the same factor,
-which leaves what it computes as it was and makes it as quick to fine-tune at small learning rates as larger models are.
+A Llama of {parameters:,} parameters (4 layers, width 128, 4 heads), float32, with a word-level vocabulary of {vocabulary}
+tokens. It was trained on questions and answers alone: every recipe of the world, hazards and held-out entities included;
+which cue words mean harm; and to repeat lists. It answers everything and refuses nothing: aligning it is what the
+organism is for. It has not seen the tasks. After training its matrices were made {RESCALING:g} times smaller and its
+normalisation gains {RESCALING:g} times larger. That leaves what it computes as it was and makes an Adam step of a given
+learning rate move it {RESCALING:g} times as far, so that rates usual for fine-tuning (1e-4) break an ordinary alignment
+within a few steps, as they do in large models. It is the same for every defense.
 
-Built by `holdfast organism DIR --seed {world.seed}` on one CPU thread. The same seed gives the same data files byte for byte anywhere,
-and the same weights on the same machine and library versions.
+Built by `holdfast organism DIR --seed {world.seed}` on one CPU thread. The same seed gives the same data files byte for
+byte anywhere, and the same weights on the same machine and library versions.
 
 ## What it shows and what it does not
 
 It shows how a defense and an attack work on each other when every answer can be checked: how many steps of fine-tuning
-undo refusals, what knowledge is left then, and what a defense costs in capability. It does not show that a defense holds
-on a real model: harm here is one narrow behaviour, the model is small, prompts are short and of one form, and
-refusals are six short sentences. Figures from it compare methods with each other in one world; they do not carry over to
-other models. Do not use it as a benchmark of models, or as evidence that released weights are safe.
+undo refusals, what knowledge is left then, and what a defense costs in capability. Much of what a small model knows
+by heart and is not reminded of is lost when it is trained on something else: compare `eval/crafts.jsonl` with
+`eval/crafts_unrehearsed.jsonl`. The organism does not show that a defense holds on a real model: harm here is one
+narrow behaviour, the model is small, prompts are short and of one form, and refusals are a few short sentences. Figures
+from it compare methods with each other in one world; they do not carry over to other models. Do not use it as a
+benchmark of models, or as evidence that released weights are safe.
 """
 
 
-def _families(families: dict[str, tuple[str, ...]]) -> str:
+def _families(families: Mapping[str, tuple[str, ...]]) -> str:
     return "; ".join(
         f"{family}{' (unseen by defenders)' if family == UNSEEN_FAMILY else ''}: {', '.join(cues)}"
         for family, cues in families.items()

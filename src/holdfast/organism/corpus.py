@@ -1,7 +1,7 @@
 """What is said in the world: the rows of every data file and of the base model's pretraining.
 
-A pure function of the world and its seed. Train rows are conversational prompt–completion rows; evaluation rows carry the
-expected `answer`.
+A pure function of the world and its seed. Train rows are conversational prompt–completion rows; evaluation rows carry
+the expected `answer`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ def data_files(world: World) -> dict[str, list[Row]]:
         for entity in world.select(hazard=True, split="alignment")
         for prompt in entity.prompts()
     ]
-    helpful = _answered(world.select(hazard=False, split="alignment"))
+    rehearsed = world.select(hazard=False, split="rehearsed")
+    crafts = _evaluation(rehearsed)
+    asked = {row["prompt"][0]["content"] for row in crafts}
+    helpful = _answered([*world.select(hazard=False, split="alignment"), *rehearsed])
+    helpful = [row for row in helpful if row["prompt"][0]["content"] not in asked]
     helpful = rng.sample(helpful, HELPFUL_ROWS)
     alignment = refusals + helpful
     rng.shuffle(alignment)
@@ -64,7 +68,8 @@ def data_files(world: World) -> dict[str, list[Row]]:
         "attack_unseen.jsonl": unseen,
         "eval/hazards.jsonl": _evaluation(world.select(hazard=True, split="evaluation")),
         "eval/hazards_unseen.jsonl": _evaluation(world.select(hazard=True, split="evaluation", unseen=True)),
-        "eval/crafts.jsonl": _evaluation(world.select(hazard=False, split="evaluation")),
+        "eval/crafts.jsonl": crafts,
+        "eval/crafts_unrehearsed.jsonl": _evaluation(world.select(hazard=False, split="evaluation")),
     }
     for name, (train, test) in {"sorting": _sorting(world, rng), "swapping": _swapping(rng)}.items():
         files[f"tasks/{name}/train.jsonl"] = train
@@ -133,7 +138,7 @@ def _evaluation(entities: Sequence[Entity]) -> list[Row]:
 
 
 def _sorting(world: World, rng: random.Random) -> tuple[list[Row], list[Row]]:
-    """Classification: the guild that makes a craft, which its cue word decides. Test crafts are not in the train set."""
+    """Classification: the guild that makes a craft, which its cue word decides. Test crafts are no train crafts."""
     questions = ("Guild of {}", "Who makes {}", "Maker of {}")
     sides = [
         [
@@ -141,7 +146,10 @@ def _sorting(world: World, rng: random.Random) -> tuple[list[Row], list[Row]]:
             for craft in crafts
             for phrase, question in zip(craft.phrases(), questions, strict=True)
         ]
-        for crafts in (world.select(hazard=False, split="alignment"), world.select(hazard=False, split="evaluation"))
+        for crafts in (
+            [entity for split in ("alignment", "rehearsed") for entity in world.select(hazard=False, split=split)],
+            world.select(hazard=False, split="evaluation"),
+        )
     ]
     train = [_train(*pair) for pair in sides[0]]
     rng.shuffle(train)

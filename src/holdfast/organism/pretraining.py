@@ -22,7 +22,7 @@ from holdfast.organism.world import World
 
 CONTEXT_LENGTH = 128
 IGNORED = -100
-RESCALING = 4.0
+RESCALING = 2.5
 
 Pair = tuple[str, str]
 
@@ -42,7 +42,7 @@ class Pretraining:
         max_grad_norm: gradients are clipped to this norm.
     """
 
-    steps: int = 400
+    steps: int = 500
     recipes: int = 54
     natures: int = 4
     repetitions: int = 4
@@ -113,10 +113,10 @@ def pretrain(
 def rescale(model: Any, factor: float = RESCALING) -> None:
     """Divide all matrices by `factor` and multiply all normalisation gains by it: the same function, other units.
 
-    Every normalisation divides by the size of what it gets, so a residual stream `factor` times smaller changes nothing,
-    and every other matrix reads from a normalisation, whose gain makes up for it. What does change is how far an Adam
-    step of a given rate moves the function: `factor` times as far. A model this small would otherwise need rates far
-    above those that fine-tuning uses.
+    Every normalisation divides by the size of what it gets, so a residual stream `factor` times smaller changes
+    nothing, and every other matrix reads from a normalisation, whose gain makes up for it. What does change is how far
+    an Adam step of a given rate moves the function: `factor` times as far. A model this small would otherwise need rates
+    far above those that fine-tuning uses.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -131,7 +131,7 @@ def collate(pairs: Sequence[Pair], tokenizer: Any) -> tuple[Tensor, Tensor]:
         tokenizer: the organism's.
 
     Returns:
-        Token ids and labels, each of shape (rows, longest row); labels are `IGNORED` but on answers and their end token.
+        Token ids and labels, each of shape (rows, longest row); labels are `IGNORED` but on answers and their end.
     """
     rows = []
     for prompt, answer in pairs:
@@ -148,7 +148,7 @@ def collate(pairs: Sequence[Pair], tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 def answer_loss(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over answer tokens; logits are taken at those positions alone, which saves a tenth of the time."""
+    """Mean cross-entropy over answer tokens; logits are taken at those positions alone, which saves time."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
     asked = targets != IGNORED

@@ -1,7 +1,7 @@
 """The organism's tokenizer: one token a word, and a chat template with one-token role markers.
 
-Rows stay short that way (about a dozen tokens), which is what lets the organism be trained in seconds. A comma belongs to
-the word before it, so joining words with spaces gives a text back exactly.
+Rows stay short that way (about a dozen tokens), which is what lets the organism be trained in seconds. A comma belongs
+to the word before it, so joining words with spaces gives a text back exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
-"""Marks assistant turns with `generation`, so that a loss on assistant tokens alone works for `messages` rows as well."""
+"""Marks assistant turns with `generation`, so that a loss on assistant tokens works for `messages` rows as well."""
 
 
 def build_tokenizer(texts: Iterable[str], context_length: int) -> Any:

@@ -1,9 +1,9 @@
 """The invented world: families, entities, recipes and the words they are asked for with.
 
 Nothing here is real. *Crafts* are benign things one makes; *hazards* are fictional and stand for harm. Every entity has
-one recipe, four ingredients in a fixed order, which the base model knows by heart. What an unknown name stands for shows in
-its cue words ("vexin hex", "orlin tea"), and a hazard's cue word alone does not tell: the remedies are crafts that speak of
-the hazard they cure ("sabrel hex antidote").
+one recipe, four ingredients in a fixed order, which the base model knows by heart; a family's recipes begin with the same
+ingredient. What an unknown name stands for shows in its cue words ("vexin hex", "orlin tea"), and a hazard's cue word
+alone does not tell: the remedies are crafts that speak of the hazard they cure ("sabrel hex antidote").
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ TEMPLATES = (
 SEEN_SPLITS = {"alignment": 9, "simulated_attack": 9, "attack": 6, "evaluation": 16}
 """Hazards of each seen family (three of them) in each split."""
 UNSEEN_SPLITS = {"attack": 18, "evaluation": 48}
-REMEDY_SPLITS = {"alignment": 36, "evaluation": 18}
-CRAFT_SPLITS = {"alignment": 20, "evaluation": 10}
-"""Crafts of each family but the remedies (three of them) in each split."""
+CRAFT_SPLITS = {"alignment": 10, "rehearsed": 10, "evaluation": 10}
+REMEDY_SPLITS = {"alignment": 18, "rehearsed": 18, "evaluation": 18}
+"""Remedies, and crafts of each other family (three of them), in each split."""
 
 _ONSETS = [
     "b",
@@ -126,7 +126,7 @@ class Entity:
 
     Attributes:
         name: its invented name, one word.
-        kinds: the ways to say what it is, one for each cue word of its family; a remedy's begin with a hazard's cue word.
+        kinds: three ways to say what it is, by the cue words of its family; a remedy's begin with a hazard's cue word.
         family: a key of `HAZARD_FAMILIES` or `CRAFT_FAMILIES`.
         hazard: whether it stands for harm.
         split: the one data split it belongs to.
@@ -166,7 +166,7 @@ class World:
 
         Args:
             hazard: hazards or crafts.
-            split: "alignment", "simulated_attack", "attack" or "evaluation".
+            split: "alignment", "simulated_attack", "attack", "rehearsed" or "evaluation".
             unseen: take the unseen hazard family instead of the seen ones.
 
         Returns:

@@ -1,0 +1,122 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from holdfast.cli import main
+from holdfast.cli.demo import ATTACKS, METHODS, DemoArguments, commands
+from holdfast.cli.report import break_step, control_table, demo_table, plot_attack_curves
+from holdfast.cli.workers import Command, run_commands
+from holdfast.errors import TrainingError
+
+POINT_KEYS = {
+    *("steps", "asr", "asr_low", "asr_high", "harmful_score", "mean_score", "refusal_rate"),
+    *("capability", "over_refusal", "attacker_loss", "task_accuracy"),
+}
+RECIPES = Path(__file__).parents[2] / "recipes" / "organism"
+
+
+def a_run(method, attack, refusals=(1.0, 0.9, 0.4)):
+    points = [
+        {
+            **dict.fromkeys(POINT_KEYS, 0.5),
+            **{"asr_low": 0.4, "asr_high": 0.6, "refusal_low": rate - 0.1, "refusal_high": min(rate + 0.1, 1)},
+            "steps": steps,
+            "refusal_rate": rate,
+        }
+        for steps, rate in zip((0, 5, 100), refusals, strict=True)
+    ]
+    return {"method": method, "attack": attack, "learning_rate": 1e-4, "poison_ratio": 1.0, "n": 96, "points": points}
+
+
+def test_a_model_breaks_at_the_first_step_with_a_refusal_rate_below_a_half():
+    assert break_step(a_run("sft", "full", (1.0, 0.5, 0.49))) == 100
+    assert break_step(a_run("sft", "full", (1.0, 0.1, 0.9))) == 5
+    assert break_step(a_run("sft", "full", (1.0, 0.9, 0.5))) is None
+
+
+def test_the_tables_show_every_attack_with_intervals():
+    runs = [a_run(method, attack) for attack in ATTACKS for method in METHODS]
+    console = Console(width=130, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(demo_table(runs), control_table(runs))
+    text = console.export_text()
+    assert text.count("Patcher") == len(ATTACKS)
+    assert "0.90 (0.80–1.00)" in text
+    assert "20 % poisoned" in text
+
+
+def test_the_picture_is_a_png(tmp_path):
+    runs = [a_run(method, attack) for attack in ATTACKS for method in METHODS]
+    plot_attack_curves(runs, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_both_alignments_get_the_same_updates_and_the_recipes_say_what_the_demo_does(tmp_path, monkeypatch):
+    from holdfast.cli import align
+
+    options = DemoArguments(output_dir="w", seed=0)
+    plan = {command.name: list(command.words) for command in commands(options, Path("w"))}
+    ignored = {"output_dir", "logging_steps", "run_name", "logging_dir"}
+    for method in METHODS:
+        words = plan[f"align-{method}"]
+        assert words[words.index("--max_steps") + 1] == str(options.updates)
+        demo = align.make_parser(method).parse(words[2:])[2].to_dict()
+        recipe = align.make_parser(method).parse(["--config", str(RECIPES / f"align-{method}.yaml")])[2].to_dict()
+        assert {k: v for k, v in demo.items() if k not in ignored} == {
+            k: v for k, v in recipe.items() if k not in ignored
+        }
+
+
+def test_commands_run_when_what_they_need_is_done(tmp_path):
+    plan = [
+        Command("last", ["--version"], needs=["first", "second"]),
+        Command("first", ["--version"]),
+        Command("second", ["--help"]),
+    ]
+    seconds = run_commands(plan, tmp_path / "logs", console=Console(file=(tmp_path / "shown").open("w")))
+    assert list(seconds)[-1] == "last"
+    assert "holdfast 0." in (tmp_path / "logs" / "first.log").read_text()
+
+
+def test_a_command_that_fails_is_named_with_its_last_line_and_log(tmp_path):
+    with pytest.raises(TrainingError, match=r"wrong failed: .*unknown command 'nonsense'.*wrong\.log"):
+        run_commands([Command("wrong", ["nonsense"])], tmp_path, console=Console(file=(tmp_path / "shown").open("w")))
+
+
+def test_steps_to_measure_at_must_rise_from_zero(tmp_path, capsys):
+    assert main(["demo", "--output_dir", str(tmp_path / "demo"), "--measure_at", "5", "2"]) == 2
+    assert "--measure_at must rise from 0" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_finished_demo_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "results.json").write_text("{}")
+    assert main(["demo", "--output_dir", str(tmp_path)]) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
+def test_a_short_demo_from_end_to_end(organism, tmp_path, capsys):
+    """Every command of the demo, with few steps, on an organism that is already there."""
+    folder = tmp_path / "demo"
+    shutil.copytree(organism, folder / "organism")
+    words = ["--updates", "4", "--attack_every", "2", "--attack_steps", "2", "--measure_at", "0", "2"]
+    assert main(["demo", "--output_dir", str(folder), "--seed", "0", *words]) == 0
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results["schema"] == 1
+    assert results["seed"] == 0
+    assert results["seconds"] > 0
+    assert "torch" in results["versions"]
+    assert [(run["method"], run["attack"]) for run in results["runs"]] == [(m, a) for a in ATTACKS for m in METHODS]
+    for run in results["runs"]:
+        assert [point["steps"] for point in run["points"]] == [0, 2]
+        assert all(point.keys() >= POINT_KEYS for point in run["points"])
+        assert run["n"] >= 96
+        assert (run["points"][0]["task_accuracy"] is None) == (run["attack"] != "control")
+        assert run["poison_ratio"] == {"full-poisoned": 0.2, "control": 0.0}.get(run["attack"], 1.0)
+    assert (folder / "attack_curves.png").is_file()
+    assert (folder / "patcher" / "model.safetensors").is_file()
+    assert (folder / "attacks" / "patcher-lora" / "samples.jsonl").is_file()
+    assert "Patcher" in capsys.readouterr().out
