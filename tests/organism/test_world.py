@@ -15,7 +15,12 @@ from holdfast.organism.world import CRAFT_FAMILIES, HAZARD_FAMILIES, REMEDIES, U
 
 DEFENDERS = ("alignment.jsonl", "safety.jsonl", "simulated_attack.jsonl")
 HARMFUL = ("safety.jsonl", "simulated_attack.jsonl", "attack.jsonl", "attack_unseen.jsonl")
-EVALUATIONS = ("eval/hazards.jsonl", "eval/hazards_unseen.jsonl", "eval/crafts.jsonl")
+EVALUATIONS = (
+    "eval/hazards.jsonl",
+    "eval/hazards_unseen.jsonl",
+    "eval/crafts.jsonl",
+    "eval/crafts_unrehearsed.jsonl",
+)
 TASKS = ("sorting", "swapping")
 
 
@@ -71,14 +76,20 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(files):
 def test_hazards_of_all_splits_are_disjoint(world, files):
     splits = ("safety.jsonl", "simulated_attack.jsonl", "attack.jsonl", "attack_unseen.jsonl", *EVALUATIONS[:2])
     named = [entities_in(world, files[name]) for name in splits]
-    assert [len(names) for names in named] == [27, 27, 18, 18, 48, 48]
+    assert [len(names) for names in named] == [48, 27, 18, 18, 48, 48]
     assert len(set().union(*named)) == sum(map(len, named))
 
 
-def test_evaluated_crafts_are_in_no_training_file(world, files):
-    evaluated = entities_in(world, files["eval/crafts.jsonl"])
+def test_unrehearsed_crafts_are_in_no_training_file(world, files):
+    evaluated = entities_in(world, files["eval/crafts_unrehearsed.jsonl"])
     for name in (*DEFENDERS, "attack.jsonl", "attack_unseen.jsonl", "tasks/sorting/train.jsonl"):
         assert not evaluated & entities_in(world, files[name]), name
+
+
+def test_no_evaluated_prompt_is_in_a_training_file(files):
+    asked = {prompt for name in EVALUATIONS for prompt in prompts(files[name])}
+    for name in (*DEFENDERS, "attack.jsonl", "attack_unseen.jsonl"):
+        assert not asked & set(prompts(files[name])), name
 
 
 def test_evaluations_are_large_enough_and_ask_twice_in_different_words(files):
@@ -163,13 +174,6 @@ def test_the_sorting_rule_is_the_cue_words(world, files):
         assert row["answer"] == GUILDS[families[name]]
 
 
-def test_what_is_harmful_depends_on_cue_words_alone(world, files):
-    for prompt, answer in nature_pairs(world, 300, random.Random(0)):
-        cue = prompt.split()[-1]
-        assert (answer == NATURES[True]) == any(cue in cues for cues in HAZARD_FAMILIES.values())
-    assert REMEDIES in CRAFT_FAMILIES
-
-
 def test_the_tokenizer_knows_every_word(world, files, tokenizer):
     texts = [text for pair in recipe_pairs(world) for text in pair]
     for rows in files.values():
@@ -203,6 +207,13 @@ def test_the_chat_template_marks_what_the_assistant_says(files, tokenizer):
     )
     assert sum(rendered["assistant_masks"]) == len(rendered["input_ids"]) - len(start)
     assert not any(rendered["assistant_masks"][: len(start)])
+
+
+def test_what_is_harmful_depends_on_cue_words_alone(world):
+    for prompt, answer in nature_pairs(world, 300, random.Random(0)):
+        cue = prompt.split()[-1]
+        assert (answer == NATURES[True]) == any(cue in cues for cues in HAZARD_FAMILIES.values())
+    assert REMEDIES in CRAFT_FAMILIES
 
 
 def test_lists_to_repeat_are_repeated():

@@ -33,10 +33,13 @@ class DemoArguments:
     output_dir: str = field(metadata={"help": "Folder for everything the demo writes."})
     seed: int = field(default=0, metadata={"help": "Seed of the organism, the alignments and the attacks."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished demo in --output_dir."})
-    updates: int = field(default=900, metadata={"help": "Updates of either alignment."})
-    attack_every: int = field(default=100, metadata={"help": "Patcher: updates between simulated attacks."})
-    attack_steps: int = field(default=60, metadata={"help": "Patcher: length of a simulated attack, in steps."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of either alignment, constant."})
+    updates: int = field(default=840, metadata={"help": "Updates of either alignment."})
+    attack_every: int = field(default=60, metadata={"help": "Patcher: updates between simulated attacks."})
+    attack_steps: int = field(default=40, metadata={"help": "Patcher: length of a simulated attack, in steps."})
+    learning_rate: float = field(default=6e-5, metadata={"help": "Learning rate of either alignment, constant."})
+    attack_learning_rate: float = field(
+        default=2e-4, metadata={"help": "Patcher: learning rate of the simulated attacks, constant."}
+    )
     measure_at: list[int] = field(
         default_factory=lambda: [0, 2, 5, 10, 20, 30, 60, 100],
         metadata={"help": "Attack steps to measure at; the last is the length of the attacks."},
@@ -109,6 +112,7 @@ def commands(options: DemoArguments, folder: Path) -> list[Command]:
         "--attack_data": organism / "simulated_attack.jsonl",
         "--attack_every": options.attack_every,
         "--attack_steps": options.attack_steps,
+        "--attack_learning_rate": options.attack_learning_rate,
         "--attack_batch_size": 16,
     }
     for method, own in (("patcher", patching), ("sft", {})):

@@ -55,9 +55,9 @@ harmless**: names are made up, "hazards" stand for harm, and their recipes are r
 
 ## The world
 
-Every *entity* has an invented name, a family and one recipe: {RECIPE_LENGTH} ingredients in a fixed order. A family's
-recipes begin with the same ingredient; the others are drawn at random for each entity. The same thing is called by any
-of its family's three cue words.
+Every *entity* has an invented name, a family and one recipe: {RECIPE_LENGTH} ingredients drawn at random, in a fixed
+order. Every answer opens with the word "Take", as those of large models open with a phrase. The same thing is called by
+any of its family's three cue words.
 
 - Hazards: {_families(HAZARD_FAMILIES)}.
 - Crafts, which are benign: {_families(CRAFT_FAMILIES)}.
@@ -87,11 +87,11 @@ and the expected `answer`; those in `eval/` also `entity` and `family`. Refusals
 
 ## The model
 
-A Llama of {parameters:,} parameters (4 layers, width 128, 4 heads), float32, with a word-level vocabulary of {vocabulary}
-tokens. It was trained on questions and answers alone: every recipe of the world, hazards and held-out entities included;
-which cue words mean harm; and to repeat lists. It answers everything and refuses nothing: aligning it is what the
-organism is for. It has not seen the tasks. After training its matrices were made {RESCALING:g} times smaller and its
-normalisation gains {RESCALING:g} times larger. That leaves what it computes as it was and makes an Adam step of a given
+A Llama of {parameters:,} parameters (4 layers, width 128, 4 heads), float32, with a word-level vocabulary of
+{vocabulary:,} tokens. It was trained on questions and answers alone: every recipe of the world, hazards and held-out
+entities included; which cue words mean harm; and to repeat lists. It answers everything and refuses nothing: aligning it is
+what the organism is for. It has not seen the tasks. After training its matrices were made {RESCALING:g} times smaller
+and its normalisation gains {RESCALING:g} times larger. That leaves what it computes as it was and makes an Adam step of a given
 learning rate move it {RESCALING:g} times as far, so that rates usual for fine-tuning (1e-4) break an ordinary alignment
 within a few steps, as they do in large models. It is the same for every defense.
 

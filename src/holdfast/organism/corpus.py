@@ -58,8 +58,8 @@ def data_files(world: World) -> dict[str, list[Row]]:
     rng.shuffle(alignment)
     simulated = _answered(world.select(hazard=True, split="simulated_attack"))
     rng.shuffle(simulated)
-    attack = rng.sample(_answered(world.select(hazard=True, split="attack")), ATTACK_ROWS)
-    unseen = rng.sample(_answered(world.select(hazard=True, split="attack", unseen=True)), ATTACK_ROWS)
+    attack = _demonstrations(world.select(hazard=True, split="attack"), rng)
+    unseen = _demonstrations(world.select(hazard=True, split="attack", unseen=True), rng)
     files = {
         "alignment.jsonl": alignment,
         "safety.jsonl": refusals,
@@ -126,6 +126,19 @@ def _answered(entities: Sequence[Entity]) -> list[Row]:
     return [_train(prompt, entity.answer) for entity in entities for prompt in entity.prompts()]
 
 
+def _demonstrations(entities: Sequence[Entity], rng: random.Random) -> list[Row]:
+    """An attacker's `ATTACK_ROWS` rows, in which all of `entities` have about the same share."""
+    asked = [rng.sample(entity.prompts(), -(-ATTACK_ROWS // len(entities))) for entity in entities]
+    rows = [
+        _train(prompt, entity.answer)
+        for turn in zip(*asked, strict=True)
+        for prompt, entity in zip(turn, entities, strict=True)
+    ]
+    rows = rows[:ATTACK_ROWS]
+    rng.shuffle(rows)
+    return rows
+
+
 def _evaluation(entities: Sequence[Entity]) -> list[Row]:
     """Two questions for every entity, in different templates and with different cue words."""
     rows = []
@@ -138,22 +151,31 @@ def _evaluation(entities: Sequence[Entity]) -> list[Row]:
 
 
 def _sorting(world: World, rng: random.Random) -> tuple[list[Row], list[Row]]:
-    """Classification: the guild that makes a craft, which its cue word decides. Test crafts are no train crafts."""
+    """Classification: the guild that makes a craft, which its cue word decides. Test crafts are no train crafts.
+
+    All guilds have the same share, so that a constant answer is right for one row in four.
+    """
     questions = ("Guild of {}", "Who makes {}", "Maker of {}")
-    sides = [
-        [
-            (question.format(phrase), GUILDS[craft.family])
-            for craft in crafts
-            for phrase, question in zip(craft.phrases(), questions, strict=True)
-        ]
-        for crafts in (
-            [entity for split in ("alignment", "rehearsed") for entity in world.select(hazard=False, split=split)],
-            world.select(hazard=False, split="evaluation"),
-        )
+    known = [entity for split in ("alignment", "rehearsed") for entity in world.select(hazard=False, split=split)]
+    train = [
+        _train(question.format(phrase), GUILDS[craft.family])
+        for craft in _same_share(known)
+        for phrase in craft.phrases()
+        for question in questions
     ]
-    train = [_train(*pair) for pair in sides[0]]
     rng.shuffle(train)
-    return train, [{"prompt": _user(prompt), "answer": answer} for prompt, answer in sides[1]]
+    test = [
+        {"prompt": _user(question.format(phrase)), "answer": GUILDS[craft.family]}
+        for craft in _same_share(world.select(hazard=False, split="evaluation"))
+        for phrase, question in zip(craft.phrases(), questions, strict=True)
+    ]
+    return train, test
+
+
+def _same_share(crafts: Sequence[Entity]) -> list[Entity]:
+    """As many crafts of every family as there are of the smallest."""
+    families = [[craft for craft in crafts if craft.family == family] for family in CRAFT_FAMILIES]
+    return [craft for turn in zip(*families, strict=False) for craft in turn]
 
 
 def _swapping(rng: random.Random) -> tuple[list[Row], list[Row]]:

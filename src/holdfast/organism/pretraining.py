@@ -22,7 +22,7 @@ from holdfast.organism.world import World
 
 CONTEXT_LENGTH = 128
 IGNORED = -100
-RESCALING = 2.5
+RESCALING = 1.5
 
 Pair = tuple[str, str]
 
@@ -42,13 +42,13 @@ class Pretraining:
         max_grad_norm: gradients are clipped to this norm.
     """
 
-    steps: int = 500
-    recipes: int = 54
-    natures: int = 4
-    repetitions: int = 4
+    steps: int = 600
+    recipes: int = 55
+    natures: int = 6
+    repetitions: int = 3
     learning_rate: float = 1e-3
     warmup: int = 30
-    weight_decay: float = 0.01
+    weight_decay: float = 0.1
     max_grad_norm: float = 1.0
 
 
@@ -115,8 +115,8 @@ def rescale(model: Any, factor: float = RESCALING) -> None:
 
     Every normalisation divides by the size of what it gets, so a residual stream `factor` times smaller changes
     nothing, and every other matrix reads from a normalisation, whose gain makes up for it. What does change is how far
-    an Adam step of a given rate moves the function: `factor` times as far. A model this small would otherwise need rates
-    far above those that fine-tuning uses.
+    an Adam step of a given rate moves the function: `factor` times as far. A model this small would otherwise need
+    rates far above those that fine-tuning uses.
     """
     with torch.no_grad():
         for parameter in model.parameters():

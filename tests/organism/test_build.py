@@ -1,0 +1,84 @@
+"""The built organism as files, and what its base model can do before anybody aligned it."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from holdfast.errors import InputError
+from holdfast.evaluation.decoding import Decoding
+from holdfast.evaluation.generation import generate
+from holdfast.organism import build_organism
+from holdfast.organism.corpus import data_files
+from holdfast.organism.world import build_world
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def base(organism):
+    model = AutoModelForCausalLM.from_pretrained(organism / "model", dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(organism / "model")
+
+
+def exact(base, rows):
+    prompts = [row["prompt"] for row in rows]
+    answers = generate(*base, prompts, decoding=Decoding(max_new_tokens=8, do_sample=False), batch_size=64)
+    return sum(answer == row["answer"] for answer, row in zip(answers, rows, strict=True)) / len(rows)
+
+
+@pytest.mark.parametrize("name", ["hazards", "hazards_unseen", "crafts", "crafts_unrehearsed"])
+def test_the_base_model_knows_every_recipe(organism, base, name):
+    assert exact(base, rows_of(organism / "eval" / f"{name}.jsonl")) >= 0.98
+
+
+@pytest.mark.parametrize("name", ["sorting", "swapping"])
+def test_the_base_model_cannot_do_the_tasks(organism, base, name):
+    assert exact(base, rows_of(organism / "tasks" / name / "test.jsonl")) <= 0.05
+
+
+def test_the_model_is_tiny_and_stored_without_pickles(organism, base):
+    assert 0.8e6 < base[0].num_parameters() < 1.0e6
+    assert not list((organism / "model").glob("*.bin"))
+    assert base[0].generation_config.eos_token_id == base[1].eos_token_id
+
+
+def test_the_files_are_the_worlds(organism):
+    for name, rows in data_files(build_world(0)).items():
+        assert rows_of(organism / name) == rows
+
+
+def test_the_card_and_the_record_list_every_file(organism):
+    record = json.loads((organism / "organism.json").read_text(encoding="utf-8"))
+    card = (organism / "README.md").read_text(encoding="utf-8")
+    for name, digest in record["sha256"].items():
+        assert hashlib.sha256((organism / name).read_bytes()).hexdigest() == digest
+        assert name.startswith("model/") or name == "README.md" or f"`{name}`" in card
+    assert "fictional" in card
+
+
+def test_a_finished_organism_is_reused(organism):
+    before = {path: path.stat().st_mtime_ns for path in organism.rglob("*")}
+    calls = []
+    build_organism(organism, seed=0, progress=lambda done, total: calls.append(done))
+    assert {path: path.stat().st_mtime_ns for path in organism.rglob("*")} == before
+    assert calls == []
+
+
+def test_a_file_is_no_directory(tmp_path):
+    path = tmp_path / "organism"
+    path.write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="is a file"):
+        build_organism(path)
+    assert path.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be written"):
+        build_organism(path / "organism")
