@@ -8,6 +8,7 @@ Exit codes: 0 done · 1 training or writing failed · 2 the input cannot be used
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import NamedTuple
 
@@ -54,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code (see the module's docstring).
     """
+    # Several threads that spin against another process can make a small step take seconds instead of milliseconds, and
+    # bits depend on their number. Whoever has a large model and many cores sets another one; GPUs do not care.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except InputError as error:

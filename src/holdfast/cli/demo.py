@@ -33,7 +33,7 @@ class DemoArguments:
     output_dir: str = field(metadata={"help": "Folder for everything the demo writes."})
     seed: int = field(default=0, metadata={"help": "Seed of the organism, the alignments and the attacks."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished demo in --output_dir."})
-    updates: int = field(default=840, metadata={"help": "Updates of either alignment."})
+    updates: int = field(default=720, metadata={"help": "Updates of either alignment."})
     attack_every: int = field(default=60, metadata={"help": "Patcher: updates between simulated attacks."})
     attack_steps: int = field(default=40, metadata={"help": "Patcher: length of a simulated attack, in steps."})
     learning_rate: float = field(default=6e-5, metadata={"help": "Learning rate of either alignment, constant."})
@@ -86,7 +86,7 @@ def run(argv: list[str]) -> int:
     commands_run = [f"holdfast {' '.join(command.words)}" for command in plan]
     write_json(folder / MARKER, {"schema": 1, **record, "seconds": seconds, "commands": commands_run, "runs": runs})
     results = Console(highlight=False)
-    results.width = max(results.width, 118)  # the table must not be folded where output goes to a file
+    results.width = max(results.width, 124)  # the table must not be folded where output goes to a file
     results.print(demo_table(runs), control_table(runs))
     console.print(f"wrote {folder / MARKER}, {folder / 'attack_curves.png'}, and every model and answer beside them")
     console.print(f"took {seconds:.0f} s; the commands it ran are in {MARKER}, their output in {folder / 'logs'}")

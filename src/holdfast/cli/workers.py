@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -54,6 +55,9 @@ def run_commands(commands: Sequence[Command], logs: Path, *, console: Console, p
         TrainingError: A command failed; the message quotes its last line and names its log.
     """
     logs.mkdir(parents=True, exist_ok=True)
+    # glibc would hand large blocks back to the system and fault them in again at every update, a tenth of its time.
+    for name, value in {"MMAP_THRESHOLD": 2**30, "TRIM_THRESHOLD": 2**30, "TOP_PAD": 2**26}.items():
+        os.environ.setdefault(f"MALLOC_{name}_", str(value))
     seconds: dict[str, float] = {}
     waiting = list(commands)
     running: dict[Future[tuple[int, float]], Command] = {}
