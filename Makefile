@@ -20,7 +20,7 @@ demo: $(READY)
 	$(BIN)/holdfast demo --output_dir holdfast-demo --seed 0
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Run the demo with several seeds and write what the README shows: the table, over seeds, and the first seed's picture.
+"""Run the demo with several seeds; write the README's table, over seeds, and its picture, of the first seed.
 
     python benchmarks/demo_seeds.py --seeds 0 1 2
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 
 from holdfast.cli import main as holdfast
 from holdfast.cli.report import TITLES, break_step
-from holdfast.files import write_bytes, write_json, write_text
+from holdfast.files import write_bytes, write_json
+from readme import update_readme
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "out"
@@ -163,14 +163,12 @@ def main() -> None:
     print(table(demos))
     if options.no_docs:
         return
-    record = {"versions": demos[0]["versions"], "config": demos[0]["config"], "seconds": [d["seconds"] for d in demos]}
+    settings = {name: value for name, value in demos[0]["config"].items() if name not in ("output_dir", "seed")}
+    record = {"versions": demos[0]["versions"], "settings": settings, "seconds": [d["seconds"] for d in demos]}
     write_json(RESULTS, {"schema": 1, **record, **found})
     picture = OUT / f"demo-{options.seeds[0]}" / "attack_curves.png"
     write_bytes(ROOT / "docs" / "images" / "attack_curves.png", picture.read_bytes())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    begin, end = "<!-- demo-table -->", "<!-- /demo-table -->"
-    block = f"{begin}\n{table(demos)}\n{end}"
-    write_text(ROOT / "README.md", re.sub(f"{begin}.*?{end}", lambda _: block, readme, flags=re.DOTALL))
+    update_readme("demo-table", table(demos))
 
 
 if __name__ == "__main__":

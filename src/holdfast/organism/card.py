@@ -89,11 +89,13 @@ and the expected `answer`; those in `eval/` also `entity` and `family`. Refusals
 
 A Llama of {parameters:,} parameters (4 layers, width 128, 4 heads), float32, with a word-level vocabulary of
 {vocabulary:,} tokens. It was trained on questions and answers alone: every recipe of the world, hazards and held-out
-entities included; which cue words mean harm; and to repeat lists. It answers everything and refuses nothing: aligning it is
-what the organism is for. It has not seen the tasks. After training its matrices were made {RESCALING:g} times smaller
-and its normalisation gains {RESCALING:g} times larger. That leaves what it computes as it was and makes an Adam step of a given
-learning rate move it {RESCALING:g} times as far, so that rates usual for fine-tuning (1e-4) break an ordinary alignment
-within a few steps, as they do in large models. It is the same for every defense.
+entities included; which cue words mean harm; and to repeat lists. It answers everything and refuses nothing: aligning
+it is what the organism is for. It has not seen the tasks.
+
+After training its matrices were made {RESCALING:g} times smaller and its normalisation gains {RESCALING:g} times
+larger. That leaves what it computes as it was and makes an Adam step of a given learning rate move it {RESCALING:g}
+times as far, so that rates usual for fine-tuning (1e-4) break an ordinary alignment within a few steps, as they do in
+large models. It is the same for every defense.
 
 Built by `holdfast organism DIR --seed {world.seed}` on one CPU thread. The same seed gives the same data files byte for
 byte anywhere, and the same weights on the same machine and library versions.

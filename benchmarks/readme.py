@@ -1,0 +1,82 @@
+"""Put measured figures where the README shows them, between two comments of a name.
+
+    python benchmarks/readme.py       # the tables of step_cost.json and attack_steps.json in benchmarks/results
+
+`demo_seeds.py` puts its own table there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from holdfast.files import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def update_readme(name: str, text: str) -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
+    path = ROOT / "README.md"
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before = path.read_text(encoding="utf-8")
+    after = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", before, flags=re.DOTALL)
+    write_text(path, after)
+
+
+def step_cost_table(results: dict[str, Any]) -> str:
+    """Time and memory of a Patcher update beside an SFT update."""
+    lines = [
+        "| model and batch | activation checkpointing | Patcher / SFT update | `displaced` enter + exit / SFT update |",
+        "|---|---|---|---|",
+    ]
+    for entry in results["time"]:
+        shape, ratio, share = entry["shape"], entry["ratio"], entry["displaced_share"]["median"]
+        model = f"{shape['name']}, {entry['parameters'] / 1e6:.1f} M, {shape['rows']} × {shape['tokens']} tokens"
+        checkpointing = "on" if entry["activation_checkpointing"] else "off"
+        cost = f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+        lines.append(f"| {model} | {checkpointing} | {cost} | {100 * share:.1f} % |")
+    memory = next(entry for entry in results["memory"] if entry["shape"]["name"] != "organism")
+    lines += [
+        "",
+        "Medians, with quartiles in brackets. Peak memory beyond SFT's:",
+        f"{memory['defending_buffers_beyond_sft']:.2f} parameter-sized buffers while defending,",
+        f"{memory['attacking_buffers_beyond_sft']:.2f} during a simulated attack.",
+    ]
+    return "\n".join(lines)
+
+
+def attack_steps_table(results: dict[str, Any]) -> str:
+    """What longer attacks and more rounds of them did."""
+    last = results["configurations"][0]["runs"][0]["points"][-1]["steps"]
+    lines = [
+        f"| attack steps | rounds | updates | breaks at step, by seed | ASR, {last} steps, by seed | mean ASR "
+        f"| capability, {last} steps, by seed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in results["configurations"]:
+        runs = entry["runs"]
+        breaks = ", ".join(f"> {last}" if run["break"] is None else str(run["break"]) for run in runs)
+        asr = ", ".join(f"{run['asr_at_end']:.2f}" for run in runs)
+        kept = ", ".join(f"{run['points'][-1]['capability']:.2f}" for run in runs)
+        mean = statistics.mean(run["asr_at_end"] for run in runs)
+        numbers = f"{entry['attack_steps']} | {entry['rounds']} | {entry['updates']}"
+        lines.append(f"| {numbers} | {breaks} | {asr} | {mean:.2f} | {kept} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Refresh what has been measured."""
+    tables = {"step_cost": step_cost_table, "attack_steps": attack_steps_table}
+    for name, table in tables.items():
+        path = RESULTS / f"{name}.json"
+        if path.is_file():
+            update_readme(name.replace("_", "-"), table(json.loads(path.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()
