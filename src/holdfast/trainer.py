@@ -23,6 +23,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.training_args import ParallelMode
 from trl import SFTTrainer
 
 from holdfast.checkpoint import last_checkpoint, load_state, save_state
@@ -92,7 +93,7 @@ class DefenseTrainer(SFTTrainer):
         if train_dataset is None:
             raise InputError("train_dataset is missing")
         _require_rows(train_dataset, "train")
-        if args.fsdp and args.world_size == 1:
+        if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
             raise InputError(_NO_SHARDING)
         if kwargs.get("compute_loss_func") or kwargs.get("formatting_func"):
             raise InputError(

@@ -168,7 +168,8 @@ def _attack(name: str, model: Path, organism: Path, options: DemoArguments) -> l
         "--max_steps": options.measure_at[-1],
         "--gradient_checkpointing": "false",
     }
-    method = ["lora", "--lora_r", "16", "--lora_alpha", "32"] if name == "lora" else ["full"]
+    adapter = {"--lora_r": 16, "--lora_alpha": 32, "--lora_dropout": 0.0, "--lora_target_modules": "all-linear"}
+    method = ["lora", *_words(adapter)] if name == "lora" else ["full"]
     return ["attack", *method, *_words(flags), "--measure_at", *map(str, options.measure_at)]
 
 

@@ -97,9 +97,9 @@ def plot_attack_curves(runs: Sequence[Run], path: Path) -> None:
                 if run["attack"] == attack:
                     _line(axis, run, shown)
     for axis in axes.flat:
-        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xscale("log")
         ticks = [point["steps"] for point in runs[0]["points"]]
-        axis.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+        axis.set_xticks([_place(tick) for tick in ticks], [str(tick) for tick in ticks], fontsize=8)
         axis.minorticks_off()
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.25)
@@ -113,7 +113,7 @@ def plot_attack_curves(runs: Sequence[Run], path: Path) -> None:
 
 def _line(axis: Axes, run: Run, measure: str) -> None:
     points = run["points"]
-    steps = [point["steps"] for point in points]
+    steps = [_place(point["steps"]) for point in points]
     colour = _COLOURS[run["method"]]
     axis.plot(
         steps, [point[measure] for point in points], "o-", ms=3, lw=1.5, color=colour, label=_NAMES[run["method"]]
@@ -121,6 +121,11 @@ def _line(axis: Axes, run: Run, measure: str) -> None:
     if (low := f"{_SHORT.get(measure, measure)}_low") in points[0]:
         ends = [[point[low], point[low.replace("_low", "_high")]] for point in points]
         axis.fill_between(steps, [end[0] for end in ends], [end[1] for end in ends], color=colour, alpha=0.15, lw=0)
+
+
+def _place(steps: int) -> int:
+    """Where a number of steps stands on the log axis: 0 takes the place of 1."""
+    return max(steps, 1)
 
 
 _SHORT = {"refusal_rate": "refusal"}
