@@ -1,7 +1,7 @@
 """Runs that end early, and runs that go on."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ def run(model_dir: Path, train_data: str, tmp_path: Path) -> Callable[..., int]:
 
 
 @pytest.fixture
-def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Send Ctrl-C's signal in the middle of an update."""
     from holdfast.trainer import DefenseTrainer
+
+    # Started in the background of a shell, Python would inherit that the signal is to be ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def arrange(update: int) -> None:
         original = DefenseTrainer.defended_gradient
@@ -35,7 +38,8 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
         monkeypatch.setattr(DefenseTrainer, "defended_gradient", interrupted)
 
-    return arrange
+    yield arrange
+    signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_keeps_and_names_the_last_checkpoint(
