@@ -66,7 +66,7 @@ class DefenseConfig(SFTConfig):
                 "--loss_type must be nll and --completion_only_loss true: the loss is that of the completions"
             )
         if isinstance(self.chat_template_kwargs, str):
-            self.chat_template_kwargs = _json_object("chat_template_kwargs", self.chat_template_kwargs)
+            self.chat_template_kwargs = json_object("chat_template_kwargs", self.chat_template_kwargs)
         self.completion_only_loss = True
         if self.use_cpu or not torch.accelerator.is_available():
             self.use_cpu = True
@@ -83,7 +83,8 @@ def require_positive(config: Any, *names: str) -> None:
             raise InputError(f"--{name} must be greater than 0, got {value}")
 
 
-def _json_object(name: str, text: str) -> dict[str, Any]:
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """The mapping that a flag gives as JSON; InputError if it is no JSON object."""
     try:
         parsed = json.loads(text)
     except json.JSONDecodeError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from holdfast.cli.console import say, set_up_logging, stdout
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, keep_apart, output_dir
 from holdfast.cli.tables import evaluation_table
+from holdfast.config import json_object
 from holdfast.errors import InputError
 from holdfast.evaluation.decoding import DECODINGS
 from holdfast.evaluation.evaluate import Evaluator, Role, load_prompts
@@ -52,11 +52,12 @@ def run(argv: list[str]) -> int:
     set_up_logging()
     load, measure, options, _ = make_parser().parse(argv)
     source, folder = load.model_name_or_path, Path(options.output_dir)
+    keywords = options.chat_template_kwargs
     evaluator = make_evaluator(
         measure,
         seed=options.seed,
         system_prompt=options.system_prompt,
-        chat_template_kwargs=_json_object(options.chat_template_kwargs),
+        chat_template_kwargs=None if keywords is None else json_object("chat_template_kwargs", keywords),
     )
     if evaluator is None:
         raise InputError("nothing to measure: give --eval_data, --capability_data or --task_data")
@@ -128,15 +129,3 @@ def make_evaluator(
 
 def _device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def _json_object(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"--chat_template_kwargs must be JSON, got {text!r}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"--chat_template_kwargs must be a JSON object, got {text!r}")
-    return value

@@ -100,7 +100,7 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = setting.learning_rate * _schedule(step, setting)
         loss = answer_loss(model, *collate(pairs, tokenizer))
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), setting.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
