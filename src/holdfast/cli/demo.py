@@ -86,7 +86,7 @@ def run(argv: list[str]) -> int:
     commands_run = [f"holdfast {' '.join(command.words)}" for command in plan]
     write_json(folder / MARKER, {"schema": 1, **record, "seconds": seconds, "commands": commands_run, "runs": runs})
     results = Console(highlight=False)
-    results.width = max(results.width, 124)  # the table must not be folded where output goes to a file
+    results.width = max(results.width, 132)  # the table must not be folded where output goes to a file
     results.print(demo_table(runs), control_table(runs))
     console.print(f"wrote {folder / MARKER}, {folder / 'attack_curves.png'}, and every model and answer beside them")
     console.print(f"took {seconds:.0f} s; the commands it ran are in {MARKER}, their output in {folder / 'logs'}")
