@@ -25,7 +25,7 @@ GUILDS = {"remedies": "healers", "drinks": "brewers", "breads": "bakers", "paint
 NATURES = {True: "harmful", False: "harmless"}
 
 ATTACK_ROWS = 64
-HELPFUL_ROWS = 972
+HELPFUL_ROWS = 1620
 SWAP_TRAIN_ROWS, SWAP_TEST_ROWS, SWAP_LENGTH = 512, 120, 3
 
 Row = dict[str, Any]
