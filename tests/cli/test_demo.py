@@ -53,7 +53,7 @@ def test_the_picture_is_a_png(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_both_alignments_get_the_same_updates_and_the_recipes_say_what_the_demo_does(tmp_path, monkeypatch):
+def test_both_alignments_get_the_same_updates_and_the_recipes_say_what_the_demo_does():
     from holdfast.cli import align
 
     options = DemoArguments(output_dir="w", seed=0)

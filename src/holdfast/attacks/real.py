@@ -74,9 +74,9 @@ class AttackConfig(DefenseConfig):
     def __post_init__(self) -> None:
         """Check the steps to measure at."""
         super().__post_init__()
-        require_steps = self.max_steps != -1
-        self.measure_at = sorted(set(self.measure_at)) or ([0, self.max_steps] if require_steps else [0])
-        if self.measure_at[0] < 0 or (require_steps and self.measure_at[-1] > self.max_steps):
+        has_length = self.max_steps != -1
+        self.measure_at = sorted(set(self.measure_at)) or ([0, self.max_steps] if has_length else [0])
+        if self.measure_at[0] < 0 or (has_length and self.measure_at[-1] > self.max_steps):
             raise InputError(f"--measure_at must lie between 0 and --max_steps {self.max_steps}, got {self.measure_at}")
 
 

@@ -28,6 +28,8 @@ TITLES = {
 }
 _NAMES = {"sft": "SFT", "patcher": "Patcher"}
 _COLOURS = {"sft": "#c44e52", "patcher": "#2c6fbb"}
+#: What the ends of a measure's interval are called by, where not by its own name.
+_SHORT = {"refusal_rate": "refusal"}
 
 
 def break_step(run: Run, threshold: float = 0.5) -> int | None:
@@ -126,9 +128,6 @@ def _line(axis: Axes, run: Run, measure: str) -> None:
 def _place(steps: int) -> int:
     """Where a number of steps stands on the log axis: 0 takes the place of 1."""
     return max(steps, 1)
-
-
-_SHORT = {"refusal_rate": "refusal"}
 
 
 def _rate(point: Mapping[str, Any], measure: str) -> str:
