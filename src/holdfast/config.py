@@ -83,6 +83,14 @@ def require_positive(config: Any, *names: str) -> None:
             raise InputError(f"--{name} must be greater than 0, got {value}")
 
 
+def require_not_negative(config: Any, *names: str) -> None:
+    """Raise InputError for the first of these settings that is given and below zero."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= 0:
+            raise InputError(f"--{name} must not be negative, got {value}")
+
+
 def json_object(name: str, text: str) -> dict[str, Any]:
     """The mapping that a flag gives as JSON; InputError if it is no JSON object."""
     try:

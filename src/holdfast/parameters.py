@@ -28,6 +28,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+TINY = 1e-12
+"""The least norm to divide by: a vector of zeros has no direction, and stays zero."""
+
 
 class Scaled(NamedTuple):
     """`factor · vector`, not computed yet, so that `gradient += factor * vector` needs no buffer."""
@@ -123,6 +126,14 @@ def displacement(model: nn.Module, origin: ParameterVector) -> ParameterVector:
     return origin
 
 
+@torch.no_grad()
+def shift(model: nn.Module, direction: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    """Move the trainable parameters for good: θ ← θ + scale · direction. See `displaced`."""
+    parameters = trainable_parameters(model)
+    directions = [local(direction[name]) for name in parameters]
+    torch._foreach_add_([local(p) for p in parameters.values()], directions, alpha=scale)
+
+
 @contextmanager
 def displaced(model: nn.Module, direction: Mapping[str, Tensor], scale: float = 1.0) -> Iterator[None]:
     """Run the body at θ + scale · direction; on leaving, θ has the exact bits it had before.
@@ -138,12 +149,9 @@ def displaced(model: nn.Module, direction: Mapping[str, Tensor], scale: float = 
     Raises:
         KeyError: The direction lacks a trainable parameter; nothing has been moved.
     """
-    parameters = trainable_parameters(model)
-    directions = [local(direction[name]) for name in parameters]
     saved = snapshot(model)
     try:
-        with torch.no_grad():
-            torch._foreach_add_([local(p.detach()) for p in parameters.values()], directions, alpha=scale)
+        shift(model, direction, scale)
         yield
     finally:
         restore(model, saved)

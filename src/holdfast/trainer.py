@@ -8,6 +8,7 @@ trainer's. Without a method of its own this trainer is supervised fine-tuning, t
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 import math
@@ -30,6 +31,7 @@ from holdfast.checkpoint import last_checkpoint, load_state, save_state
 from holdfast.config import DefenseConfig
 from holdfast.data.batches import Batch, BatchStream
 from holdfast.data.formats import completion_format
+from holdfast.data.refusals import REFUSAL_COLUMNS, RefusalCollator, join_refusals, numbered, refusal_texts
 from holdfast.errors import InputError, TrainingError
 from holdfast.models import load_model, load_tokenizer
 from holdfast.parameters import ParameterVector, put_gradient, take_gradient, trainable_parameters
@@ -76,6 +78,8 @@ class DefenseTrainer(SFTTrainer):
     _tag_names = ["holdfast"]
     _name = "Holdfast"
     config_class: type[DefenseConfig] = DefenseConfig
+    #: The data sets (by the names of `batches_of`, and "train") whose batches come with a refusal view.
+    refused_sets: frozenset[str] = frozenset()
     # The loss is divided by the window's token count, on every architecture.
     loss_is_scaled_for_ga = True
 
@@ -109,6 +113,8 @@ class DefenseTrainer(SFTTrainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
         )
+        if self.refused_sets:
+            self.data_collator = RefusalCollator(self.data_collator)
         # SFTTrainer computes the loss from the token count itself, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
         self._refuse_unsupported_parallelism()
@@ -139,12 +145,26 @@ class DefenseTrainer(SFTTrainer):
             quiet: Leave TRL's metrics alone. Only the train batch at θ itself is to be logged.
         """
         losses = []
+        self.current_gradient_accumulation_steps = len(window)  # what is a mean per micro-batch is divided by it
         with self._quietly() if quiet else nullcontext():
-            for index, batch in enumerate(window.batches, start=1):
-                is_last = index == len(window)
-                with nullcontext() if is_last else self.accelerator.no_sync(model):
-                    losses.append(super().training_step(model, dict(batch), window.tokens))
+            for batch in self.each_batch(model, window):
+                losses.append(super().training_step(model, dict(batch), window.tokens))
         return torch.stack(losses).sum()
+
+    def each_batch(self, model: torch.nn.Module, window: Window) -> Iterator[Batch]:
+        """The micro-batches of a window, for a loop whose backward passes are reduced over the ranks once, at last."""
+        for index, batch in enumerate(window.batches, start=1):
+            with nullcontext() if index == len(window) else self.accelerator.no_sync(model):
+                yield batch
+
+    def forward(
+        self, model: torch.nn.Module, batch: Batch, tokens: Tensor | int | None, *, quiet: bool = True
+    ) -> Tensor:
+        """This rank's share of L(θ; B) for one micro-batch, with its graph: the first half of `backward`."""
+        model.train()
+        inputs = self._prepare_inputs(dict(batch))
+        with self._quietly() if quiet else nullcontext(), self.compute_loss_context_manager():
+            return cast(Tensor, self.compute_loss(model, inputs, num_items_in_batch=tokens))
 
     def loss_and_gradient(
         self, model: torch.nn.Module, window: Window, *, quiet: bool = False
@@ -155,7 +175,11 @@ class DefenseTrainer(SFTTrainer):
 
     def draw(self, batches: Iterator[Batch], size: int = 1) -> Window:
         """The next `size` micro-batches of a second data set as a window with its own token count."""
-        return self._as_window(list(itertools.islice(batches, size)))
+        return self.as_window(list(itertools.islice(batches, size)))
+
+    def as_window(self, batches: list[Batch], tokens: Tensor | int | None = None) -> Window:
+        """Micro-batches as a window; without a token count, their own completion tokens over all ranks are counted."""
+        return Window(batches, self._get_num_items_in_batch(batches, self.args.device) if tokens is None else tokens)
 
     def batches_of(self, dataset: Dataset | None, name: str, batch_size: int | None = None) -> BatchStream:
         """An endless stream over a second data set, prepared exactly as `train_dataset` was.
@@ -172,8 +196,12 @@ class DefenseTrainer(SFTTrainer):
         """
         if dataset is None:
             raise InputError(f"{type(self).__name__} lacks its {name}_dataset (--{name}_data)")
+        prepared = self._prepare_dataset(dataset, self.processing_class, self.args, self.args.packing, None, name)
+        return self.stream(prepared, name, batch_size)
+
+    def stream(self, prepared: Dataset, name: str, batch_size: int | None = None) -> BatchStream:
+        """An endless stream over prepared rows, its position part of every checkpoint. See `batches_of`."""
         args = self.args
-        prepared = self._prepare_dataset(dataset, self.processing_class, args, args.packing, None, name)
         self._streams[name] = BatchStream(
             prepared,
             self.data_collator,
@@ -222,7 +250,7 @@ class DefenseTrainer(SFTTrainer):
         """
         window = self._window
         if window is None or not any(inputs is batch for batch in window.batches):
-            window = self._as_window([inputs], num_items_in_batch)
+            window = self.as_window([inputs], num_items_in_batch)
         elif not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         else:
@@ -278,23 +306,43 @@ class DefenseTrainer(SFTTrainer):
         TRL drops rows whose completion was cut off; here they are counted on the labels before truncation.
         """
         _require_rows(dataset, dataset_name)
-        dataset = completion_format(
-            dataset,
-            processing_class,
+        to_completions = functools.partial(
+            completion_format,
+            tokenizer=processing_class,
             name=dataset_name,
             system_prompt=args.system_prompt,
             chat_template_kwargs=cast("dict[str, Any] | None", args.chat_template_kwargs),
         )
+        prepare = functools.partial(self._label, processing_class=processing_class, args=args, packing=packing)
+        if dataset_name not in self.refused_sets:
+            return prepare(to_completions(dataset), name=dataset_name)
+        dataset = numbered(dataset)
+        texts = refusal_texts(args.refusal, dataset, processing_class, seed=args.seed, name=dataset_name)
+        refusing = to_completions(dataset, answers=texts)
+        return join_refusals(
+            prepare(to_completions(dataset), name=dataset_name), prepare(refusing, name=f"refused {dataset_name}")
+        )
+
+    def _label(
+        self,
+        dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: DefenseConfig,
+        packing: bool,
+        name: str,
+    ) -> Dataset:
+        """Prompts and completions as tokens and labels, truncated and packed."""
         untruncated = copy.copy(args)
         untruncated.max_length, untruncated.shuffle_dataset = None, False
-        labelled = super()._prepare_dataset(dataset, processing_class, untruncated, False, None, dataset_name)
+        labelled = super()._prepare_dataset(dataset, processing_class, untruncated, False, None, name)
         # Packing with "bfd" cuts rows at max_length, as padding does; the other strategies go on in the next block.
         cut = args.max_length if not packing or args.packing_strategy == "bfd" else None
-        labelled = _with_completion(labelled, cut, dataset_name, drop=args.drop_untrainable_rows)
-        return super()._prepare_dataset(labelled, processing_class, args, packing, None, dataset_name)
+        labelled = _with_completion(labelled, cut, name, drop=args.drop_untrainable_rows)
+        return super()._prepare_dataset(labelled, processing_class, args, packing, None, name)
 
-    def _as_window(self, batches: list[Batch], tokens: Tensor | int | None = None) -> Window:
-        return Window(batches, self._get_num_items_in_batch(batches, self.args.device) if tokens is None else tokens)
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *REFUSAL_COLUMNS]))
 
     # ------------------------------------------------------------------ checkpoints
 

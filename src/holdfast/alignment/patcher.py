@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from holdfast.attacks.simulated import simulate_attack
-from holdfast.config import DefenseConfig, require_positive
+from holdfast.config import DefenseConfig, require_not_negative, require_positive
 from holdfast.data.batches import Batch
 from holdfast.errors import InputError
 from holdfast.parameters import ParameterVector, displaced, is_finite, shard_like, trainable_parameters
@@ -82,8 +82,7 @@ class PatcherConfig(DefenseConfig):
         if not 0 <= self.alpha <= 1:
             raise InputError(f"--alpha must lie between 0 and 1, got {self.alpha}")
         require_positive(self, "attack_steps", "attack_every", "attack_learning_rate", "attack_batch_size")
-        if self.attack_weight_decay < 0:
-            raise InputError(f"--attack_weight_decay must not be negative, got {self.attack_weight_decay}")
+        require_not_negative(self, "attack_weight_decay")
 
 
 class PatcherTrainer(DefenseTrainer):

@@ -6,7 +6,7 @@ Accepted are TRL's `prompt`/`completion` (plain text, or messages) and `messages
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -18,6 +18,9 @@ from holdfast.errors import InputError
 
 Row = dict[str, Any]
 
+ROW = "row"
+"""The column, kept where it is given, that says which row of its source a row is, from 1."""
+
 _SPEAKERS = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
 
 
@@ -28,8 +31,9 @@ def completion_format(
     name: str,
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    answers: Sequence[str] | None = None,
 ) -> Dataset:
-    """Bring a data set to the columns `prompt` and `completion` (and `chat_template_kwargs` where given).
+    """Bring a data set to the columns `prompt` and `completion` (and `chat_template_kwargs` and `row` where given).
 
     Conversations with several assistant turns cannot be written that way. They come back tokenised, as `input_ids` and
     `assistant_masks`, the mask taken from the `{% generation %}` markers of the chat template, or of TRL's
@@ -41,6 +45,7 @@ def completion_format(
         name: What messages call this data set ("train", "attack", …).
         system_prompt: Put in front of every conversation that has no system turn.
         chat_template_kwargs: Passed to the chat template for every row, e.g. `{"enable_thinking": False}`.
+        answers: One text per row, to put in the place of its completion.
 
     Raises:
         InputError: No accepted format, a malformed row (named), messages without a chat template, a system prompt for
@@ -67,6 +72,10 @@ def completion_format(
     def convert(row: Row, index: int) -> Row:
         where = f"row {index + 1} of the {name} data"
         converted = _split(row, where, has_template=tokenizer.chat_template is not None)
+        if answers is not None:
+            is_text = isinstance(converted["prompt"], str)
+            answer = answers[index]
+            converted["completion"] = answer if is_text else [{"role": "assistant", "content": answer}]
         if isinstance(converted["prompt"], str):
             if system_prompt is not None:
                 raise InputError(f"{where} is plain text, which no system prompt can be put in front of; use messages")
@@ -79,7 +88,7 @@ def completion_format(
             converted["chat_template_kwargs"] = dict(chat_template_kwargs)
         return converted
 
-    kept = {"chat_template_kwargs"}
+    kept = {"chat_template_kwargs", ROW}
     dataset = dataset.map(
         convert,
         with_indices=True,
@@ -151,4 +160,5 @@ def _tokenize_turns(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: 
         )
         return {"input_ids": rendered["input_ids"], "assistant_masks": rendered["assistant_masks"]}
 
-    return dataset.map(tokenize, remove_columns=dataset.column_names, desc=f"Tokenizing {name} data")
+    columns = [column for column in dataset.column_names if column != ROW]
+    return dataset.map(tokenize, remove_columns=columns, desc=f"Tokenizing {name} data")
