@@ -182,5 +182,11 @@ def run_to_resume(method: str, output_dir: str, callbacks: Sequence[TrainerCallb
     common = {"train_dataset": word_rows(17), "processing_class": word_tokenizer(), "callbacks": list(callbacks)}
     if method == "sft":
         return DefenseTrainer(model, DefenseConfig(**settings), **common)
-    config = PatcherConfig(**settings, attack_every=3, attack_steps=4)
-    return PatcherTrainer(model, config, attack_dataset=word_rows(7, seed=1), **common)
+    if method == "patcher":
+        config = PatcherConfig(**settings, attack_every=3, attack_steps=4)
+        return PatcherTrainer(model, config, attack_dataset=word_rows(7, seed=1), **common)
+    from methods import METHODS
+
+    # Lisa changes state within the run, before and after a checkpoint.
+    own = {"safety_steps": 1, "user_steps": 2} if method == "lisa" else {}
+    return METHODS[method].build(model, {**settings, **own}, rows=17, callbacks=callbacks)

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from helpers import run_to_resume, same_bits, tiny_llama, weights
+from methods import METHODS
 from holdfast.checkpoint import VALUES, VECTORS, last_checkpoint, load_state, save_state
 from holdfast.errors import InputError
 from holdfast.parameters import ParameterVector, trainable_parameters
@@ -24,6 +25,7 @@ PLACES = {
     ("patcher", "saved:6"): 6,
     ("sft", "step:5"): 4,
     ("sft", "saved:2"): 2,
+    **{(method, "step:6"): 4 for method in METHODS},
 }
 
 
@@ -34,7 +36,7 @@ def losses(trainer):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     trainers = {}
-    for method in ("sft", "patcher"):
+    for method in ("sft", "patcher", *METHODS):
         trainers[method] = run_to_resume(method, str(tmp_path_factory.mktemp(method)))
         trainers[method].train()
     return trainers
@@ -73,7 +75,7 @@ def test_killed_run_resumes_from_its_last_checkpoint(killed, uninterrupted, meth
         assert trainer.attack_batches.drawn == uninterrupted[method].attack_batches.drawn == 16
 
 
-@pytest.mark.parametrize("method", ["sft", "patcher"])
+@pytest.mark.parametrize("method", ["sft", "patcher", *METHODS])
 @pytest.mark.parametrize("step", [2, 4, 6])
 def test_run_resumes_from_a_given_checkpoint(uninterrupted, tmp_path, method, step):
     expected = uninterrupted[method]

@@ -21,6 +21,7 @@ from helpers import (
     word_tokenizer,
     worst_entry,
 )
+from methods import METHODS, joined
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
 
 HERE = Path(__file__).parent
@@ -33,6 +34,13 @@ class Found:
     def __init__(self, folder):
         self.tensors = [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
         self.values = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+    def batches(self, case):
+        """Global batches: those of the two ranks, joined."""
+        found = []
+        while any(parts := self.vectors(f"{case} {len(found)}")):
+            found.append(joined(parts))
+        return found
 
     def vectors(self, case):
         """The vector of each rank."""
@@ -69,6 +77,26 @@ def test_direct_call_is_the_mean_over_the_tokens_of_both_ranks(ranks, method):
     first, second = ranks.vectors(f"{method} direct")
     assert worst_entry(first, golden_vector(method)) < 1e-4
     assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_shared_by_two_ranks(ranks, method, accumulation):
+    """As one process with the whole window would, by the slow reference."""
+    case = f"{method} {accumulation}"
+    first, second = ranks.vectors(case)
+    window = ranks.batches(f"{case} window")
+    assert [len(batch["input_ids"]) for batch in window] == [4] * accumulation
+    expected = METHODS[method].expected(tiny_llama(), window, ranks.batches(f"{case} second"))
+    assert worst_entry(first, expected) < 1e-4
+    assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_are_bit_identical_after_three_updates(ranks, method):
+    first, second = ranks.vectors(f"{method} updates")
+    assert same_bits(first, second)
+    assert not same_bits(first, weights(tiny_llama()))
 
 
 def test_ranks_are_bit_identical_after_updates_and_attacks(ranks):

@@ -34,6 +34,7 @@ from helpers import (
     word_rows,
     word_tokenizer,
 )
+from methods import METHODS, first_update
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
 from holdfast.checkpoint import load_state, save_state
 from holdfast.config import DefenseConfig
@@ -120,6 +121,23 @@ def golden_gradients(notes):
         trainer.training_step(trainer.model_wrapped, own)
         notes.vector(f"{method} direct", gradients(trainer.model))
         notes.values["world"] = trainer.args.world_size
+
+
+def every_method(notes):
+    """The first update of each method, with what it was made of, and the weights after three."""
+    for name, method in METHODS.items():
+        for accumulation in (1, 2):
+            changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+            update = first_update(method, tiny_llama(), settings(notes.folder), **changes)
+            case = f"{name} {accumulation}"
+            notes.vector(case, update.gradient)
+            for role, batches in (("window", update.window), ("second", update.second)):
+                for index, batch in enumerate(batches):
+                    notes.vector(f"{case} {role} {index}", batch)
+        changes = {"max_steps": 3, "learning_rate": 1e-2, "max_grad_norm": 1.0, "lr_scheduler_type": "constant"}
+        trainer = method.build(tiny_llama(), {**settings(notes.folder), **changes})
+        trainer.train()
+        notes.vector(f"{name} updates", weights(trainer.model))
 
 
 def patcher_updates(notes):
@@ -305,6 +323,7 @@ def placements(notes):
 def work(folder, rank):
     notes = Notes(folder, rank)
     golden_gradients(notes)
+    every_method(notes)
     patcher_updates(notes)
     discarded_attack(notes)
     refusals(notes)

@@ -1,0 +1,192 @@
+"""Every method but Patcher and SFT, for tests that hold for each: how to build its trainer, and its slow reference."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import pad
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+import reference
+from helpers import WORDS, Gradients, tiny_llama, word_rows, word_tokenizer
+from holdfast.alignment.antibody import AntibodyAlignmentConfig, AntibodyAlignmentTrainer
+from holdfast.alignment.booster import BoosterConfig, BoosterTrainer
+from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
+from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
+from holdfast.finetuning.lisa import LisaConfig, LisaTrainer
+from holdfast.finetuning.spard import SpardConfig, SpardTrainer
+
+Batch = dict[str, torch.Tensor]
+
+
+def view(batch: Batch) -> Batch:
+    return {key.removeprefix("refusal_"): value for key, value in batch.items() if key.startswith("refusal_")}
+
+
+def attention_names(model: torch.nn.Module) -> list[str]:
+    return [name for name, _ in model.named_modules() if name.endswith((".self_attn", ".attn"))]
+
+
+def _anchor(model: torch.nn.Module) -> Batch:
+    return {name: p.detach() * 0.9 for name, p in model.named_parameters() if p.requires_grad}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    `expected(model, window, second)` is the slow reference; a window is a list of global micro-batches, `second` those of
+    the method's second data set.
+    """
+
+    trainer: type
+    config: type
+    expected: Callable[..., Batch]
+    settings: dict[str, Any] = field(default_factory=dict)
+    second: str | None = None
+
+    def build(self, model: torch.nn.Module, settings: dict[str, Any], rows: int = 8, callbacks=(), **changes: Any) -> Any:
+        data = {} if self.second is None else {f"{self.second}_dataset": word_rows(6, seed=1)}
+        return self.trainer(
+            model,
+            self.config(**{**settings, **self.settings, **changes}),
+            word_rows(rows),
+            processing_class=word_tokenizer(),
+            callbacks=list(callbacks),
+            **data,
+        )
+
+
+REFUSAL = "t5 t6 t7"
+KKT = {"flatness_rule": "kkt", "strength": 0.1}
+COSINE = {"flatness_rule": "cosine", "strength": 5.0}
+METHODS = {
+    "vaccine": Method(
+        VaccineTrainer,
+        VaccineConfig,
+        lambda model, window, _: reference.vaccine(model, window, 2.0, attention_names(model)),
+    ),
+    "booster": Method(
+        BoosterTrainer,
+        BoosterConfig,
+        lambda model, window, harmful: reference.booster(model, window, harmful, 0.1, 5.0),
+        second="attack",
+    ),
+    **{
+        f"antibody_align_{rule['flatness_rule']}": Method(
+            AntibodyAlignmentTrainer,
+            AntibodyAlignmentConfig,
+            lambda model, window, harmful, rule=rule: reference.antibody_align(
+                model, window, harmful, [view(batch) for batch in harmful], 0.1, 0.05, **rule
+            ),
+            {"refusal": REFUSAL, **rule},
+            second="attack",
+        )
+        for rule in (KKT, COSINE)
+    },
+    "lisa": Method(
+        LisaTrainer,
+        LisaConfig,
+        lambda model, window, _: reference.lisa(model, window, _anchor(model), 1.0),
+        {"proximal_start": 0.0},
+        second="safety",
+    ),
+    "antibody_finetune": Method(
+        AntibodyTrainer,
+        AntibodyConfig,
+        lambda model, window, _: reference.antibody_finetune(model, window, [view(batch) for batch in window], 1.0),
+        {"refusal": REFUSAL},
+    ),
+    "spard": Method(SpardTrainer, SpardConfig, lambda model, window, _: reference.sft(model, window), second="safety"),
+}
+
+
+class Noted(Iterator[Batch]):
+    """Passes batches on and keeps them."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches, self.seen = batches, []
+
+    def __next__(self) -> Batch:
+        self.seen.append(next(self.batches))
+        return self.seen[-1]
+
+
+@dataclass
+class Update:
+    """The first update of a run: its window, its method's second batches, and the gradient that it used."""
+
+    window: list[Batch]
+    second: list[Batch]
+    gradient: Batch
+    trainer: Any
+
+
+def first_update(method: Method, model: torch.nn.Module, settings: dict[str, Any], **changes: Any) -> Update:
+    """Train for one update and keep what it was made of."""
+    noted = Gradients()
+    trainer = method.build(model, {**settings, "max_steps": 1, "max_grad_norm": 0.0, **changes}, callbacks=[noted])
+    if method.trainer is LisaTrainer:
+        trainer.anchor = _anchor(model)
+    second = None
+    if method.second == "attack":
+        second = trainer.attack_batches = Noted(trainer.attack_batches)
+    windows = []
+    get_batch_samples = trainer.get_batch_samples
+
+    def noting(*arguments: Any) -> Any:
+        found = get_batch_samples(*arguments)
+        windows.append([copy.deepcopy(dict(batch)) for batch in found[0]])
+        return found
+
+    trainer.get_batch_samples = noting
+    trainer.train()
+    return Update(windows[0], second.seen if second else [], noted.seen[0], trainer)
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """The rows of several ranks' batches as one batch."""
+    fill = {"labels": -100, "refusal_labels": -100}
+    found = {}
+    for key in batches[0]:
+        tensors = [batch[key] for batch in batches]
+        if tensors[0].ndim > 1:
+            longest = max(t.shape[1] for t in tensors)
+            tensors = [pad(t, (0, longest - t.shape[1]), value=fill.get(key, 0)) for t in tensors]
+        found[key] = torch.cat(tensors)
+    return found
+
+
+def qwen2() -> Qwen2ForCausalLM:
+    """Grouped heads and tied embeddings."""
+    torch.manual_seed(2)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=WORDS, **shape, **heads, tie_word_embeddings=True, initializer_range=0.2)
+    )
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(3)
+    without_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=WORDS, n_embd=16, n_layer=2, n_head=4, n_positions=128, **without_dropout)
+    )
+
+
+def lora() -> Any:
+    """An adapter in the midst of its training: neither of its factors is zero."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+MODELS = {"llama": tiny_llama, "qwen2": qwen2, "gpt2": gpt2, "lora": lora}
