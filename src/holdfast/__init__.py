@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from holdfast.evaluation.evaluate import Evaluator as Evaluator
     from holdfast.evaluation.evaluate import load_prompts as load_prompts
     from holdfast.organism import build_organism as build_organism
+    from holdfast.repair.antidote import prune_harmful as prune_harmful
+    from holdfast.repair.antidote import wanda_mask as wanda_mask
     from holdfast.trainer import DefenseTrainer as DefenseTrainer
 
 __version__ = "0.1.0"
@@ -33,6 +35,8 @@ _HOMES = {
     "Evaluator": "holdfast.evaluation.evaluate",
     "load_prompts": "holdfast.evaluation.evaluate",
     "build_organism": "holdfast.organism",
+    "prune_harmful": "holdfast.repair.antidote",
+    "wanda_mask": "holdfast.repair.antidote",
     "DefenseConfig": "holdfast.config",
     "DefenseTrainer": "holdfast.trainer",
 }

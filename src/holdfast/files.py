@@ -121,13 +121,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run_record(config: Any, seed: int) -> dict[str, Any]:
+def run_record(config: Any, seed: int | None) -> dict[str, Any]:
     """Describe a run, so that it can be run again.
 
     Args:
         config: The run's settings: a mapping or a dataclass instance. A config with its own `to_dict` (as those of
             transformers) is asked for it, since that leaves out access tokens.
-        seed: The run's seed.
+        seed: The run's seed; None for a run in which nothing is drawn.
 
     Returns:
         A JSON-able dict with `holdfast`, `versions`, `seed` and `config`.

@@ -63,6 +63,27 @@ def model_dir(_template_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must be refused, and return its one sentence."""
+    from holdfast.cli import main
+
+    def run(*words: str, output: bool = True) -> str:
+        target = tmp_path / "runs" / "out"
+        argv = [*words, "--output_dir", str(target)] if output else list(words)
+        assert main(argv) == 2
+        shown = capsys.readouterr()
+        lines = [line for line in shown.err.splitlines() if line.startswith("holdfast")]
+        assert len(lines) == 1
+        assert shown.err.rstrip("\n").endswith(lines[0])
+        assert "Traceback" not in shown.err
+        assert shown.out == ""
+        assert not (tmp_path / "runs").exists()
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[[str, list[dict[str, object]]], str]:
     def write(name: str, rows: list[dict[str, object]]) -> str:
         path = tmp_path / name

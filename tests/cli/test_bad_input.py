@@ -13,26 +13,6 @@ Refused = Callable[..., str]
 
 
 @pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run a command that must be refused, and return its one sentence."""
-
-    def run(*words: str, output: bool = True) -> str:
-        target = tmp_path / "runs" / "out"
-        argv = [*words, "--output_dir", str(target)] if output else list(words)
-        assert main(argv) == 2
-        shown = capsys.readouterr()
-        lines = [line for line in shown.err.splitlines() if line.startswith("holdfast")]
-        assert len(lines) == 1
-        assert shown.err.rstrip("\n").endswith(lines[0])
-        assert "Traceback" not in shown.err
-        assert shown.out == ""
-        assert not (tmp_path / "runs").exists()
-        return lines[0]
-
-    return run
-
-
-@pytest.fixture
 def sft(model_dir: Path, train_data: str) -> list[str]:
     return ["align", "sft", "--model", str(model_dir), "--train_data", train_data]
 

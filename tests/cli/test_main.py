@@ -12,7 +12,7 @@ from holdfast.cli import main
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for words in ("demo", "organism", "align {sft,patcher}", "attack {full,lora}", "evaluate"):
+    for words in ("demo", "organism", "align {sft,patcher}", "repair {antidote}", "attack {full,lora}", "evaluate"):
         assert words in shown
 
 

@@ -37,6 +37,11 @@ _COMMANDS = {
             "patcher": "Patcher: stays safe under simulated full-parameter attacks of many steps",
         },
     ),
+    "repair": _Command(
+        "holdfast.cli.repair",
+        "repair a fine-tuned model that lost its safety",
+        {"antidote": "Antidote: prunes the weights that harmful data uses most, without training"},
+    ),
     "attack": _Command(
         "holdfast.cli.attack",
         "fine-tune a model the way an adversary would, and measure it along the way",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
+from holdfast.config import require_positive
 from holdfast.errors import InputError
 
 _MODEL_HELP = "A model folder, a LoRA adapter folder, or a model of the Hugging Face Hub."
@@ -147,3 +148,58 @@ class EvaluateArguments(RunArguments):
         default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
     )
     seed: int = field(default=0, metadata={"help": "Seed of sampled decoding."})
+
+
+@dataclass
+class RepairModel(LoadArguments):
+    """The model of `repair`, which keeps its own type unless told otherwise."""
+
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the weights, also of those that are saved; `auto` is the model's own.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+
+
+@dataclass
+class AntidoteArguments(RunArguments):
+    """The remaining flags of `repair antidote`."""
+
+    attack_data: str = field(
+        metadata={"help": "Harmful prompts with harmful answers; a file or a dataset of the Hub. All rows are used."}
+    )
+    output_dir: str = field(metadata={"help": "Folder for the repaired model, or adapter, and its tokenizer."})
+    ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of every row of a weight to prune, rounded up to whole weights; if not given, 0.1 on an "
+            "adapter and 1e-5, one weight a row, on a full model."
+        },
+    )
+    targets: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression that is searched for in the names of linear layers; if not given, an adapter's "
+            "matrices, or a full model's query, key and value projections."
+        },
+    )
+    aligned_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model, or the adapter, as it was before fine-tuning: pruned weights go back to its values "
+            "instead of 0. Not part of the paper."
+        },
+    )
+    batch_size: int = field(default=16, metadata={"help": "Rows that go through the model at a time."})
+    max_length: int = field(default=1024, metadata={"help": "Longer rows are cut to so many tokens."})
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System turn in front of every conversation that has none."}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size", "max_length")

@@ -7,12 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from holdfast.cli.arguments import EvaluateArguments, LoadArguments, MeasureArguments
 from holdfast.cli.console import say, set_up_logging, stdout
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.runs import announce, keep_apart, output_dir
+from holdfast.cli.runs import announce, device, keep_apart, output_dir
 from holdfast.cli.tables import evaluation_table
 from holdfast.config import json_object
 from holdfast.errors import InputError
@@ -69,7 +67,7 @@ def run(argv: list[str]) -> int:
         model = load_model(source, revision=load.model_revision, dtype=load.dtype, **attention)
         say(f"answering {sum(len(prompts.prompts) for prompts in evaluator.sets)} prompts")
         started = time.monotonic()
-        evaluation = evaluator(model.to(_device()), tokenizer)
+        evaluation = evaluator(model.to(device()), tokenizer)
     config = {**asdict(load), **asdict(measure), **asdict(options)}
     record = {
         **run_record(config, options.seed),
@@ -125,7 +123,3 @@ def make_evaluator(
         system_prompt=system_prompt,
         chat_template_kwargs=chat_template_kwargs,
     )
-
-
-def _device() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

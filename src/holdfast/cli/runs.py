@@ -1,4 +1,4 @@
-"""What training commands share: the output folder of a run, where it can go on, and how it ends early."""
+"""What commands that write a run share: the output folder of a run, where it can go on, and how it ends early."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
@@ -55,7 +56,7 @@ def keep_apart(output: Path, written: Path, model: str) -> None:
     Args:
         output: The --output_dir.
         written: The folder that the new model will be saved to.
-        model: The --model, a folder or a name on the Hub.
+        model: The --model, or another one that is read: a folder or a name on the Hub.
 
     Raises:
         InputError: The output lies in the model's folder, the new model would replace it, or it is one of the output
@@ -68,7 +69,7 @@ def keep_apart(output: Path, written: Path, model: str) -> None:
     is_checkpoint = source.parent == output and source.name.startswith("checkpoint-")
     if output.is_relative_to(source) or written == source or is_checkpoint:
         raise InputError(
-            f"--output_dir {output}: this run would write into {model}, the model it starts from; choose another folder"
+            f"--output_dir {output}: this run would write into {model}, a model that it reads; choose another folder"
         )
 
 
@@ -175,6 +176,11 @@ def model_keywords(model: ModelConfig, config: SFTConfig) -> dict[str, Any]:
     if keywords.pop("trust_remote_code", False):
         raise InputError("--trust_remote_code is refused: Holdfast never runs code that comes with a model")
     return {name: value for name, value in keywords.items() if value is not None}
+
+
+def device() -> torch.device:
+    """Where a command that does not train runs a model: on the accelerator, if there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def announce(folder: Path, *names: str) -> None:

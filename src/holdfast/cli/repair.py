@@ -1,0 +1,149 @@
+"""`holdfast repair antidote`: repair a fine-tuned model that lost its safety."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from holdfast.cli.align import MARKER
+from holdfast.cli.arguments import AntidoteArguments, RepairModel
+from holdfast.cli.console import say, set_up_logging, steps_shown, warn
+from holdfast.cli.parser import HoldfastParser
+from holdfast.cli.runs import announce, device, discard_checkpoints, keep_apart, output_dir
+from holdfast.config import json_object
+from holdfast.data.load import TRAIN_COLUMNS, load_rows
+from holdfast.data.tokens import padded_batches, whole_rows
+from holdfast.errors import InputError
+from holdfast.files import run_record, write_json
+from holdfast.models import load_model, load_tokenizer
+from holdfast.repair.antidote import check_ratio, prune_harmful
+
+
+def make_parser(method: str) -> HoldfastParser:
+    """Return the parser of `repair METHOD`: the model, and what the method needs."""
+    return HoldfastParser(
+        (RepairModel, AntidoteArguments),
+        prog=f"holdfast repair {method}",
+        description="Prune the weights that harmful data uses most; the repaired model lies in --output_dir.",
+    )
+
+
+def run(method: str, argv: list[str]) -> int:
+    """Repair a model. The one on disk stays as it is; the repaired one, with its tokenizer, lies in `--output_dir`.
+
+    Args:
+        method: "antidote".
+        argv: The words after the method.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: The input cannot be used; nothing has been written.
+    """
+    set_up_logging()
+    load, options, _ = make_parser(method).parse(argv)
+    if options.ratio is not None:
+        check_ratio(options.ratio)  # before anything is loaded
+    source, folder = load.model_name_or_path, Path(options.output_dir)
+    attention = {} if load.attn_implementation is None else {"attn_implementation": load.attn_implementation}
+    keywords = {"revision": load.model_revision, "dtype": load.dtype, **attention}
+    keep_apart(folder, folder, source)
+    if options.aligned_model is not None:
+        keep_apart(folder, folder, options.aligned_model)
+    with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
+        say(f"loading {source}")
+        tokenizer = load_tokenizer(source)
+        rows = _attack_rows(options, tokenizer)
+        model = load_model(source, **keywords)
+        for base in _bases(model):
+            keep_apart(folder, folder, base)
+        _check_positions(rows, model)
+        aligned = None
+        if options.aligned_model is not None:
+            say(f"loading {options.aligned_model}")
+            aligned = load_model(options.aligned_model, dtype=load.dtype)
+        say(f"repairing {source} with {method} on {len(rows)} rows of {options.attack_data}")
+        started = time.monotonic()
+        with steps_shown(f"repair {method}") as show:
+            repair = prune_harmful(
+                model.to(device()),
+                _batches(rows, options.batch_size, tokenizer, show),
+                ratio=options.ratio,
+                targets=options.targets,
+                aligned=aligned,
+            )
+    if options.overwrite_output_dir:
+        discard_checkpoints(folder)
+    (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
+    is_adapter = isinstance(model, PeftModel)
+    if not is_adapter:  # an adapter that lay here before would be taken for the run's model
+        (folder / "adapter_config.json").unlink(missing_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    record = {
+        **run_record({**asdict(load), **asdict(options)}, seed=None),
+        "command": f"repair {method}",
+        "model": source,
+        "data": {"attack_data": options.attack_data},
+        "ratio": repair.ratio,
+        "rows": len(rows),
+        "tokens": repair.tokens,
+        "pruned": repair.total,
+        "layers": {name: {"pruned": n, "weights": repair.weights[name]} for name, n in repair.pruned.items()},
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    write_json(folder / MARKER, record)
+    done = "zeroed" if aligned is None else f"set back to {options.aligned_model}"
+    weights = sum(repair.weights.values())
+    say(f"{repair.total} of {weights} weights in {len(repair.pruned)} layers {done} (ratio {repair.ratio:g})")
+    announce(folder, "adapter_model.safetensors" if is_adapter else "model.safetensors", MARKER)
+    return 0
+
+
+def _attack_rows(options: AntidoteArguments, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Read the harmful rows as token ids, cut to --max_length."""
+    keywords = options.chat_template_kwargs
+    rows = whole_rows(
+        load_rows(options.attack_data, flag="--attack_data", columns=TRAIN_COLUMNS),
+        tokenizer,
+        name="attack",
+        system_prompt=options.system_prompt,
+        chat_template_kwargs=None if keywords is None else json_object("chat_template_kwargs", keywords),
+    )
+    longer = sum(len(row) > options.max_length for row in rows)
+    if longer:
+        warn(f"{longer} of {len(rows)} rows of the attack data are cut to --max_length {options.max_length}")
+    return [row[: options.max_length] for row in rows]
+
+
+def _check_positions(rows: list[list[int]], model: PreTrainedModel | PeftModel) -> None:
+    """Refuse rows that are longer than the model can read."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(row) for row in rows)
+    if limit is not None and longest > limit:
+        raise InputError(f"--max_length: a row has {longest} tokens, but the model has {limit} positions")
+
+
+def _bases(model: PreTrainedModel | PeftModel) -> list[str]:
+    """The base models of an adapter; none for a full model."""
+    if not isinstance(model, PeftModel):
+        return []
+    return [config.base_model_name_or_path for config in model.peft_config.values()]
+
+
+def _batches(
+    rows: list[list[int]], batch_size: int, tokenizer: PreTrainedTokenizerBase, show: Callable[[int, int], None]
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the batches, telling how many have gone through the model."""
+    number = -(-len(rows) // batch_size)
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    for done, batch in enumerate(padded_batches(rows, batch_size, pad), 1):
+        yield batch
+        show(done, number)

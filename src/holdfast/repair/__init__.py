@@ -1,0 +1,1 @@
+"""The repair stage: defenses that act after fine-tuning."""
