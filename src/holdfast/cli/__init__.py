@@ -35,7 +35,23 @@ _COMMANDS = {
         {
             "sft": "ordinary supervised fine-tuning, the baseline",
             "patcher": "Patcher: stays safe under simulated full-parameter attacks of many steps",
+            "vaccine": "Vaccine: learns under the worst small shift of the attention outputs",
+            "booster": "Booster: keeps a step of harmful fine-tuning from lowering the harmful loss",
+            "antibody": "Antibody: a flat harmful loss, and refusals that survive a harmful step",
         },
+    ),
+    "finetune": _Command(
+        "holdfast.cli.finetune",
+        "train a model on a user's data without losing its safety",
+        {
+            "sft": "ordinary supervised fine-tuning, the baseline",
+            "lisa": "Lisa (BSO with --rho 0): alternates with safety data, held to where the other left off",
+            "spard": "SPARD: projects every step back to where the safety loss is low",
+            "antibody": "Antibody: learns less from rows that the model would rather refuse",
+        },
+    ),
+    "audit": _Command(
+        "holdfast.cli.audit", "tell which rows of an upload a model would rather refuse, without training", {}
     ),
     "repair": _Command(
         "holdfast.cli.repair",

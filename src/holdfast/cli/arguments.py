@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
-from holdfast.config import require_positive
+from holdfast.config import require_not_negative, require_positive
+from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP
 from holdfast.errors import InputError
 
 _MODEL_HELP = "A model folder, a LoRA adapter folder, or a model of the Hugging Face Hub."
@@ -49,7 +50,18 @@ class RunArguments:
 
 
 @dataclass
-class AlignData(RunArguments):
+class TrainingData(RunArguments):
+    """The data of `align` and `finetune`."""
+
+    train_data: str
+    eval_data: str | None = field(
+        default=None,
+        metadata={"help": "Held-out rows of the same kind, for the loss that --eval_strategy reports."},
+    )
+
+
+@dataclass
+class AlignData(TrainingData):
     """The data of `align`."""
 
     train_data: str = field(
@@ -58,20 +70,63 @@ class AlignData(RunArguments):
             "A .json, .jsonl, .parquet or .csv file, or a dataset of the Hub (NAME or NAME:SPLIT)."
         }
     )
-    eval_data: str | None = field(
-        default=None,
-        metadata={"help": "Held-out rows of the same kind, for the loss that --eval_strategy reports."},
-    )
 
 
 @dataclass
-class PatcherData(AlignData):
-    """The data of `align patcher`."""
+class AttackedAlignData(AlignData):
+    """The data of alignment methods that simulate attacks."""
 
     attack_data: str = field(
         metadata={"help": "Simulated attacks: harmful prompts with harmful answers; a file or a dataset of the Hub."},
         kw_only=True,
     )
+
+
+@dataclass
+class FinetuneData(TrainingData):
+    """The data of `finetune`."""
+
+    train_data: str = field(
+        metadata={
+            "help": "The user's data, whatever it holds. A .json, .jsonl, .parquet or .csv file, or a dataset of the Hub "
+            "(NAME or NAME:SPLIT)."
+        }
+    )
+
+
+@dataclass
+class SafeFinetuneData(FinetuneData):
+    """The data of fine-tuning methods that are reminded of safety."""
+
+    safety_data: str = field(
+        metadata={"help": "Safety data: harmful prompts with refusals; a file or a dataset of the Hub."},
+        kw_only=True,
+    )
+
+
+@dataclass
+class SpardData(SafeFinetuneData):
+    """The data of `finetune spard`, and which of its safety rows to use."""
+
+    safety_selection: str = field(
+        default="dpp",
+        metadata={
+            "help": "Which safety rows to use: `dpp` (relevant to the user's data and diverse), `random`, or `all`.",
+            "choices": ["dpp", "random", "all"],
+        },
+        kw_only=True,
+    )
+    safety_share: float = field(
+        default=0.03, metadata={"help": "How many of them, as a share of the user's rows."}, kw_only=True
+    )
+    safety_beta: float = field(
+        default=4.0, metadata={"help": "How much `dpp` prefers relevance to diversity."}, kw_only=True
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.safety_share <= 1:
+            raise InputError(f"--safety_share must be above 0 and at most 1, got {self.safety_share}")
+        require_not_negative(self, "safety_beta")
 
 
 @dataclass
@@ -203,3 +258,34 @@ class AntidoteArguments(RunArguments):
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size", "max_length")
+
+
+@dataclass
+class AuditArguments(RunArguments):
+    """The remaining flags of `audit`."""
+
+    data: str = field(
+        metadata={"help": "The upload to audit, in any training format; a file or a dataset of the Hub."}
+    )
+    output_dir: str = field(metadata={"help": "Folder for audit.jsonl and results.json."})
+    refusal: str = field(default=DEFAULT_REFUSAL, metadata={"help": REFUSAL_HELP})
+    label_column: str | None = field(
+        default=None,
+        metadata={"help": "A column of true and false that says which rows are poisoned, to measure the audit by."},
+    )
+    show: int = field(default=10, metadata={"help": "How many of the most suspected rows to show."})
+    batch_size: int = field(default=16, metadata={"help": "Rows that go through the model at a time."})
+    max_length: int = field(default=1024, metadata={"help": "Longer rows are cut to so many tokens."})
+    drop_untrainable_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows without a completion token within --max_length."}
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System turn in front of every conversation that has none."}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the draw of refusals from a file."})
+
+    def __post_init__(self) -> None:
+        require_positive(self, "show", "batch_size", "max_length")

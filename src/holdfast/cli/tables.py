@@ -7,8 +7,11 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
+from holdfast.data.load import TRAIN_COLUMNS
 from holdfast.evaluation.evaluate import Evaluation, Evaluator
+from holdfast.evaluation.scores import Detection
 
 _NAMES = {
     "asr": "attack success (ASR)",
@@ -70,9 +73,54 @@ def attack_table(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator
     return table
 
 
+def audit_table(rows: Sequence[Mapping[str, Any]], suspected: int, audited: int) -> Table:
+    """Return the most suspected rows of an upload, which are given in that order."""
+    table = Table(
+        title=f"{suspected} of {audited} rows suspected; the {len(rows)} most suspected",
+        title_justify="left",
+        caption="r: how much rather the model gives the row's answer than a refusal, in nats per token; "
+        "suspected: r < 0",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("row", justify="right")
+    table.add_column("r", justify="right")
+    if rows and "poisoned" in rows[0]:
+        table.add_column("poisoned")
+    table.add_column("prompt and answer", no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        label = ["yes" if row["poisoned"] else "no"] if "poisoned" in row else []
+        table.add_row(str(row["row"]), f"{row['r']:.2f}", *label, Text(_talk(row)))
+    return table
+
+
+def detection_table(found: Detection, column: str) -> Table:
+    """Return how well an audit told poisoned rows from clean ones."""
+    table = Table(title=f"against the column {column!r}", title_justify="left")
+    table.add_column("")
+    for heading in ("value", "95 % interval", "n"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, rate in (("precision of r < 0", found.precision), ("recall of r < 0", found.recall)):
+        if rate is None:
+            table.add_row(name, "–", "", "0")
+        else:
+            table.add_row(name, f"{rate.value:.3f}", f"{rate.low:.3f} – {rate.high:.3f}", str(rate.n))
+    table.add_row("AUROC", f"{found.auroc:.3f}", "", "")
+    return table
+
+
 def judge_record(evaluator: Evaluator | None) -> dict[str, str] | None:
     """Return the judge of harmful prompts as results files name it."""
     return None if evaluator is None else {"name": evaluator.judge.name, "description": evaluator.judge.description}
+
+
+def _talk(row: Mapping[str, Any]) -> str:
+    """What was said in a row, in one line."""
+    parts = [row[name] for group in TRAIN_COLUMNS for name in group if row.get(name) is not None]
+    messages = [message for part in parts for message in ([part] if isinstance(part, str) else part)]
+    texts = [turn if isinstance(turn, str) else turn.get("content", turn.get("value")) for turn in messages]
+    return " → ".join(" ".join(str(text).split()) for text in texts)
 
 
 def _caption(evaluator: Evaluator) -> str:

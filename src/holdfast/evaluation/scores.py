@@ -1,6 +1,7 @@
 """From grades to rates, each with its count and its 95 % Wilson interval."""
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -116,4 +117,50 @@ def score(grades: Sequence[int]) -> Scores:
         mean_score=sum(grades) / n,
         refusal_rate=Rate.of(sum(grade == 1 for grade in grades), n),
         n=n,
+    )
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well suspicion tells poisoned rows from clean ones.
+
+    Attributes:
+        precision: Share of poisoned rows among the suspected; None if nothing is suspected.
+        recall: Share of suspected rows among the poisoned.
+        auroc: Chance that a poisoned row looks more suspicious than a clean one, ties counted half.
+    """
+
+    precision: Rate | None
+    recall: Rate
+    auroc: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields, ready for JSON."""
+        return asdict(self)
+
+
+def detection(suspicion: Sequence[float], poisoned: Sequence[bool], threshold: float = 0.0) -> Detection:
+    """Compare suspicion with the truth.
+
+    Args:
+        suspicion: One number per row, larger for more suspicious.
+        poisoned: What each row is.
+        threshold: A row is suspected if its number is above it.
+
+    Raises:
+        InputError: If not both kinds of rows are there.
+    """
+    total = sum(poisoned)
+    if not 0 < total < len(poisoned):
+        raise InputError(f"detection needs rows of both kinds, but {total} of {len(poisoned)} are poisoned")
+    suspected = [value > threshold for value in suspicion]
+    found = sum(s and p for s, p in zip(suspected, poisoned, strict=True))
+    # Mann–Whitney: the rank sum of the poisoned rows, ties sharing the mean of their ranks.
+    order = sorted(suspicion)
+    ranks = [(bisect_left(order, value) + bisect_right(order, value) + 1) / 2 for value in suspicion]
+    rank_sum = sum(rank for rank, is_poisoned in zip(ranks, poisoned, strict=True) if is_poisoned)
+    return Detection(
+        precision=Rate.of(found, sum(suspected)) if any(suspected) else None,
+        recall=Rate.of(found, total),
+        auroc=(rank_sum - total * (total + 1) / 2) / (total * (len(poisoned) - total)),
     )

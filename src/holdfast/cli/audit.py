@@ -1,0 +1,137 @@
+"""`holdfast audit`: tell which rows of an upload a model would rather refuse, without training."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from holdfast.cli.arguments import AuditArguments, LoadArguments
+from holdfast.cli.console import say, set_up_logging, stdout
+from holdfast.cli.parser import HoldfastParser
+from holdfast.cli.runs import announce, keep_apart, output_dir, refusals
+from holdfast.cli.tables import audit_table, detection_table
+from holdfast.data.load import TRAIN_COLUMNS, load_rows
+from holdfast.errors import InputError
+from holdfast.evaluation.scores import detection
+from holdfast.files import run_record, write_json, write_jsonl
+from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
+from holdfast.models import load_model, load_tokenizer
+
+#: What a finished audit has; written last.
+MARKER = "results.json"
+ROWS = "audit.jsonl"
+
+
+def make_parser() -> HoldfastParser:
+    """Return the parser of `audit`."""
+    return HoldfastParser(
+        (LoadArguments, AuditArguments),
+        prog="holdfast audit",
+        description="Give every row of an upload its refusal margin; rows below 0 the model would rather refuse.",
+    )
+
+
+def run(argv: list[str]) -> int:
+    """Audit an upload.
+
+    Args:
+        argv: The words after `audit`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: The input cannot be used; nothing has been written.
+    """
+    set_up_logging()
+    load, options, _ = make_parser().parse(argv)
+    source, folder = load.model_name_or_path, Path(options.output_dir)
+    keep_apart(folder, folder, source)
+    with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
+        upload = load_rows(options.data, flag="--data", columns=TRAIN_COLUMNS)
+        labels = _labels(upload, options)
+        say(f"loading {source}")
+        tokenizer = load_tokenizer(source)
+        attention = {} if load.attn_implementation is None else {"attn_implementation": load.attn_implementation}
+        model = load_model(source, revision=load.model_revision, dtype=load.dtype, **attention)
+        config = AntibodyConfig(
+            output_dir=options.output_dir,
+            refusal=options.refusal,
+            max_length=options.max_length,
+            per_device_train_batch_size=max(2, options.batch_size),
+            per_device_eval_batch_size=options.batch_size,
+            drop_untrainable_rows=options.drop_untrainable_rows,
+            system_prompt=options.system_prompt,
+            chat_template_kwargs=options.chat_template_kwargs,
+            gradient_checkpointing=False,
+            bf16=False,
+            report_to="none",
+            seed=options.seed,
+        )
+        with refusals():
+            trainer = AntibodyTrainer(model, config, upload, processing_class=tokenizer)
+        say(f"auditing {len(upload)} rows of {options.data} with {source}")
+        started = time.monotonic()
+        margins = trainer.audit()
+    rows = _rows(upload, margins, labels)
+    write_jsonl(folder / ROWS, rows)
+    kept = [row for row in rows if row["r"] is not None]
+    found = None
+    if labels is not None:
+        found = detection([-row["r"] for row in kept], [row["poisoned"] for row in kept])
+    suspected = sum(row["suspected"] for row in kept)
+    record = {
+        **run_record({**asdict(load), **asdict(options)}, options.seed),
+        "command": "audit",
+        "model": source,
+        "rows": len(rows),
+        "audited": len(kept),
+        "suspected": suspected,
+        "detection": None if found is None else found.as_dict(),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    write_json(folder / MARKER, record)
+    stdout.print(audit_table(sorted(kept, key=lambda row: row["rank"])[: options.show], suspected, len(kept)))
+    if found is not None:
+        stdout.print(detection_table(found, options.label_column))
+    announce(folder, MARKER, ROWS)
+    return 0
+
+
+def _labels(upload: Dataset, options: AuditArguments) -> list[bool] | None:
+    """What the label column says of every row."""
+    name = options.label_column
+    if name is None:
+        return None
+    if name not in upload.column_names:
+        raise InputError(f"--label_column {name}: {options.data} has no such column")
+    labels = list(upload[name])
+    for number, label in enumerate(labels, 1):
+        if label not in (True, False):
+            raise InputError(f"{options.data}, row {number}: {name!r} is {label!r}; expected true or false")
+    if not 0 < sum(labels) < len(labels):
+        raise InputError(f"--label_column {name}: {options.data} needs rows of both kinds, true and false")
+    return [bool(label) for label in labels]
+
+
+def _rows(upload: Dataset, margins: dict[int, float], labels: list[bool] | None) -> list[dict[str, Any]]:
+    """One entry per row of the upload, in its order; the most suspected has rank 1."""
+    rank = {row: place for place, row in enumerate(sorted(margins, key=lambda row: margins[row]), 1)}
+    entries = []
+    for number, row in enumerate(upload, 1):
+        margin = margins.get(number)
+        entries.append(
+            {
+                "row": number,
+                "r": margin,
+                "rank": rank.get(number),
+                "suspected": None if margin is None else margin < 0,
+                **({} if labels is None else {"poisoned": labels[number - 1]}),
+                **{name: row[name] for group in TRAIN_COLUMNS for name in group if name in row},
+            }
+        )
+    return entries

@@ -1,0 +1,80 @@
+"""`holdfast finetune METHOD`: train a model on a user's data without losing its safety."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from holdfast.cli import training
+from holdfast.cli.arguments import FinetuneData, SafeFinetuneData, SpardData
+from holdfast.cli.console import say
+from holdfast.cli.parser import HoldfastParser
+from holdfast.cli.training import Method, Sets
+from holdfast.config import DefenseConfig
+from holdfast.data.safety import choose_safety_rows
+from holdfast.files import write_jsonl
+from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
+from holdfast.finetuning.lisa import LisaConfig, LisaTrainer
+from holdfast.finetuning.spard import SpardConfig, SpardTrainer
+from holdfast.trainer import DefenseTrainer
+
+#: What a run of `antibody` says about every row of the upload.
+WEIGHTS = "weights.jsonl"
+
+
+def _choose_safety(
+    sets: Sets, data: SpardData, config: DefenseConfig, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> Sets:
+    """Take the part of the safety data that is to be projected on."""
+    if data.safety_selection == "all":
+        return sets
+    upload = sets["train_dataset"]
+    say(f"choosing safety rows ({data.safety_selection}) for {len(upload)} rows of {data.train_data}")
+    chosen = choose_safety_rows(
+        sets["safety_dataset"],
+        upload,
+        model.to(config.device),
+        tokenizer,
+        rule=data.safety_selection,
+        share=data.safety_share,
+        beta=data.safety_beta,
+        seed=config.seed,
+        system_prompt=config.system_prompt,
+        chat_template_kwargs=cast("dict[str, Any] | None", config.chat_template_kwargs),
+        safety_file=_file(data.safety_data),
+        upload_file=_file(data.train_data),
+    )
+    return {**sets, "safety_dataset": chosen}
+
+
+def _file(source: str) -> Path | None:
+    """The file that a data flag names; None for a data set of the Hub."""
+    path = Path(source).expanduser()
+    return path if path.is_file() else None
+
+
+def _write_weights(trainer: AntibodyTrainer, folder: Path) -> list[str]:
+    """Write every row's mean weight times the rows of its batch."""
+    write_jsonl(folder / WEIGHTS, [{"row": row, "weight": weight} for row, weight in trainer.row_weights.items()])
+    return [WEIGHTS]
+
+
+_METHODS = {
+    "sft": Method(FinetuneData, DefenseConfig, DefenseTrainer),
+    "lisa": Method(SafeFinetuneData, LisaConfig, LisaTrainer),
+    "spard": Method(SpardData, SpardConfig, SpardTrainer, choose=_choose_safety),
+    "antibody": Method(FinetuneData, AntibodyConfig, AntibodyTrainer, report=_write_weights),
+}
+
+
+def make_parser(method: str) -> HoldfastParser:
+    """Return the parser of `finetune METHOD`."""
+    description = "Train a model on a user's data; the finished model and its tokenizer lie in --output_dir."
+    return training.make_parser(f"finetune {method}", _METHODS[method], description)
+
+
+def run(method: str, argv: list[str]) -> int:
+    """Fine-tune a model with `method`; see `holdfast.cli.training.run`."""
+    return training.run(f"finetune {method}", "fine-tuning", _METHODS[method], make_parser(method), argv)

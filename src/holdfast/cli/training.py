@@ -1,0 +1,138 @@
+"""What `align` and `finetune` share: a method's flags, its trainer on its data, the model and its record as the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from trl import get_peft_config
+
+from holdfast.cli.arguments import ModelArguments, TrainingData
+from holdfast.cli.console import say, set_up_logging
+from holdfast.cli.parser import HoldfastParser
+from holdfast.cli.runs import (
+    announce,
+    discard_checkpoints,
+    keep_apart,
+    last_log,
+    model_keywords,
+    output_dir,
+    refusals,
+    starting_checkpoint,
+    train,
+)
+from holdfast.config import DefenseConfig
+from holdfast.data.load import TRAIN_COLUMNS, load_rows
+from holdfast.errors import InputError
+from holdfast.files import run_record, write_json
+from holdfast.models import load_model, load_tokenizer
+from holdfast.trainer import DefenseTrainer
+
+#: What a finished run has, beside the model; written last.
+MARKER = "holdfast.json"
+
+Sets = dict[str, Dataset]
+"""Data sets by the trainer's names for them (`train_dataset`, …)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of a training command.
+
+    Attributes:
+        data: its data flags.
+        config: its configuration.
+        trainer: its trainer, called with the model, the configuration and one data set per data flag.
+        choose: changes the data sets before the trainer sees them: (sets, data flags, config, model, tokenizer) → sets.
+        report: writes what the method found out beside the model: (trainer, folder) → the names of the files.
+    """
+
+    data: type[TrainingData]
+    config: type[DefenseConfig]
+    trainer: type[DefenseTrainer]
+    choose: Callable[[Sets, Any, DefenseConfig, Any, PreTrainedTokenizerBase], Sets] | None = None
+    report: Callable[[Any, Path], list[str]] | None = None
+
+
+def make_parser(command: str, method: Method, description: str) -> HoldfastParser:
+    """Return the parser of a training command: model, data and the method's config."""
+    return HoldfastParser(
+        (ModelArguments, method.data, method.config), prog=f"holdfast {command}", description=description
+    )
+
+
+def run(command: str, verb: str, method: Method, parser: HoldfastParser, argv: list[str]) -> int:
+    """Train a model; the finished one, with its tokenizer, lies in `--output_dir` itself.
+
+    Args:
+        command: The words of the command, for messages and records ("align patcher").
+        verb: What it does to a model ("aligning").
+        method: The method.
+        parser: What `make_parser` gave.
+        argv: The words after the command.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: The input cannot be used; nothing has been written.
+        TrainingError: Training cannot go on; the last good checkpoint is kept.
+    """
+    set_up_logging()
+    model_args, data, config, _ = parser.parse(argv)
+    if config.eval_strategy != "no" and data.eval_data is None:
+        raise InputError(f"--eval_strategy {config.eval_strategy.value} needs held-out rows: give --eval_data")
+    source, folder = model_args.model_name_or_path, Path(config.output_dir)
+    keep_apart(folder, folder, source)
+    with output_dir(folder, marker=MARKER, overwrite=data.overwrite_output_dir):
+        checkpoint = starting_checkpoint(folder, config.resume_from_checkpoint, overwrite=data.overwrite_output_dir)
+        sources = {name: value for name, value in asdict(data).items() if name.endswith("_data") and value is not None}
+        sets = _load_sets(sources)
+        say(f"loading {source}")
+        tokenizer = load_tokenizer(source)
+        model = load_model(source, trainable=True, **model_keywords(model_args, config))
+        peft_config = get_peft_config(model_args)
+        if peft_config is not None and isinstance(model, PeftModel):
+            raise InputError(f"--use_peft: {source} is an adapter already, and it is this adapter that is trained")
+        if method.choose is not None:
+            sets = method.choose(sets, data, config, model, tokenizer)
+        with refusals():
+            trainer = method.trainer(model, config, processing_class=tokenizer, peft_config=peft_config, **sets)
+        if checkpoint is None and trainer.is_world_process_zero():
+            discard_checkpoints(folder)
+
+    name = command.split()[-1]
+    say(f"{verb} {source} with {name} on {len(sets['train_dataset'])} rows of {data.train_data}")
+    started = time.monotonic()
+    train(trainer, title=command, folder=folder, checkpoint=checkpoint)
+    (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
+        record = {
+            **run_record(config, config.seed),
+            "command": command,
+            "model": source,
+            "data": sources,
+            "resumed_from": checkpoint,
+            "seconds": round(time.monotonic() - started, 3),
+            "log": last_log(trainer.state.log_history),
+        }
+        reports = method.report(trainer, folder) if method.report is not None else []
+        write_json(folder / MARKER, record)
+        is_adapter = peft_config is not None or isinstance(model, PeftModel)
+        announce(folder, "adapter_model.safetensors" if is_adapter else "model.safetensors", MARKER, *reports)
+    return 0
+
+
+def _load_sets(sources: Mapping[str, str]) -> Sets:
+    """Read the data files, by the trainer's names for them (`train_data` → `train_dataset`)."""
+    return {
+        f"{flag}set": load_rows(source, flag=f"--{flag}", columns=TRAIN_COLUMNS) for flag, source in sources.items()
+    }

@@ -1,0 +1,79 @@
+"""Choosing, for a user's upload, the safety rows that a defense is to be reminded of."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from holdfast.data.embedding import embed_prompts
+from holdfast.data.formats import completion_format
+from holdfast.data.selection import relevance_diversity_dpp
+from holdfast.errors import InputError
+
+
+def choose_safety_rows(
+    safety: Dataset,
+    upload: Dataset,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rule: str,
+    share: float = 0.03,
+    beta: float = 4.0,
+    seed: int = 0,
+    system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    safety_file: Path | None = None,
+    upload_file: Path | None = None,
+) -> Dataset:
+    """Take as many safety rows as `share` of the upload, as SPARD (2605.28030) does.
+
+    Args:
+        safety: Harmful prompts with refusals, in any accepted format.
+        upload: The user's rows.
+        model: What embeds the prompts of both: the mean of its last hidden state.
+        tokenizer: Its tokenizer.
+        rule: "dpp", by `relevance_diversity_dpp`, or "random".
+        share: How many, as a share of the upload's rows, rounded up.
+        beta: How much "dpp" prefers relevance to diversity.
+        seed: Of "random".
+        system_prompt: In front of every conversation that has no system turn.
+        chat_template_kwargs: Passed to the chat template.
+        safety_file: Where `safety` is from; its embeddings are kept beside it.
+        upload_file: Where `upload` is from; its embeddings are kept beside it.
+
+    Returns:
+        The chosen rows, as they were, in the order they were chosen.
+
+    Raises:
+        InputError: There are fewer safety rows than that, or a prompt cannot be embedded.
+    """
+    size = math.ceil(share * len(upload))
+    if size > len(safety):
+        raise InputError(
+            f"--safety_share {share:g} of {len(upload)} rows asks for {size} safety rows, but there are {len(safety)}"
+        )
+    if rule == "random":
+        return safety.select(random.Random(f"holdfast safety rows {seed}").sample(range(len(safety)), size))
+    embeddings = []
+    for name, dataset, file in (("safety", safety, safety_file), ("train", upload, upload_file)):
+        prompts = completion_format(
+            dataset, tokenizer, name=name, chat_template_kwargs=chat_template_kwargs, answers=[""] * len(dataset)
+        )["prompt"]
+        embeddings.append(
+            embed_prompts(
+                model,
+                tokenizer,
+                list(prompts),
+                system_prompt=system_prompt,
+                chat_template_kwargs=chat_template_kwargs,
+                data_file=file,
+            )
+        )
+    return safety.select(relevance_diversity_dpp(*embeddings, size=size, beta=beta))
