@@ -1,10 +1,13 @@
-"""Loading models and tokenizers: from a folder, an adapter folder or the Hub, in safetensors only."""
+"""Models and tokenizers, loaded from a folder, an adapter folder or the Hub in safetensors only; their modes."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from trl.trainer.utils import create_model_from_path
@@ -101,6 +104,23 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> No
             f"the tokenizer of model {source} has no chat template, which data made of messages need; "
             "add a chat_template.jinja or use plain prompts and completions"
         )
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model inside an adapter; one without an adapter itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Switch to eval mode, and on leaving put back the mode that every single module was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _check_exists(source: str) -> None:

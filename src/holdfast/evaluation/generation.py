@@ -11,8 +11,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from holdfast.data.load import Prompt
+from holdfast.data.prompts import encode_prompts
 from holdfast.errors import InputError
 from holdfast.evaluation.decoding import Decoding
+from holdfast.models import base_model, eval_mode
 
 
 def generate(
@@ -50,11 +52,9 @@ def generate(
         InputError: If messages or a system prompt need a chat template that is not there, or a prompt is empty or
             leaves no room for an answer within the model's positions; the row is named, counted from 1.
     """
-    ids = _encode(tokenizer, prompts, system_prompt, dict(chat_template_kwargs or {}))
+    ids = encode_prompts(tokenizer, prompts, system_prompt=system_prompt, chat_template_kwargs=chat_template_kwargs)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for row, tokens in enumerate(ids, 1):
-        if not tokens:
-            raise InputError(f"prompt {row} is empty; expected at least one token")
         if limit is not None and len(tokens) >= limit:
             raise InputError(
                 f"prompt {row} has {len(tokens)} tokens, which leaves no room for an answer: "
@@ -73,7 +73,7 @@ def generate(
             padded = torch.tensor([[pad] * (width - len(ids[row])) + ids[row] for row in rows])
             mask = torch.tensor([[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in rows])
             config = _generation_config(decoding, room, stop, pad, tokenizer.bos_token_id)
-            _base(model).generation_config = config
+            base_model(model).generation_config = config
             output = model.generate(
                 input_ids=padded.to(model.device), attention_mask=mask.to(model.device), generation_config=config
             )
@@ -81,34 +81,6 @@ def generate(
                 end = next((position for position, token in enumerate(tokens) if token in stop), len(tokens))
                 answers[row] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
     return answers
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    system_prompt: str | None,
-    chat_template_kwargs: dict[str, Any],
-) -> list[list[int]]:
-    """Return the token ids of every prompt, up to where the answer begins."""
-    if not prompts:
-        return []
-    if not tokenizer.chat_template:
-        for row, prompt in enumerate(prompts, 1):
-            if not isinstance(prompt, str):
-                raise InputError(f"prompt {row} is made of messages, but the tokenizer has no chat template")
-        if system_prompt is not None:
-            raise InputError("--system_prompt needs a chat template, which the tokenizer does not have")
-        return list(tokenizer(list(prompts))["input_ids"])
-    rendered = []
-    for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if system_prompt is not None and all(message["role"] != "system" for message in messages):
-            messages = [{"role": "system", "content": system_prompt}, *messages]
-        rendered.append(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **chat_template_kwargs)
-        )
-    # The template writes the special tokens itself.
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def _batches(ids: list[list[int]], batch_size: int, max_new_tokens: int, limit: int | None) -> Iterator[list[int]]:
@@ -127,7 +99,7 @@ def _batches(ids: list[list[int]], batch_size: int, max_new_tokens: int, limit: 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end an answer: the model's (chat models often have several) and the tokenizer's."""
-    configured = _base(model).generation_config.eos_token_id
+    configured = base_model(model).generation_config.eos_token_id
     own = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
 
@@ -149,11 +121,6 @@ def _generation_config(
     )
 
 
-def _base(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model inside an adapter, which is the one whose generation settings count."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 @contextmanager
 def _preserved(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Seed sampling and switch to eval mode; on leaving, put back every module's mode and all random states.
@@ -161,19 +128,15 @@ def _preserved(model: PreTrainedModel, seed: int) -> Iterator[None]:
     The model's own `generation_config` is put back, too: `generate` fills what a given one leaves open from it, so it
     has to make way.
     """
-    base = _base(model)
+    base = base_model(model)
     own_config = base.generation_config
-    modes = [(module, module.training) for module in model.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), eval_mode(model):
         torch.manual_seed(seed)
         try:
-            model.eval()
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             base.generation_config = own_config
             random.setstate(python_state)
             np.random.set_state(numpy_state)
