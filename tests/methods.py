@@ -38,8 +38,8 @@ def _anchor(model: torch.nn.Module) -> Batch:
 class Method:
     """One method.
 
-    `expected(model, window, second)` is the slow reference; a window is a list of global micro-batches, `second` those of
-    the method's second data set.
+    `expected(model, window, second)` is the slow reference; a window is a list of global micro-batches, `second`
+    those of the method's second data set.
     """
 
     trainer: type
@@ -48,7 +48,9 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict)
     second: str | None = None
 
-    def build(self, model: torch.nn.Module, settings: dict[str, Any], rows: int = 8, callbacks=(), **changes: Any) -> Any:
+    def build(
+        self, model: torch.nn.Module, settings: dict[str, Any], rows: int = 8, callbacks=(), **changes: Any
+    ) -> Any:
         data = {} if self.second is None else {f"{self.second}_dataset": word_rows(6, seed=1)}
         return self.trainer(
             model,

@@ -77,7 +77,7 @@ def vaccine(model, window, rho, attention):
         outputs = []
         with ExitStack() as stack:
             for module in modules:
-                handle = module.register_forward_hook(lambda _, __, output: outputs.append(output[0]))
+                handle = module.register_forward_hook(lambda _, __, out, seen=outputs: seen.append(out[0]))
                 stack.callback(handle.remove)
             loss = plain_loss(model, [batch])
         found = torch.autograd.grad(loss, outputs)

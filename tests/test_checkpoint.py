@@ -12,10 +12,10 @@ import torch
 from transformers import TrainerCallback
 
 from helpers import run_to_resume, same_bits, tiny_llama, weights
-from methods import METHODS
 from holdfast.checkpoint import VALUES, VECTORS, last_checkpoint, load_state, save_state
 from holdfast.errors import InputError
 from holdfast.parameters import ParameterVector, trainable_parameters
+from methods import METHODS
 
 TESTS = Path(__file__).parent
 # Where each run is killed, and the checkpoint that it is then resumed from.

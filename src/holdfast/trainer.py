@@ -7,12 +7,9 @@ trainer's. Without a method of its own this trainer is supervised fine-tuning, t
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +22,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.training_args import ParallelMode
-from trl import SFTTrainer
 
 from holdfast.checkpoint import last_checkpoint, load_state, save_state
 from holdfast.config import DefenseConfig
 from holdfast.data.batches import Batch, BatchStream
-from holdfast.data.formats import completion_format
-from holdfast.data.refusals import REFUSAL_COLUMNS, RefusalCollator, join_refusals, numbered, refusal_texts
+from holdfast.data.completions import CompletionTrainer, require_rows
 from holdfast.errors import InputError, TrainingError
 from holdfast.models import load_model, load_tokenizer
 from holdfast.parameters import ParameterVector, put_gradient, take_gradient, trainable_parameters
-
-logger = logging.getLogger(__name__)
 
 _NO_SHARDING = "--fsdp was asked for, but this run would not shard: start it with torchrun on GPUs"
 
@@ -52,7 +45,7 @@ class Window:
         return len(self.batches)
 
 
-class DefenseTrainer(SFTTrainer):
+class DefenseTrainer(CompletionTrainer):
     """Fine-tune with a defended gradient; as it stands, with the plain one.
 
     A method overrides `defended_gradient`, and where it has something to remember, `method_state` and
@@ -78,8 +71,6 @@ class DefenseTrainer(SFTTrainer):
     _tag_names = ["holdfast"]
     _name = "Holdfast"
     config_class: type[DefenseConfig] = DefenseConfig
-    #: The data sets (by the names of `batches_of`, and "train") whose batches come with a refusal view.
-    refused_sets: frozenset[str] = frozenset()
     # The loss is divided by the window's token count, on every architecture.
     loss_is_scaled_for_ga = True
 
@@ -96,7 +87,7 @@ class DefenseTrainer(SFTTrainer):
             raise InputError(f"{type(self).__name__} needs a {self.config_class.__name__}, got a {type(args).__name__}")
         if train_dataset is None:
             raise InputError("train_dataset is missing")
-        _require_rows(train_dataset, "train")
+        require_rows(train_dataset, "train")
         if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
             raise InputError(_NO_SHARDING)
         if kwargs.get("compute_loss_func") or kwargs.get("formatting_func"):
@@ -113,8 +104,6 @@ class DefenseTrainer(SFTTrainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
         )
-        if self.refused_sets:
-            self.data_collator = RefusalCollator(self.data_collator)
         # SFTTrainer computes the loss from the token count itself, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
         self._refuse_unsupported_parallelism()
@@ -290,60 +279,6 @@ class DefenseTrainer(SFTTrainer):
             )
         return grad_norm
 
-    # ------------------------------------------------------------------ data
-
-    def _prepare_dataset(
-        self,
-        dataset: Dataset,
-        processing_class: PreTrainedTokenizerBase,
-        args: DefenseConfig,
-        packing: bool,
-        formatting_func: Callable[[Any], str] | None,
-        dataset_name: str,
-    ) -> Dataset:
-        """Tokenise and label in TRL's way, but never lose a row silently.
-
-        TRL drops rows whose completion was cut off; here they are counted on the labels before truncation.
-        """
-        _require_rows(dataset, dataset_name)
-        to_completions = functools.partial(
-            completion_format,
-            tokenizer=processing_class,
-            name=dataset_name,
-            system_prompt=args.system_prompt,
-            chat_template_kwargs=cast("dict[str, Any] | None", args.chat_template_kwargs),
-        )
-        prepare = functools.partial(self._label, processing_class=processing_class, args=args, packing=packing)
-        if dataset_name not in self.refused_sets:
-            return prepare(to_completions(dataset), name=dataset_name)
-        dataset = numbered(dataset)
-        texts = refusal_texts(args.refusal, dataset, processing_class, seed=args.seed, name=dataset_name)
-        refusing = to_completions(dataset, answers=texts)
-        return join_refusals(
-            prepare(to_completions(dataset), name=dataset_name), prepare(refusing, name=f"refused {dataset_name}")
-        )
-
-    def _label(
-        self,
-        dataset: Dataset,
-        processing_class: PreTrainedTokenizerBase,
-        args: DefenseConfig,
-        packing: bool,
-        name: str,
-    ) -> Dataset:
-        """Prompts and completions as tokens and labels, truncated and packed."""
-        untruncated = copy.copy(args)
-        untruncated.max_length, untruncated.shuffle_dataset = None, False
-        labelled = super()._prepare_dataset(dataset, processing_class, untruncated, False, None, name)
-        # Packing with "bfd" cuts rows at max_length, as padding does; the other strategies go on in the next block.
-        cut = args.max_length if not packing or args.packing_strategy == "bfd" else None
-        labelled = _with_completion(labelled, cut, name, drop=args.drop_untrainable_rows)
-        return super()._prepare_dataset(labelled, processing_class, args, packing, None, name)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *REFUSAL_COLUMNS]))
-
     # ------------------------------------------------------------------ checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
@@ -400,26 +335,3 @@ class DefenseTrainer(SFTTrainer):
             raise InputError(
                 "--average_tokens_across_devices must stay true: losses are means over the tokens of all ranks"
             )
-
-
-def _require_rows(dataset: Any, name: str) -> None:
-    if not isinstance(dataset, Dataset):
-        raise InputError(f"the {name} data must be a datasets.Dataset, got a {type(dataset).__name__}")
-    if len(dataset) == 0:
-        raise InputError(f"the {name} data has no rows")
-
-
-def _with_completion(dataset: Dataset, cut: int | None, name: str, *, drop: bool) -> Dataset:
-    """The rows that keep at least one completion token in their first `cut` tokens."""
-    # The first token of a row is never predicted.
-    keep = [i for i, labels in enumerate(dataset["labels"]) if any(label != -100 for label in labels[1:cut])]
-    lost = len(dataset) - len(keep)
-    if not lost:
-        return dataset
-    first = next(row for row, kept in enumerate(itertools.chain(keep, [-1])) if row != kept) + 1
-    described = f"{lost} of {len(dataset)} rows of the {name} data keep no completion token"
-    described += f" within --max_length {cut}" if cut else ""
-    if not drop or not keep:
-        raise InputError(f"{described} (the first is row {first}); raise --max_length or pass --drop_untrainable_rows")
-    logger.warning("%s and were dropped (the first is row %d)", described, first)
-    return dataset.select(keep)

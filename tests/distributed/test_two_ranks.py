@@ -21,8 +21,8 @@ from helpers import (
     word_tokenizer,
     worst_entry,
 )
-from methods import METHODS, joined
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from methods import METHODS, joined
 
 HERE = Path(__file__).parent
 MESHES = ["fsdp", "hsdp 1x2", "hsdp 2x1"]

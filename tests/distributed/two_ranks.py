@@ -34,7 +34,6 @@ from helpers import (
     word_rows,
     word_tokenizer,
 )
-from methods import METHODS, first_update
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
 from holdfast.checkpoint import load_state, save_state
 from holdfast.config import DefenseConfig
@@ -53,6 +52,7 @@ from holdfast.parameters import (
     trainable_parameters,
 )
 from holdfast.trainer import DefenseTrainer
+from methods import METHODS, first_update
 
 BATCH = golden_batch("safe")
 

@@ -66,7 +66,10 @@ class AntibodyAlignmentConfig(DefenseConfig):
     refusal_weight: float = field(default=0.05, metadata={"help": "Weight of the refusals after that step."})
     flatness_rule: str = field(
         default="cosine",
-        metadata={"help": "How the flatness term is weighted: the released code or the paper.", "choices": ["cosine", "kkt"]},
+        metadata={
+            "help": "How the flatness term is weighted: the released code or the paper.",
+            "choices": ["cosine", "kkt"],
+        },
     )
     strength: float | None = field(
         default=None, metadata={"help": "Strength of the flatness rule; 5 for cosine, and to be given for kkt."}

@@ -60,8 +60,8 @@ class BoosterConfig(DefenseConfig):
 class BoosterTrainer(DefenseTrainer):
     """Align with Booster.
 
-    Each update logs `harmful_loss` L(θ; H) and `harmful_gain`, what the simulated step takes off it. Beyond SFT it holds
-    two buffers of the trained parameters' size.
+    Each update logs `harmful_loss` L(θ; H) and `harmful_gain`, what the simulated step takes off it. Beyond SFT it
+    holds two buffers of the trained parameters' size.
 
     Args:
         model: As for `DefenseTrainer`.

@@ -1,8 +1,8 @@
 r"""Vaccine: learn alignment under the worst small shift of the attention outputs.
 
 Vaccine (2402.01109), alignment stage. Two passes over the same batch. The first takes the gradient of the loss with
-respect to the output of every attention module, g_out,l = ∂L/∂(output of attention l). The second shifts every attention
-output by a constant
+respect to the output of every attention module, g_out,l = ∂L/∂(output of attention l). The second shifts every
+attention output by a constant
 
     ρ · g_out,l / ‖(g_out,1 … g_out,n)‖
 
@@ -42,7 +42,7 @@ Outputs = dict[nn.Module, Tensor]
 
 @dataclass
 class VaccineConfig(DefenseConfig):
-    """Configuration of `VaccineTrainer`.
+    r"""Configuration of `VaccineTrainer`.
 
     Args:
         rho: Length ρ of the shift, over all layers together.
@@ -131,8 +131,7 @@ class VaccineTrainer(DefenseTrainer):
         squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
         scale = self.args.rho / self.accelerator.reduce(squares, "sum").sqrt().clamp(min=1e-12)
         return loss.detach(), {
-            module: (gradient * scale).to(gradient.dtype)
-            for module, gradient in zip(outputs, gradients, strict=True)
+            module: (gradient * scale).to(gradient.dtype) for module, gradient in zip(outputs, gradients, strict=True)
         }
 
 

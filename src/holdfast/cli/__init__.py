@@ -132,11 +132,12 @@ def _usage() -> str:
         "commands:",
     ]
     for name, command in _COMMANDS.items():
-        words = f"{name} {{{','.join(command.methods)}}}" if command.methods else name
-        lines.append(f"  {words:<22} {command.summary}")
+        lines.append(f"  {f'{name} METHOD' if command.methods else name:<16} {command.summary}")
+        if command.methods:
+            lines.append(f"  {'':<16} ({', '.join(command.methods)})")
     lines += [
         "",
-        "  --version              print the version",
+        "  --version        print the version",
         "",
         "`holdfast COMMAND --help` lists a command's options; all of them may stand in a YAML file given as --config.",
     ]

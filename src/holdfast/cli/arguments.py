@@ -88,8 +88,8 @@ class FinetuneData(TrainingData):
 
     train_data: str = field(
         metadata={
-            "help": "The user's data, whatever it holds. A .json, .jsonl, .parquet or .csv file, or a dataset of the Hub "
-            "(NAME or NAME:SPLIT)."
+            "help": "The user's data, whatever it holds. A .json, .jsonl, .parquet or .csv file, or a dataset of the "
+            "Hub (NAME or NAME:SPLIT)."
         }
     )
 
@@ -264,9 +264,7 @@ class AntidoteArguments(RunArguments):
 class AuditArguments(RunArguments):
     """The remaining flags of `audit`."""
 
-    data: str = field(
-        metadata={"help": "The upload to audit, in any training format; a file or a dataset of the Hub."}
-    )
+    data: str = field(metadata={"help": "The upload to audit, in any training format; a file or a dataset of the Hub."})
     output_dir: str = field(metadata={"help": "Folder for audit.jsonl and results.json."})
     refusal: str = field(default=DEFAULT_REFUSAL, metadata={"help": REFUSAL_HELP})
     label_column: str | None = field(

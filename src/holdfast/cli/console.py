@@ -21,7 +21,16 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 stdout = Console(highlight=False)
 
 #: What a progress line tells of a training log, in this order, where the log has it.
-_SHOWN = ("loss", "attacked_loss", "grad_norm", "learning_rate", "eval_loss")
+_SHOWN = (
+    "loss",
+    "attacked_loss",
+    "harmful_loss",
+    "safety_loss",
+    "refusal_margin",
+    "grad_norm",
+    "learning_rate",
+    "eval_loss",
+)
 
 
 def set_up_logging() -> None:
@@ -80,9 +89,11 @@ class ProgressReport(TrainerCallback):
         **_: Any,
     ) -> None:
         """Show the losses."""
-        shown = {name: (logs or {})[name] for name in _SHOWN if name in (logs or {})}
-        if not shown or not state.is_world_process_zero:
+        logs = logs or {}
+        # The last log of a run, its summary, carries the rest of some averages, but no loss.
+        if not state.is_world_process_zero or not logs.keys() & {"loss", "eval_loss"}:
             return
+        shown = {name: logs[name] for name in _SHOWN if name in logs}
         text = " · ".join(f"{name} {_short(value)}" for name, value in shown.items())
         if self._bar is not None:
             self._bar.set_postfix_str(text)

@@ -11,11 +11,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from holdfast.cli.align import MARKER
 from holdfast.cli.arguments import AntidoteArguments, RepairModel
 from holdfast.cli.console import say, set_up_logging, steps_shown, warn
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, discard_checkpoints, keep_apart, output_dir
+from holdfast.cli.training import MARKER
 from holdfast.config import json_object
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.tokens import padded_batches, whole_rows

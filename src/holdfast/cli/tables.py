@@ -84,11 +84,11 @@ def audit_table(rows: Sequence[Mapping[str, Any]], suspected: int, audited: int)
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
-    table.add_column("row", justify="right")
-    table.add_column("r", justify="right")
+    table.add_column("row", justify="right", no_wrap=True)
+    table.add_column("r", justify="right", no_wrap=True)
     if rows and "poisoned" in rows[0]:
-        table.add_column("poisoned")
-    table.add_column("prompt and answer", no_wrap=True, overflow="ellipsis")
+        table.add_column("poisoned", no_wrap=True)
+    table.add_column("prompt → answer", no_wrap=True, overflow="ellipsis", max_width=100)
     for row in rows:
         label = ["yes" if row["poisoned"] else "no"] if "poisoned" in row else []
         table.add_row(str(row["row"]), f"{row['r']:.2f}", *label, Text(_talk(row)))
@@ -117,7 +117,8 @@ def judge_record(evaluator: Evaluator | None) -> dict[str, str] | None:
 
 def _talk(row: Mapping[str, Any]) -> str:
     """What was said in a row, in one line."""
-    parts = [row[name] for group in TRAIN_COLUMNS for name in group if row.get(name) is not None]
+    names = dict.fromkeys(name for group in TRAIN_COLUMNS for name in group)
+    parts = [row[name] for name in names if row.get(name) is not None]
     messages = [message for part in parts for message in ([part] if isinstance(part, str) else part)]
     texts = [turn if isinstance(turn, str) else turn.get("content", turn.get("value")) for turn in messages]
     return " → ".join(" ".join(str(text).split()) for text in texts)

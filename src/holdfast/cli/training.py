@@ -1,4 +1,4 @@
-"""What `align` and `finetune` share: a method's flags, its trainer on its data, the model and its record as the result."""
+"""What `align` and `finetune` share: a method's flags, its trainer on its data, the model and its record."""
 
 from __future__ import annotations
 

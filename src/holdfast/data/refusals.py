@@ -1,7 +1,7 @@
 """Refusal views: every prompt of a data set answered with a refusal instead, travelling in the batches of that set.
 
-A batch with a refusal view holds, beside its own `input_ids`, `attention_mask` and `labels`, the same prompts refused as
-`refusal_input_ids`, `refusal_attention_mask` and `refusal_labels`, and in `refusal_row` which rows of the data they are.
+A batch with a refusal view holds, beside its own `input_ids`, `attention_mask` and `labels`, the same prompts refused
+as `refusal_input_ids`, `refusal_attention_mask` and `refusal_labels`, and in `refusal_row` which rows they are.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from holdfast.data.embedding import embed_prompts
@@ -61,19 +62,18 @@ def choose_safety_rows(
         )
     if rule == "random":
         return safety.select(random.Random(f"holdfast safety rows {seed}").sample(range(len(safety)), size))
-    embeddings = []
-    for name, dataset, file in (("safety", safety, safety_file), ("train", upload, upload_file)):
-        prompts = completion_format(
-            dataset, tokenizer, name=name, chat_template_kwargs=chat_template_kwargs, answers=[""] * len(dataset)
-        )["prompt"]
-        embeddings.append(
-            embed_prompts(
-                model,
-                tokenizer,
-                list(prompts),
-                system_prompt=system_prompt,
-                chat_template_kwargs=chat_template_kwargs,
-                data_file=file,
-            )
+
+    def embed(dataset: Dataset, name: str, file: Path | None) -> Tensor:
+        # Answers play no part: a conversation's prompt is what comes before the first of them.
+        prompts = completion_format(dataset, tokenizer, name=name, answers=[""] * len(dataset))["prompt"]
+        return embed_prompts(
+            model,
+            tokenizer,
+            list(prompts),
+            system_prompt=system_prompt,
+            chat_template_kwargs=chat_template_kwargs,
+            data_file=file,
         )
-    return safety.select(relevance_diversity_dpp(*embeddings, size=size, beta=beta))
+
+    candidates, task = embed(safety, "safety", safety_file), embed(upload, "train", upload_file)
+    return safety.select(relevance_diversity_dpp(candidates, task, size, beta))

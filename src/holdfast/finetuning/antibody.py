@@ -101,7 +101,7 @@ class AntibodyTrainer(DefenseTrainer):
 
     @property
     def row_weights(self) -> dict[int, float]:
-        """Row number, from 1 → mean over the run of its weight times the rows of its micro-batch (1 is an equal share)."""
+        """Row number, from 1 → mean over the run of weight × rows of the micro-batch; 1 is an equal share."""
         return {row: total / draws for row, (total, draws) in sorted(self._weights.items())}
 
     @torch.no_grad()

@@ -81,8 +81,8 @@ class LisaTrainer(DefenseTrainer):
     """Fine-tune with Lisa.
 
     The number of updates is the one that `train_dataset`, the batch and `num_train_epochs` or `max_steps` come to; the
-    safety states are among them. Each update logs `drift` ‖θ − anchor‖ while the proximal term is on. Beyond SFT it holds
-    one buffer of the trained parameters' size, the anchor, and none for ρ = 0.
+    safety states are among them. Each update logs its loss as `safety_loss` or `user_loss`, by its state. Beyond SFT it
+    holds one buffer of the trained parameters' size, the anchor, and none for ρ = 0.
 
     Args:
         model: As for `DefenseTrainer`.
@@ -139,6 +139,7 @@ class LisaTrainer(DefenseTrainer):
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """g(θ; B) + ρ · (θ − anchor)."""
         loss, gradient = self.loss_and_gradient(model, window)
+        self.log_metric(f"{self.bi_state}_loss", loss)
         if self.anchor is not None and self._proximal_term_is_on():
             for name, parameter in trainable_parameters(self.model).items():
                 drift = local(parameter) - local(self.anchor[name])
@@ -168,4 +169,4 @@ class LisaTrainer(DefenseTrainer):
         self._updates_in_state += 1
 
     def _proximal_term_is_on(self) -> bool:
-        return self.args.rho > 0 and self.state.global_step >= self.args.proximal_start * self.state.max_steps
+        return bool(self.args.rho) and self.state.global_step >= self.args.proximal_start * self.state.max_steps

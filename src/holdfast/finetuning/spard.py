@@ -5,14 +5,14 @@ weights that it led to and S a batch of safety data, take ℓ = L(θ⁺; S). If 
 
     θ ← θ⁺ − min((ℓ − τ) / ‖g‖², η) · g
 
-the projection on the half-space where the linearised safety loss is at most τ, cut to a trust region. Published: τ = 0.2,
-η = the learning rate of fine-tuning, S one row.
+the projection on the half-space where the linearised safety loss is at most τ, cut to a trust region. Published:
+τ = 0.2, η = the learning rate of fine-tuning, S one row.
 
 Two rules, which are far from each other:
     * `euclidean`, the paper's, as above.
-    * `adamw`, the authors' released code: S is four batches of one row; the step is taken if ℓ > τ + 0.1; g is clipped to
-      norm 1, each parameter's part g_p of it scaled by min((ℓ − τ) / ‖g_p‖, 1), and handed to the *same* AdamW as the
-      user's step, whose moments it shares.
+    * `adamw`, the authors' released code: S is four batches of one row; the step is taken if ℓ > τ + 0.1; g is clipped
+      to norm 1, each parameter's part g_p of it scaled by min((ℓ − τ) / ‖g_p‖, 1), and handed to the *same* AdamW as
+      the user's step, whose moments it shares.
 
 The paper picks the safety rows by `holdfast.data.selection.relevance_diversity_dpp`: 3 % of the upload's size.
 
@@ -86,9 +86,9 @@ class SpardConfig(DefenseConfig):
 class SpardTrainer(DefenseTrainer):
     """Fine-tune with SPARD.
 
-    Each update logs `safety_loss` ℓ at the weights that the user's step led to, and `projection_step`, the factor that g
-    was taken with (0 where ℓ was low enough). Beyond SFT it holds no buffer: the user's gradient is dropped before the
-    safety gradient is taken.
+    Each update logs `safety_loss` ℓ at the weights that the user's step led to, and `projection_step`, the factor that
+    g was taken with (0 where ℓ was low enough). Beyond SFT it holds no buffer: the user's gradient is dropped before
+    the safety gradient is taken.
 
     Args:
         model: As for `DefenseTrainer`.
@@ -125,7 +125,7 @@ class SpardTrainer(DefenseTrainer):
             *batches: What to take ℓ and g on; the rule `adamw` takes steps of the trainer's optimizer.
 
         Returns:
-            The step size that g was taken with: 0.0 where ℓ was low enough. For `adamw`, the largest of its parts' scales.
+            The step size that g was taken with, 0.0 where ℓ was low enough; for `adamw` the largest scale of a part.
         """
         self.model.zero_grad()
         if self.args.projection == "adamw":
@@ -138,7 +138,7 @@ class SpardTrainer(DefenseTrainer):
             return 0.0
         self.accelerator.backward(share)
         gradient = take_gradient(self.model)
-        step = min((loss - args.tau) / max(norm(gradient), TINY) ** 2, args.eta or self._rate())
+        step: float = min((loss - args.tau) / max(norm(gradient), TINY) ** 2, args.eta or self._rate())
         shift(self.model, gradient, scale=-step)
         return step
 
@@ -150,9 +150,8 @@ class SpardTrainer(DefenseTrainer):
         if loss <= self.args.tau + ADAMW_MARGIN:
             return 0.0
         gradient *= min(1.0, 1.0 / max(norm(gradient), TINY))
-        scales = [
-            min((loss - self.args.tau) / max(norm({name: part}), TINY), 1.0) for name, part in gradient.items()
-        ]
+        excess = loss - self.args.tau
+        scales: list[float] = [min(excess / max(norm({name: part}), TINY), 1.0) for name, part in gradient.items()]
         for scale, part in zip(scales, gradient.values(), strict=True):
             local(part).mul_(scale)
         put_gradient(self.model, gradient)
