@@ -29,6 +29,7 @@ bench: export MALLOC_TRIM_THRESHOLD_ := 1073741824
 bench: export MALLOC_TOP_PAD_ := 67108864
 bench: $(READY)
 	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/method_cost.py
 
 $(READY): constraints.txt pyproject.toml
 	@echo "Setting up $(VENV) (a minute or two) ..."

@@ -176,7 +176,7 @@ def measure_memory(shape: Shape, *, checkpointing: bool, folder: str) -> dict[st
         gradient_checkpointing=checkpointing,
     )
     with peak_meter(trainer.model) as meter:
-        watch = _MemoryWatch(meter)
+        watch = MemoryWatch(meter)
         trainer.add_callback(watch)
         trainer.train()
     size = parameter_bytes(trainer.model)
@@ -212,34 +212,41 @@ class _Stopwatch(TrainerCallback):
         self._started = self._cpu_started = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self._started, self._cpu_started = _now(), time.process_time()
+        self._started, self._cpu_started = now(), time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.updates.append(_now() - self._started)
+        self.updates.append(now() - self._started)
         self.cpu.append(time.process_time() - self._cpu_started)
         vector = self.trainer.attack_vector
         if len(self.updates) % 2 and vector is not None:
-            started = _now()
+            started = now()
             with displaced(self.trainer.model, vector):
                 pass
-            self.displacements.append(_now() - started)
+            self.displacements.append(now() - started)
 
 
-class _MemoryWatch(TrainerCallback):
-    """Notes the peak of every step."""
+class MemoryWatch(TrainerCallback):
+    """Notes the peak of every step.
+
+    Args:
+        meter: What watches.
+    """
 
     def __init__(self, meter: PeakMeter) -> None:
         self.meter = meter
         self.peaks: list[int] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start anew."""
         self.meter.reset()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the peak."""
         self.peaks.append(self.meter.peak())
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds, once the GPU has done what it was told."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

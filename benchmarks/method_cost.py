@@ -1,0 +1,277 @@
+"""What an update of every other method costs, in time and memory, beside an SFT update of the same trainer.
+
+As in step_cost.py: SFT updates and the method's alternate inside one `trainer.train()`, on batches of the same size at
+accumulation 1, a pair compared with itself only; memory is the highest live tensor storage of a step, in buffers of the
+parameters' size beyond an SFT step's.
+
+    python benchmarks/method_cost.py        # writes benchmarks/results/method_cost.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import datasets
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from holdfast.alignment.antibody import AntibodyAlignmentConfig, AntibodyAlignmentTrainer
+from holdfast.alignment.booster import BoosterConfig, BoosterTrainer
+from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
+from holdfast.data.refusals import without_refusals
+from holdfast.files import versions, write_json
+from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
+from holdfast.finetuning.lisa import LisaConfig, LisaTrainer
+from holdfast.finetuning.spard import SpardConfig, SpardTrainer
+from holdfast.trainer import DefenseTrainer
+from live_memory import peak_meter
+from step_cost import LARGE, LIGHT, ORGANISM, MemoryWatch, Shape, now, parameter_bytes, spread
+
+RESULTS = Path(__file__).parent / "results" / "method_cost.json"
+WARM_UP_PAIRS = 1
+console = Console()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A method, and what an update of it may cost.
+
+    Attributes:
+        trainer: Its trainer.
+        config: Its configuration.
+        time: The largest ratio to an SFT update.
+        buffers: The largest memory beyond SFT's in buffers of the parameters' size; None where it is activations.
+        settings: Under which it does all of its work at every update.
+        second: The name of its second data set.
+    """
+
+    trainer: type[DefenseTrainer]
+    config: Any
+    time: float
+    buffers: float | None
+    settings: dict[str, Any] = field(default_factory=dict)
+    second: str | None = None
+
+
+COSTS = {
+    "Vaccine": Cost(VaccineTrainer, VaccineConfig, 2.1, None),
+    "Booster": Cost(BoosterTrainer, BoosterConfig, 3.1, 2.2, second="attack"),
+    "Antibody, alignment": Cost(AntibodyAlignmentTrainer, AntibodyAlignmentConfig, 4.2, 2.2, second="attack"),
+    "Lisa": Cost(LisaTrainer, LisaConfig, 1.05, 1.1, {"proximal_start": 0.0}, second="safety"),
+    "SPARD, projecting": Cost(SpardTrainer, SpardConfig, 2.1, 0.1, {"tau": 1e-6}, second="safety"),
+    "Antibody, fine-tuning": Cost(AntibodyTrainer, AntibodyConfig, 1.5, None),
+}
+
+
+def alternating(kind: type[DefenseTrainer]) -> type[DefenseTrainer]:
+    """The trainer whose every other update, starting with the first, is plain SFT."""
+
+    class Alternating(kind):
+        @property
+        def is_plain(self) -> bool:
+            return self.state.global_step % 2 == 0
+
+        def defended_gradient(self, model: Any, window: Any) -> Any:
+            if self.is_plain:
+                return DefenseTrainer.defended_gradient(self, model, window)
+            return super().defended_gradient(model, window)
+
+        def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
+            if self.is_plain:
+                return DefenseTrainer.compute_loss(self, model, without_refusals(inputs), *arguments, **keywords)
+            return super().compute_loss(model, inputs, *arguments, **keywords)
+
+        def after_user_step(self) -> None:
+            if not self.is_plain:
+                super().after_user_step()
+
+    return Alternating
+
+
+def make_trainer(cost: Cost, kind: type[DefenseTrainer], shape: Shape, folder: str, **settings: Any) -> DefenseTrainer:
+    """A trainer on random words: prompts and answers of half a row each, refusals as long as answers."""
+    torch.manual_seed(0)
+    draw = random.Random(0)
+    vocabulary, half = shape.model["vocab_size"], shape.tokens // 2
+    words = lambda count: " ".join(str(draw.randrange(2, vocabulary)) for _ in range(count))  # noqa: E731
+    own = dict(cost.settings)
+    if hasattr(cost.config, "refusal"):
+        own["refusal"] = words(half - 1)
+    if hasattr(cost.config, "safety_batch_size"):
+        own["safety_batch_size"] = shape.rows
+    config = cost.config(
+        output_dir=folder,
+        per_device_train_batch_size=shape.rows,
+        gradient_accumulation_steps=1,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        max_length=shape.tokens,
+        **own,
+        **settings,
+    )
+    rows = datasets.Dataset.from_list(
+        [
+            {"prompt": words(shape.tokens - half) + " ", "completion": words(half - 1)}
+            for _ in range(shape.rows * config.max_steps)
+        ]
+    )
+    vocabulary_ids = {"<pad>": 0, "<end>": 1, **{str(i): i for i in range(2, vocabulary)}}
+    backend = Tokenizer(WordLevel(vocabulary_ids, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>")
+    second = {} if cost.second is None else {f"{cost.second}_dataset": rows}
+    model = LlamaForCausalLM(LlamaConfig(**shape.model))
+    trainer = kind(model, config, rows, processing_class=tokenizer, **second)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class _Stopwatch(TrainerCallback):
+    """Times updates."""
+
+    def __init__(self) -> None:
+        self.updates: list[float] = []
+        self.cpu: list[float] = []
+        self._started = self._cpu_started = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._started, self._cpu_started = now(), time.process_time()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.updates.append(now() - self._started)
+        self.cpu.append(time.process_time() - self._cpu_started)
+
+
+def measure_time(cost: Cost, shape: Shape, *, checkpointing: bool, pairs: int, folder: str) -> dict[str, Any]:
+    """Time alternating SFT updates and the method's."""
+    steps = 2 * (WARM_UP_PAIRS + pairs)
+    kind = alternating(cost.trainer)
+    trainer = make_trainer(cost, kind, shape, folder, max_steps=steps, gradient_checkpointing=checkpointing)
+    stopwatch = _Stopwatch()
+    trainer.add_callback(stopwatch)
+    trainer.train()
+    pairs_of = lambda found: zip(found[::2][WARM_UP_PAIRS:], found[1::2][WARM_UP_PAIRS:], strict=True)  # noqa: E731
+    return {
+        "shape": asdict(shape),
+        "activation_checkpointing": checkpointing,
+        "pairs": pairs,
+        "ratio": spread([own / sft for sft, own in pairs_of(stopwatch.updates)]),
+        "cpu_ratio": spread([own / sft for sft, own in pairs_of(stopwatch.cpu)]),
+        "limit": cost.time,
+    }
+
+
+def measure_memory(cost: Cost, shape: Shape, *, folder: str) -> dict[str, Any]:
+    """Peak memory of the method's steps beyond SFT's, optimizer states existing."""
+    kind = alternating(cost.trainer)
+    trainer = make_trainer(cost, kind, shape, folder, max_steps=6, gradient_checkpointing=False)
+    with peak_meter(trainer.model) as meter:
+        watch = MemoryWatch(meter)
+        trainer.add_callback(watch)
+        trainer.train()
+    size = parameter_bytes(trainer.model)
+    # Steps 2 and 4 are SFT's; what a method keeps between updates, such as an anchor, they hold as well.
+    sft = peak_of_sft(shape, folder)
+    return {"buffers_beyond_sft": (max(watch.peaks[3], watch.peaks[5]) - sft) / size, "limit": cost.buffers}
+
+
+def peak_of_sft(shape: Shape, folder: str) -> int:
+    """The peak of an SFT step in a run of nothing else."""
+    from holdfast.config import DefenseConfig
+
+    cost = Cost(DefenseTrainer, DefenseConfig, 1.0, 0.0)
+    trainer = make_trainer(cost, DefenseTrainer, shape, folder, max_steps=6, gradient_checkpointing=False)
+    with peak_meter(trainer.model) as meter:
+        watch = MemoryWatch(meter)
+        trainer.add_callback(watch)
+        trainer.train()
+    return max(watch.peaks[3], watch.peaks[5])
+
+
+def table(found: dict[str, dict[str, Any]]) -> Table:
+    """One row per method."""
+    result = Table(title="One update, in SFT updates: median (quartiles over pairs)")
+    for column in ("method", "organism", "30 M", "30 M, ckpt", "limit", "buffers beyond SFT", "limit"):
+        result.add_column(column, justify="left" if column == "method" else "right")
+    for name, entry in found.items():
+        ratios = [
+            f"{t['ratio']['median']:.2f} ({t['ratio']['low']:.2f}–{t['ratio']['high']:.2f})" for t in entry["time"]
+        ]
+        memory = entry["memory"]
+        limit = "activations" if memory["limit"] is None else f"{memory['limit']:.1f}"
+        buffers = f"{memory['buffers_beyond_sft']:+.2f}"
+        result.add_row(name, *ratios, f"{entry['time'][0]['limit']:.2f}", buffers, limit)
+    return result
+
+
+def within_limits(found: dict[str, dict[str, Any]]) -> dict[str, bool]:
+    """Which methods keep their limits: time without activation checkpointing, and memory."""
+    return {
+        name: all(t["ratio"]["median"] <= t["limit"] for t in entry["time"] if not t["activation_checkpointing"])
+        and (entry["memory"]["limit"] is None or entry["memory"]["buffers_beyond_sft"] <= entry["memory"]["limit"])
+        for name, entry in found.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--organism_pairs", type=int, default=60, help="pairs of updates at the organism's size")
+    parser.add_argument("--large_pairs", type=int, default=8, help="pairs of updates at 30 M parameters")
+    parser.add_argument("--methods", nargs="+", choices=list(COSTS), default=list(COSTS), help="which to measure")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    console.width = max(console.width, 120)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    datasets.disable_progress_bars()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    started = time.monotonic()
+    found = {}
+    plan = ((ORGANISM, False, args.organism_pairs), (LARGE, False, args.large_pairs), (LARGE, True, args.large_pairs))
+    with tempfile.TemporaryDirectory() as folder, console.status("measuring") as status:
+        for name in args.methods:
+            cost, times = COSTS[name], []
+            for shape, checkpointing, pairs in plan:
+                status.update(f"timing {name} on {shape.name}, checkpointing {'on' if checkpointing else 'off'}")
+                times.append(measure_time(cost, shape, checkpointing=checkpointing, pairs=pairs, folder=folder))
+            status.update(f"memory of {name}")
+            # Two rows, since Antibody weighs them against each other.
+            found[name] = {"time": times, "memory": measure_memory(cost, replace(LIGHT, rows=2), folder=folder)}
+    record = {
+        "schema": 1,
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+        "seconds": round(time.monotonic() - started, 1),
+        "methods": found,
+        "within_limits": within_limits(found),
+    }
+    write_json(args.output, record)
+    console.print(table(found))
+    console.print(f"within limits: {record['within_limits']}")
+    console.print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()
