@@ -20,9 +20,9 @@ from torch import Tensor
 from holdfast.errors import InputError
 
 _JITTER = 1e-6
-# Rows brought to float64 at a time. A block of candidates of the usual widths stays in a core's cache, which makes
-# converting it again for every pick cheap; blocks of the task are larger, because each one goes through all candidates.
-_CANDIDATES_AT_ONCE = 256
+# Rows brought to float64 at a time. A block of the usual widths stays in a core's cache, which makes converting it for
+# every pick cheap; blocks of the task are larger, because every one meets all candidates.
+_ROWS_AT_ONCE = 256
 _TASK_ROWS_AT_ONCE = 2048
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def _relevance(candidates: Tensor, norms: Tensor, task: Tensor) -> Tensor:
     task_norms = _norms(task, "task")
     for task_rows, task_block in _float64_blocks(task, _TASK_ROWS_AT_ONCE):
         directions = (task_block / task_norms[task_rows, None]).to(candidates.device)
-        for rows, block in _float64_blocks(candidates, _CANDIDATES_AT_ONCE):
+        for rows, block in _float64_blocks(candidates, _ROWS_AT_ONCE):
             nearest = (block @ directions.T).amax(dim=1) / norms[rows]
             relevance[rows] = torch.maximum(relevance[rows], nearest)
     if opposed := int((relevance < 0).sum()):
@@ -112,7 +112,7 @@ def _cosines(candidates: Tensor, norms: Tensor, row: int) -> Tensor:
     """The cosine of every candidate to one of them, (n,)."""
     direction = candidates[row].double() / norms[row]
     products = torch.empty_like(norms)
-    for rows, block in _float64_blocks(candidates, _CANDIDATES_AT_ONCE):
+    for rows, block in _float64_blocks(candidates, _ROWS_AT_ONCE):
         torch.mv(block, direction, out=products[rows])
     return products / norms
 
@@ -127,7 +127,9 @@ def _float64_blocks(embeddings: Tensor, at_once: int) -> Iterator[tuple[slice, T
 
 def _norms(embeddings: Tensor, name: str) -> Tensor:
     """The length of every embedding, (n,), in float64."""
-    norms: Tensor = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64)
+    # In blocks, because a norm taken with dtype=float64 would convert all rows at once.
+    blocks = _float64_blocks(embeddings, _ROWS_AT_ONCE)
+    norms = torch.cat([torch.linalg.vector_norm(block, dim=1) for _, block in blocks])
     unusable = ~(norms.isfinite() & (norms > 0))
     if unusable.any():
         row = int(unusable.int().argmax())
