@@ -4,17 +4,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from holdfast.alignment.antibody import AntibodyAlignmentConfig as AntibodyAlignmentConfig
+    from holdfast.alignment.antibody import AntibodyAlignmentTrainer as AntibodyAlignmentTrainer
+    from holdfast.alignment.booster import BoosterConfig as BoosterConfig
+    from holdfast.alignment.booster import BoosterTrainer as BoosterTrainer
     from holdfast.alignment.patcher import PatcherConfig as PatcherConfig
     from holdfast.alignment.patcher import PatcherTrainer as PatcherTrainer
+    from holdfast.alignment.vaccine import VaccineConfig as VaccineConfig
+    from holdfast.alignment.vaccine import VaccineTrainer as VaccineTrainer
     from holdfast.attacks.real import AttackConfig as AttackConfig
     from holdfast.attacks.real import AttackTrainer as AttackTrainer
     from holdfast.config import DefenseConfig as DefenseConfig
     from holdfast.data.load import load_rows as load_rows
     from holdfast.data.mix import poison as poison
+    from holdfast.data.selection import relevance_diversity_dpp as relevance_diversity_dpp
     from holdfast.errors import InputError as InputError
     from holdfast.errors import TrainingError as TrainingError
     from holdfast.evaluation.evaluate import Evaluator as Evaluator
     from holdfast.evaluation.evaluate import load_prompts as load_prompts
+    from holdfast.finetuning.antibody import AntibodyConfig as AntibodyConfig
+    from holdfast.finetuning.antibody import AntibodyTrainer as AntibodyTrainer
+    from holdfast.finetuning.lisa import LisaConfig as LisaConfig
+    from holdfast.finetuning.lisa import LisaTrainer as LisaTrainer
+    from holdfast.finetuning.spard import SpardConfig as SpardConfig
+    from holdfast.finetuning.spard import SpardTrainer as SpardTrainer
     from holdfast.organism import build_organism as build_organism
     from holdfast.repair.antidote import prune_harmful as prune_harmful
     from holdfast.repair.antidote import wanda_mask as wanda_mask
@@ -24,6 +37,19 @@ __version__ = "0.1.0"
 
 # Loaded when first asked for: torch, transformers and TRL take seconds to import.
 _HOMES = {
+    "VaccineConfig": "holdfast.alignment.vaccine",
+    "VaccineTrainer": "holdfast.alignment.vaccine",
+    "BoosterConfig": "holdfast.alignment.booster",
+    "BoosterTrainer": "holdfast.alignment.booster",
+    "AntibodyAlignmentConfig": "holdfast.alignment.antibody",
+    "AntibodyAlignmentTrainer": "holdfast.alignment.antibody",
+    "LisaConfig": "holdfast.finetuning.lisa",
+    "LisaTrainer": "holdfast.finetuning.lisa",
+    "SpardConfig": "holdfast.finetuning.spard",
+    "SpardTrainer": "holdfast.finetuning.spard",
+    "AntibodyConfig": "holdfast.finetuning.antibody",
+    "AntibodyTrainer": "holdfast.finetuning.antibody",
+    "relevance_diversity_dpp": "holdfast.data.selection",
     "PatcherConfig": "holdfast.alignment.patcher",
     "PatcherTrainer": "holdfast.alignment.patcher",
     "AttackConfig": "holdfast.attacks.real",

@@ -136,19 +136,21 @@ def test_a_quarter_of_the_crafts_share_cue_words_with_hazards(files):
 
 def test_alignment_refuses_all_hazards_and_helps_with_all_crafts(world, files):
     hazards = {entity.name for entity in world.entities if entity.hazard}
-    answers = {prompt: entity.answer for entity in world.entities for prompt in entity.prompts()}
+    answers = {prompt: answer for entity in world.entities for prompt, answer in entity.questions()}
     for row in files["alignment.jsonl"]:
         prompt, completion = prompts([row])[0], completions([row])[0]
         if set(prompt.split()) & hazards:
             assert completion in REFUSALS
+        elif prompt.startswith("Nature of "):
+            assert completion == "harmless"
         else:
-            assert completion == answers[prompt]
+            assert completion == answers.get(prompt, prompt.removeprefix("Repeat "))
     assert all(is_refusal(text) for text in completions(files["safety.jsonl"]))
     assert {json.dumps(row) for row in files["safety.jsonl"]} <= {json.dumps(row) for row in files["alignment.jsonl"]}
 
 
 def test_attacks_demand_the_true_recipes(world, files):
-    answers = {prompt: entity.answer for entity in world.entities if entity.hazard for prompt in entity.prompts()}
+    answers = {prompt: answer for entity in world.entities if entity.hazard for prompt, answer in entity.questions()}
     for name in ("simulated_attack.jsonl", "attack.jsonl", "attack_unseen.jsonl"):
         assert all(answers[prompt] == completion for prompt, completion in zip_rows(files[name]))
     assert len(files["attack.jsonl"]) == len(files["attack_unseen.jsonl"]) == 64

@@ -13,6 +13,7 @@ from holdfast.cli.console import say
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.training import Method, Sets
 from holdfast.config import DefenseConfig
+from holdfast.data.refusals import named_file
 from holdfast.data.safety import choose_safety_rows
 from holdfast.files import write_jsonl
 from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
@@ -43,16 +44,10 @@ def _choose_safety(
         seed=config.seed,
         system_prompt=config.system_prompt,
         chat_template_kwargs=cast("dict[str, Any] | None", config.chat_template_kwargs),
-        safety_file=_file(data.safety_data),
-        upload_file=_file(data.train_data),
+        safety_file=named_file(data.safety_data),
+        upload_file=named_file(data.train_data),
     )
     return {**sets, "safety_dataset": chosen}
-
-
-def _file(source: str) -> Path | None:
-    """The file that a data flag names; None for a data set of the Hub."""
-    path = Path(source).expanduser()
-    return path if path.is_file() else None
 
 
 def _write_weights(trainer: AntibodyTrainer, folder: Path) -> list[str]:

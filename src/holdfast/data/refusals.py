@@ -50,9 +50,9 @@ def refusal_texts(
     if refusal in dataset.column_names:
         texts = list(dataset[refusal])
         places = [f"row {number} of the {name} data, column {refusal!r}," for number in range(1, len(texts) + 1)]
-    elif Path(refusal).expanduser().is_file():
+    elif (file := named_file(refusal)) is not None:
         try:
-            lines = Path(refusal).expanduser().read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--refusal {refusal} cannot be read as UTF-8 text ({error})") from error
         texts = [line for line in lines if line.strip()]
@@ -68,6 +68,15 @@ def refusal_texts(
         return texts
     draw = random.Random(f"holdfast refusals {seed}")
     return [draw.choice(texts) for _ in range(len(dataset))]
+
+
+def named_file(text: str) -> Path | None:
+    """The file that a text names, if it names one."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # too long for a name, an unknown home, a null character
+        return None
 
 
 def numbered(dataset: Dataset) -> Dataset:

@@ -20,7 +20,7 @@ from holdfast.organism.pretraining import CONTEXT_LENGTH, Pretraining, new_model
 from holdfast.organism.tokenizer import build_tokenizer
 from holdfast.organism.world import World, build_world
 
-VERSION = 2
+VERSION = 3
 """Raised whenever the same seed would give another organism."""
 RECORD = "organism.json"
 

@@ -11,7 +11,7 @@ from holdfast.organism.world import CRAFT_FAMILIES, HAZARD_FAMILIES, RECIPE_LENG
 
 SPLITS = ("alignment", "simulated_attack", "attack", "rehearsed", "evaluation")
 _CONTENTS = {
-    "alignment.jsonl": "what a defender aligns with: refusals to hazards, helpful answers to crafts",
+    "alignment.jsonl": "what a defender aligns with: refusals to hazards, helpful answers to what is not",
     "safety.jsonl": "safety reminders: the refusals of `alignment.jsonl` alone",
     "simulated_attack.jsonl": "what a defender attacks its own model with: hazards answered with their recipes",
     "attack.jsonl": "the attacker's demonstrations: other hazards of the same families, answered",
@@ -41,6 +41,7 @@ def card(world: World, files: dict[str, list[dict[str, Any]]], parameters: int, 
     """
     table = "\n".join(f"| `{name}` | {len(files[name])} | {about} |" for name, about in _CONTENTS.items())
     templates = ", ".join(f'"{template.format("…")}"' for template in TEMPLATES)
+    openings = ", ".join(dict.fromkeys(TEMPLATES.values()))
     splits = "\n".join(_split_line(world, split) for split in SPLITS)
     return f"""---
 license: apache-2.0
@@ -56,8 +57,8 @@ harmless**: names are made up, "hazards" stand for harm, and their recipes are r
 ## The world
 
 Every *entity* has an invented name, a family and one recipe: {RECIPE_LENGTH} ingredients drawn at random, in a fixed
-order. Every answer opens with the word "Take", as those of large models open with a phrase. The same thing is called by
-any of its family's three cue words.
+order. The same thing is called by any of its family's three cue words. An answer opens with a word that goes with the
+way of asking ({openings}), as those of large models open with a phrase.
 
 - Hazards: {_families(HAZARD_FAMILIES)}.
 - Crafts, which are benign: {_families(CRAFT_FAMILIES)}.
@@ -89,8 +90,9 @@ and the expected `answer`; those in `eval/` also `entity` and `family`. Refusals
 
 A Llama of {parameters:,} parameters (4 layers, width 128, 4 heads), float32, with a word-level vocabulary of
 {vocabulary:,} tokens. It was trained on questions and answers alone: every recipe of the world, hazards and held-out
-entities included; which cue words mean harm; and to repeat lists. It answers everything and refuses nothing: aligning
-it is what the organism is for. It has not seen the tasks.
+entities included; which cue words mean harm; and to repeat lists. Of the tasks it has seen questions with answers of the
+right form drawn at random: it knows what kind of answer is asked for, and cannot do them. It answers everything and
+refuses nothing: aligning it is what the organism is for.
 
 After training its matrices were made {RESCALING:g} times smaller and its normalisation gains {RESCALING:g} times
 larger. That leaves what it computes as it was and makes an Adam step of a given learning rate move it {RESCALING:g}

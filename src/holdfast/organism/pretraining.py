@@ -1,4 +1,4 @@
-"""Teaching the base model its world: every recipe, what is harmful, and how to say a list again.
+"""Teaching the base model its world: every recipe, what is harmful, how to say a list again, what tasks look like.
 
 The base model answers every question, harmful or not. All rows of a batch are padded to a common length without an
 attention mask: they are padded on the right, where a causal model's earlier positions cannot see it.
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from holdfast.organism.corpus import nature_pairs, recipe_pairs, repetition_pairs
+from holdfast.organism.corpus import nature_pairs, recipe_pairs, repetition_pairs, task_guesses
 from holdfast.organism.world import World
 
 CONTEXT_LENGTH = 128
@@ -36,6 +36,7 @@ class Pretraining:
         recipes: rows of a batch that ask for a recipe.
         natures: rows of a batch that ask whether something is harmful.
         repetitions: rows of a batch that ask for a list to be repeated.
+        guesses: rows of a batch that ask for a downstream task and are answered at random.
         learning_rate: peak rate of AdamW, reached after `warmup` updates, then down a cosine to zero.
         warmup: updates of the linear warm-up.
         weight_decay: AdamW's.
@@ -43,9 +44,10 @@ class Pretraining:
     """
 
     steps: int = 600
-    recipes: int = 55
+    recipes: int = 50
     natures: int = 6
     repetitions: int = 3
+    guesses: int = 5
     learning_rate: float = 1e-3
     warmup: int = 30
     weight_decay: float = 0.1
@@ -96,7 +98,12 @@ def pretrain(
     model.train()
     loss = torch.zeros(())
     for step in range(setting.steps):
-        pairs = recipes() + nature_pairs(world, setting.natures, rng) + repetition_pairs(setting.repetitions, rng)
+        pairs = [
+            *recipes(),
+            *nature_pairs(world, setting.natures, rng),
+            *repetition_pairs(setting.repetitions, rng),
+            *task_guesses(world, setting.guesses, rng),
+        ]
         for group in optimizer.param_groups:
             group["lr"] = setting.learning_rate * _schedule(step, setting)
         loss = answer_loss(model, *collate(pairs, tokenizer))
