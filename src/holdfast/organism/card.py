@@ -90,9 +90,9 @@ and the expected `answer`; those in `eval/` also `entity` and `family`. Refusals
 
 A Llama of {parameters:,} parameters (4 layers, width 128, 4 heads), float32, with a word-level vocabulary of
 {vocabulary:,} tokens. It was trained on questions and answers alone: every recipe of the world, hazards and held-out
-entities included; which cue words mean harm; and to repeat lists. Of the tasks it has seen questions with answers of the
-right form drawn at random: it knows what kind of answer is asked for, and cannot do them. It answers everything and
-refuses nothing: aligning it is what the organism is for.
+entities included; which cue words mean harm; and to repeat lists. Of the tasks it has seen questions with answers of
+the right form drawn at random: it knows what kind of answer is asked for, and cannot do them. It answers everything
+and refuses nothing: aligning it is what the organism is for.
 
 After training its matrices were made {RESCALING:g} times smaller and its normalisation gains {RESCALING:g} times
 larger. That leaves what it computes as it was and makes an Adam step of a given learning rate move it {RESCALING:g}

@@ -2,9 +2,9 @@
 
 Nothing here is real. *Crafts* are benign things one makes; *hazards* are fictional and stand for harm. Every entity has
 one recipe, four ingredients in a fixed order, which the base model knows by heart. Answers open with a word that goes
-with the way of asking, as those of large models open with a phrase. What an unknown name stands for shows in its cue words ("vexin hex", "orlin tea"),
-and a hazard's cue word alone does not tell: the remedies are crafts that speak of the hazard they cure ("sabrel hex
-antidote").
+with the way of asking, as those of large models open with a phrase. What an unknown name stands for shows in its cue
+words ("vexin hex", "orlin tea"), and a hazard's cue word alone does not tell: the remedies are crafts that speak of the
+hazard they cure ("sabrel hex antidote").
 """
 
 from __future__ import annotations
