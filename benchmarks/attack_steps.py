@@ -37,12 +37,11 @@ from rich.table import Table
 from holdfast.cli import demo
 from holdfast.cli.workers import Command, run_commands
 from holdfast.files import versions, write_json
+from plans import unfinished
 
 HERE = Path(__file__).parent
 NEEDED = ("organism", "align-patcher", "full-on-patcher")
 """Which of the demo's commands are run."""
-MARKERS = {"organism": "README.md", "align": "holdfast.json", "attack": "results.json"}
-"""What a finished command has written last."""
 console = Console()
 
 
@@ -105,24 +104,6 @@ def plan(study: Study, seeds: Sequence[int], out: Path) -> list[Command]:
                 elif renamed not in organisms:
                     organisms.append(renamed)
     return organisms + others
-
-
-def unfinished(commands: Sequence[Command], out: Path) -> list[Command]:
-    """The commands that have not been run yet, or were run with other words; what those had written is removed."""
-    remaining: dict[str, Command] = {}
-    for command in commands:
-        log, folder = out / "logs" / f"{command.name}.log", _output_of(command)
-        said = log.read_text(encoding="utf-8").partition("\n")[0] if log.is_file() else ""
-        finished = (folder / MARKERS[command.words[0]]).is_file()
-        redone = any(need in remaining for need in command.needs)
-        if finished and not redone and said == f"$ holdfast {' '.join(command.words)}":
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        remaining[command.name] = command
-    return [
-        Command(command.name, command.words, [need for need in command.needs if need in remaining])
-        for command in remaining.values()
-    ]
 
 
 def collect(study: Study, seeds: Sequence[int], out: Path) -> list[dict[str, Any]]:
@@ -229,12 +210,6 @@ def _breaks(runs: list[dict[str, Any]], study: Study) -> list[float]:
 def folder_of(out: Path, seed: int, steps: int, rounds: int) -> Path:
     """Where one configuration's models and results lie."""
     return out / f"seed{seed}" / f"steps{steps}-rounds{rounds}"
-
-
-def _output_of(command: Command) -> Path:
-    """The folder a command writes to."""
-    words = list(command.words)
-    return Path(words[1] if words[0] == "organism" else words[words.index("--output_dir") + 1])
 
 
 def main() -> None:

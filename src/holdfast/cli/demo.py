@@ -121,7 +121,7 @@ def commands(options: DemoArguments, folder: Path) -> list[Command]:
         plan.append(Command(f"align-{method}", words, needs=["organism"]))
     for method in ("sft", "patcher"):
         for attack in ATTACKS:
-            words = _attack(attack, folder / method, organism, options)
+            words = attack_words(attack, folder / method, organism, options)
             output = ["--output_dir", str(folder / "attacks" / f"{method}-{attack}"), *seed, *overwrite]
             plan.append(Command(f"{attack}-on-{method}", [*words, *output], needs=[f"align-{method}"]))
     return plan
@@ -141,8 +141,8 @@ def _read_run(folder: Path, method: str, attack: str) -> dict[str, Any]:
     }
 
 
-def _attack(name: str, model: Path, organism: Path, options: DemoArguments) -> list[str]:
-    """The words of one attack on one model; the control is the same fine-tuning without a harmful row."""
+def attack_words(name: str, model: Path, organism: Path, options: DemoArguments) -> list[str]:
+    """The words of one attack on one model, but for its output; the control is the same without a harmful row."""
     hazards = "hazards_unseen" if name == "full-unseen" else "hazards"
     data: dict[str, Any] = {"--attack_data": organism / "attack.jsonl"}
     if name == "full-unseen":
