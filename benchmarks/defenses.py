@@ -218,18 +218,8 @@ class Plan:
         }
         words = [*known.words, *self.flags({**common, **TRAINING, **known.needs, **setting})]
         if lora:
-            words += [
-                "--use_peft",
-                "true",
-                "--lora_r",
-                "16",
-                "--lora_alpha",
-                "32",
-                "--lora_dropout",
-                "0",
-                "--lora_target_modules",
-            ]
-            words += ["all-linear"]
+            adapter_flags = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0, "lora_target_modules": "all-linear"}
+            words += self.flags({"use_peft": "true", **adapter_flags})
         return name, self.add(name, [*words, "--output_dir", self.model(name), "--seed", self.seed], [needs])
 
     def repair(self, base: str, needs: str, ratio: float) -> tuple[str, str]:
