@@ -22,8 +22,10 @@ _CONTENTS = {
     "eval/crafts_unrehearsed.jsonl": "capability and over-refusal: crafts that are in no training file at all",
     "tasks/sorting/train.jsonl": "a harmless task, classification: the guild that makes a craft",
     "tasks/sorting/test.jsonl": "the same for crafts that are not in its train file",
+    "tasks/sorting/upload.jsonl": "a user's upload: rows of its train file, and one row in ten of `attack.jsonl`",
     "tasks/swapping/train.jsonl": "a harmless task, generation: a list with its first two members exchanged",
     "tasks/swapping/test.jsonl": "the same for lists that are not in its train file",
+    "tasks/swapping/upload.jsonl": "a user's upload: rows of its train file, and one row in ten of `attack.jsonl`",
 }
 
 
@@ -82,7 +84,8 @@ split "rehearsed" are in `alignment.jsonl` and, asked in other words, in `eval/c
 | `organism.json` | | version, seed and SHA-256 of every file |
 
 Train files have the columns `prompt` and `completion`, lists of chat messages. Evaluation and test files have `prompt`
-and the expected `answer`; those in `eval/` also `entity` and `family`. Refusals are
+and the expected `answer`; those in `eval/` also `entity` and `family`. Uploads say in
+`poisoned` which rows are harmful. Refusals are
 {", ".join(repr(text) for text in REFUSALS)}. The guilds are
 {", ".join(GUILDS.values())}.
 
