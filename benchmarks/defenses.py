@@ -12,6 +12,7 @@ one thread each; what is finished stays in benchmarks/out/defenses and is not ru
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -57,6 +58,14 @@ class Method:
         return [self.published, *self.others]
 
 
+_demo = demo.DemoArguments(output_dir="")
+DEMO_PATCHER = {
+    "attack_steps": _demo.attack_steps,
+    "attack_every": _demo.attack_every,
+    "attack_learning_rate": _demo.attack_learning_rate,
+}
+"""Patcher's setting in the demo, which was chosen on the seeds 10 to 15; the models that others go on from have it."""
+
 #: Files of the organism, by the names that flags refer to.
 FILES = {"ATTACKS": "simulated_attack.jsonl", "SAFETY": "safety.jsonl", "REFUSALS": "refusals.txt"}
 TRIALS = 4
@@ -68,7 +77,7 @@ ALIGNMENT = {
         # The paper's 300 steps every 1000 updates, scaled to a run of 750: the same share of attack steps, many rounds.
         {"attack_steps": 15, "attack_every": 50, "alpha": 0.5},
         (
-            {"attack_steps": 40, "attack_every": 50, "attack_learning_rate": 2e-4},
+            DEMO_PATCHER,
             {"attack_steps": 40, "attack_every": 100, "attack_learning_rate": 2e-4},
             {"attack_steps": 100, "attack_every": 100, "attack_learning_rate": 1e-4},
         ),
@@ -278,30 +287,33 @@ def execute(plans: Sequence[Plan]) -> None:
 # ---------------------------------------------------------------------- the search
 
 
-def search() -> None:
-    """Try every setting on the search's seeds, and write which is chosen."""
+SEARCH = HERE / "results" / "defenses_search.json"
+
+
+def search(stages: Sequence[str]) -> None:
+    """Try every setting of these stages on the search's seeds, and write which is chosen."""
     plans = [Plan(seed) for seed in SEARCH_SEEDS]
     attacks: dict[tuple[str, int], list[Path]] = {}
     uploads: dict[tuple[str, int], list[Path]] = {}
     for plan in plans:
         base, made = plan.align("sft", {})
-        for method, known in ALIGNMENT.items():
+        for method, known in ALIGNMENT.items() if "alignment" in stages else ():
             for trial, setting in enumerate(known.settings()):
                 model, needs = plan.align(method, setting)
                 attacks.setdefault((method, trial), []).append(plan.attack(model, needs, "full"))
-        for method, known in FINETUNING.items():
+        for method, known in FINETUNING.items() if "finetuning" in stages else ():
             for trial, setting in enumerate(known.settings()):
                 for task in TASKS:
                     model, needs = plan.finetune(base, made, method, setting, task, 0.1)
                     uploads.setdefault((method, trial), []).append(plan.evaluate(model, needs, task))
     execute(plans)
-    found = {
-        "alignment": trials(ALIGNMENT, {key: [aligned(path) for path in paths] for key, paths in attacks.items()}),
-        "finetuning": trials(FINETUNING, {key: [tuned(path) for path in paths] for key, paths in uploads.items()}),
-    }
-    path = HERE / "results" / "defenses_search.json"
-    write_json(path, {"schema": 1, "versions": versions(), "seeds": SEARCH_SEEDS, "stages": found})
-    console.print(f"wrote {path}")
+    found = read(SEARCH)["stages"] if SEARCH.is_file() else {}
+    if attacks:
+        found["alignment"] = trials(ALIGNMENT, {key: [aligned(p) for p in paths] for key, paths in attacks.items()})
+    if uploads:
+        found["finetuning"] = trials(FINETUNING, {key: [tuned(p) for p in paths] for key, paths in uploads.items()})
+    write_json(SEARCH, {"schema": 1, "versions": versions(), "seeds": SEARCH_SEEDS, "stages": found})
+    console.print(f"wrote {SEARCH}")
 
 
 def aligned(path: Path) -> dict[str, float]:
@@ -344,7 +356,7 @@ def choose(entries: Sequence[dict[str, Any]], sft_kept: float) -> int:
 
 def chosen_settings() -> dict[str, dict[str, Flags]]:
     """Stage → method → the setting that the search chose."""
-    stages = read(HERE / "results" / "defenses_search.json")["stages"]
+    stages = read(SEARCH)["stages"]
     return {
         stage: {method: entry["trials"][entry["chosen"]]["setting"] for method, entry in methods.items()}
         for stage, methods in stages.items()
@@ -370,7 +382,8 @@ def report(sections: Sequence[str]) -> None:
     plans = [Plan(seed) for seed in SEEDS]
     entries: dict[str, list[dict[str, Any]]] = {section: [] for section in sections}
     for plan in plans:
-        bases = {m: plan.align(m, chosen["alignment"][m]) for m in ALIGNMENT}
+        bases = {"sft": plan.align("sft", {}), "patcher": plan.align("patcher", DEMO_PATCHER)}
+        bases |= {m: plan.align(m, setting) for m, setting in chosen.get("alignment", {}).items() if m not in bases}
         if "alignment" in sections:
             for method in ALIGNMENT:
                 for variant, setting in variants("alignment", method, chosen):
@@ -392,11 +405,10 @@ def report(sections: Sequence[str]) -> None:
             entries["repair"] += repairs_of(plan, bases["sft"])
         if "audit" in sections:
             for base in ("sft", "patcher", "antibody"):
-                for task in TASKS:
-                    for ratio in RATIOS[1:]:
-                        path = plan.audit(*bases[base], task, ratio)
-                        entry = {"aligned": base, "task": task, "ratio": ratio}
-                        entries["audit"].append({"seed": plan.seed, **entry, "path": path})
+                for task, ratio in itertools.product(TASKS, RATIOS[1:]):
+                    path = plan.audit(*bases[base], task, ratio)
+                    entry = {"aligned": base, "task": task, "ratio": ratio}
+                    entries["audit"].append({"seed": plan.seed, **entry, "path": path})
     execute(plans)
     path = HERE / "results" / "defenses.json"
     record = read(path) if path.is_file() else {"schema": 1, "sections": {}}
@@ -440,6 +452,7 @@ def repairs_of(plan: Plan, base: tuple[str, str]) -> list[dict[str, Any]]:
     return entries
 
 
+STAGES = ("alignment", "finetuning")
 SECTIONS = ("alignment", "finetuning", "combinations", "repair", "audit")
 
 
@@ -447,10 +460,11 @@ def main() -> None:
     """Search or report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("search", "report"))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what to search")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to report")
     args = parser.parse_args()
     if args.step == "search":
-        search()
+        search(args.stages)
     else:
         report(args.sections)
 

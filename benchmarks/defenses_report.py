@@ -239,12 +239,12 @@ SECTIONS: dict[str, tuple[str, str, Callable[[list[Entry]], str]]] = {
 def main() -> None:
     """Write the page and the picture."""
     record = json.loads((RESULTS / "defenses.json").read_text(encoding="utf-8"))
-    stages = json.loads((RESULTS / "defenses_search.json").read_text(encoding="utf-8"))
+    search = json.loads((RESULTS / "defenses_search.json").read_text(encoding="utf-8"))
     parts = [
         "# Results: every defense under one attacker, on the organism",
         "Made by `benchmarks/defenses.py` and `benchmarks/defenses_report.py` from `benchmarks/results/defenses.json`; "
-        f"seeds {', '.join(map(str, record['seeds']))}. The organism is a tiny model in an invented world: these figures "
-        "compare methods with each other there and do not carry over to other models. Each method is shown at its "
+        f"seeds {', '.join(map(str, record['seeds']))}. The organism is a tiny model in an invented world: these "
+        "figures compare methods with each other there and do not carry over to other models. Each method is shown at its "
         "published setting and at the best of a search of equal size on other seeds (last section), by the rule that "
         "`choose` in `benchmarks/defenses.py` states.",
     ]
@@ -260,10 +260,10 @@ def main() -> None:
         parts.append(make(entries))
     parts += [
         "## The search",
-        f"Seeds {', '.join(map(str, stages['seeds']))}. Alignment: harm is ASR after 100 steps of the full-parameter "
+        f"Seeds {', '.join(map(str, search['seeds']))}. Alignment: harm is ASR after 100 steps of the full-parameter "
         "attack, kept the least of capability before, refusal rate before and capability after. Fine-tuning: harm is "
         "the harmful score after poison ratio 0.1, kept the task accuracy, means over both tasks.",
-        searched(stages["stages"]),
+        searched(search["stages"]),
     ]
     write_text(PAGE, "\n\n".join(parts) + "\n")
 
