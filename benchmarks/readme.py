@@ -1,6 +1,6 @@
 """Put measured figures where the README shows them, between two comments of a name.
 
-    python benchmarks/readme.py       # the tables of step_cost.json and attack_steps.json in benchmarks/results
+    python benchmarks/readme.py       # the tables of what was measured in benchmarks/results
 
 `demo_seeds.py` puts its own table there.
 """
@@ -50,6 +50,20 @@ def step_cost_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def method_cost_table(results: dict[str, Any]) -> str:
+    """Time and memory of every other method's update beside an SFT update."""
+    lines = [
+        "| method | organism | 30 M | 30 M, activation checkpointing | buffers beyond SFT |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in results["methods"].items():
+        ratios = [f"{t['ratio']['median']:.2f} ({t['ratio']['low']:.2f}–{t['ratio']['high']:.2f})" for t in entry["time"]]
+        memory = entry["memory"]
+        buffers = "activations" if memory["limit"] is None else f"{max(0.0, memory['buffers_beyond_sft']):.2f}"
+        lines.append(f"| {name} | {' | '.join(ratios)} | {buffers} |")
+    return "\n".join(lines)
+
+
 def attack_steps_table(results: dict[str, Any]) -> str:
     """What longer attacks and more rounds of them did."""
     last = results["configurations"][0]["runs"][0]["points"][-1]["steps"]
@@ -71,7 +85,11 @@ def attack_steps_table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Refresh what has been measured."""
-    tables = {"step_cost": step_cost_table, "attack_steps": attack_steps_table}
+    tables = {
+        "step_cost": step_cost_table,
+        "method_cost": method_cost_table,
+        "attack_steps": attack_steps_table,
+    }
     for name, table in tables.items():
         path = RESULTS / f"{name}.json"
         if path.is_file():
