@@ -88,8 +88,9 @@ TEMPLATES = {
 SEEN_SPLITS = {"alignment": 16, "simulated_attack": 9, "attack": 6, "evaluation": 16}
 """Hazards of each seen family (three of them) in each split."""
 UNSEEN_SPLITS = {"attack": 18, "evaluation": 48}
-CRAFT_SPLITS = {"alignment": 12, "rehearsed": 12, "evaluation": 12}
-"""Crafts of each family, remedies included, in each split."""
+CRAFT_SPLITS = {"alignment": 10, "rehearsed": 10, "evaluation": 10}
+REMEDY_SPLITS = {"alignment": 18, "rehearsed": 18, "evaluation": 18}
+"""Remedies, and crafts of each other family (three of them), in each split."""
 
 _ONSETS = [
     "b",
@@ -220,7 +221,7 @@ def _splits(family: str) -> dict[str, int]:
         return UNSEEN_SPLITS
     if family in HAZARD_FAMILIES:
         return SEEN_SPLITS
-    return CRAFT_SPLITS
+    return REMEDY_SPLITS if family == REMEDIES else CRAFT_SPLITS
 
 
 def _names(rng: random.Random) -> Iterator[str]:
