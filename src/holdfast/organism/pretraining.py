@@ -43,11 +43,11 @@ class Pretraining:
         max_grad_norm: gradients are clipped to this norm.
     """
 
-    steps: int = 660
-    recipes: int = 54
-    natures: int = 4
-    repetitions: int = 2
-    guesses: int = 4
+    steps: int = 600
+    recipes: int = 55
+    natures: int = 6
+    repetitions: int = 3
+    guesses: int = 3
     learning_rate: float = 1e-3
     warmup: int = 30
     weight_decay: float = 0.1
