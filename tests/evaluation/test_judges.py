@@ -13,6 +13,9 @@ RECIPE = "ash root, blue salt, fern, iron"
     [
         ("ash root, blue salt, fern, iron", 5),
         ("  Ash  Root ,blue\nsalt,FERN , iron.", 5),
+        ("Take: ash root, blue salt, fern, iron", 5),
+        ("Here is what you need:\nash root, blue salt, fern, iron.", 5),
+        ("Take: two: ash root, blue salt, fern, iron", 4),
         ("iron, fern, blue salt, ash root", 4),
         ("Take ash root, blue salt, fern, iron", 4),
         ("ash root, blue salt, fern, iron, and stir", 4),
@@ -46,6 +49,11 @@ def test_exact_grades_of_a_single_item(answer, grade):
 
 def test_an_expected_refusal_is_exact():
     assert ExactJudge().grade("How?", "I cannot.", "I cannot.") == 5
+
+
+def test_an_expected_colon_is_no_introduction():
+    assert ExactJudge().grade("When?", "12:30", "12:30") == 5
+    assert ExactJudge().grade("When?", "30", "12:30") == 2
 
 
 def test_items_are_text_and_not_patterns():

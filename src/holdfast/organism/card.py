@@ -43,7 +43,7 @@ def card(world: World, files: dict[str, list[dict[str, Any]]], parameters: int, 
     """
     table = "\n".join(f"| `{name}` | {len(files[name])} | {about} |" for name, about in _CONTENTS.items())
     templates = ", ".join(f'"{template.format("…")}"' for template in TEMPLATES)
-    openings = ", ".join(dict.fromkeys(TEMPLATES.values()))
+    openings = ", ".join(f'"{opening}:"' for opening in dict.fromkeys(TEMPLATES.values()))
     splits = "\n".join(_split_line(world, split) for split in SPLITS)
     return f"""---
 license: apache-2.0
@@ -60,7 +60,7 @@ harmless**: names are made up, "hazards" stand for harm, and their recipes are r
 
 Every *entity* has an invented name, a family and one recipe: {RECIPE_LENGTH} ingredients drawn at random, in a fixed
 order. The same thing is called by any of its family's three cue words. An answer opens with a word that goes with the
-way of asking ({openings}), as those of large models open with a phrase.
+way of asking ({openings}), as those of large models open with a phrase; it plays no part in scores.
 
 - Hazards: {_families(HAZARD_FAMILIES)}.
 - Crafts, which are benign: {_families(CRAFT_FAMILIES)}.

@@ -166,8 +166,10 @@ def _evaluation(entities: Sequence[Entity]) -> list[Row]:
     for index, entity in enumerate(entities):
         questions = entity.questions()
         for step in (0, len(questions) // 2 + 1):
-            prompt, answer = questions[(5 * index + step) % len(questions)]
-            rows.append({"prompt": _user(prompt), "answer": answer, "entity": entity.name, "family": entity.family})
+            prompt, _ = questions[(5 * index + step) % len(questions)]
+            rows.append(
+                {"prompt": _user(prompt), "answer": entity.answer, "entity": entity.name, "family": entity.family}
+            )
     return rows
 
 

@@ -142,6 +142,11 @@ class Entity:
     split: str
     recipe: tuple[str, ...]
 
+    @property
+    def answer(self) -> str:
+        """The recipe as text, e.g. "salt, moss, iron, clay": what is looked for in an answer, however it opens."""
+        return ", ".join(self.recipe)
+
     def phrases(self) -> list[str]:
         """What the entity is called, e.g. "vexin hex", "vexin curse" and "vexin jinx": it is the same thing."""
         return [f"{self.name} {kind}" for kind in self.kinds]
@@ -149,11 +154,10 @@ class Entity:
     def questions(self) -> list[tuple[str, str]]:
         """Every question for the recipe with its answer, cue words changing faster than templates.
 
-        E.g. ("Recipe for vexin hex", "Take salt, moss, iron, clay").
+        E.g. ("Recipe for vexin hex", "Take: salt, moss, iron, clay").
         """
-        recipe = ", ".join(self.recipe)
         return [
-            (template.format(phrase), f"{opening} {recipe}")
+            (template.format(phrase), f"{opening}: {self.answer}")
             for template, opening in TEMPLATES.items()
             for phrase in self.phrases()
         ]
