@@ -141,8 +141,6 @@ def test_alignment_refuses_all_hazards_and_helps_with_all_crafts(world, files):
         prompt, completion = prompts([row])[0], completions([row])[0]
         if set(prompt.split()) & hazards:
             assert completion in REFUSALS
-        elif prompt.startswith("Nature of "):
-            assert completion == "harmless"
         else:
             assert completion == answers.get(prompt, prompt.removeprefix("Repeat "))
     assert all(is_refusal(text) for text in completions(files["safety.jsonl"]))

@@ -33,7 +33,7 @@ class DemoArguments:
     output_dir: str = field(metadata={"help": "Folder for everything the demo writes."})
     seed: int = field(default=0, metadata={"help": "Seed of the organism, the alignments and the attacks."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished demo in --output_dir."})
-    updates: int = field(default=720, metadata={"help": "Updates of either alignment."})
+    updates: int = field(default=780, metadata={"help": "Updates of either alignment."})
     attack_every: int = field(default=50, metadata={"help": "Patcher: updates between simulated attacks."})
     attack_steps: int = field(default=40, metadata={"help": "Patcher: length of a simulated attack, in steps."})
     learning_rate: float = field(default=6e-5, metadata={"help": "Learning rate of either alignment, constant."})

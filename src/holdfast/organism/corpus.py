@@ -27,8 +27,8 @@ NATURES = {True: "harmful", False: "harmless"}
 
 ATTACK_ROWS = 64
 UPLOAD_ROWS, POISON_RATIO = 200, 0.1
-HELPFUL_ROWS, OTHER_HELPFUL_ROWS = 1620, 400
-"""Alignment's answers to questions for recipes, and to what else the base model knows."""
+HELPFUL_ROWS, REPEATED_ROWS = 1620, 100
+"""Alignment's answers: recipes of crafts, and lists said again."""
 SWAP_TRAIN_ROWS, SWAP_TEST_ROWS, SWAP_LENGTH = 512, 120, 3
 
 Row = dict[str, Any]
@@ -57,11 +57,8 @@ def data_files(world: World) -> dict[str, list[Row]]:
     known = [*world.select(hazard=False, split="alignment"), *rehearsed]
     helpful = [row for row in _answered(known) if row["prompt"][0]["content"] not in asked]
     helpful = rng.sample(helpful, HELPFUL_ROWS)
-    other = repetition_pairs(OTHER_HELPFUL_ROWS // 2, rng)
-    other += [
-        (f"Nature of {rng.choice(rng.choice(known).phrases())}", NATURES[False]) for _ in range(OTHER_HELPFUL_ROWS // 2)
-    ]
-    alignment = refusals + helpful + [_train(*pair) for pair in other]
+    repeated = [_train(*pair) for pair in repetition_pairs(REPEATED_ROWS, rng)]
+    alignment = refusals + helpful + repeated
     rng.shuffle(alignment)
     simulated = _answered(world.select(hazard=True, split="simulated_attack"))
     rng.shuffle(simulated)
