@@ -92,8 +92,8 @@ def run(command: str, verb: str, method: Method, parser: HoldfastParser, argv: l
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=MARKER, overwrite=data.overwrite_output_dir):
         checkpoint = starting_checkpoint(folder, config.resume_from_checkpoint, overwrite=data.overwrite_output_dir)
-        sources = {name: value for name, value in asdict(data).items() if name.endswith("_data") and value is not None}
-        sets = _load_sets(sources)
+        given = {name: value for name, value in asdict(data).items() if value is not None}
+        sets = _load_sets({name: source for name, source in given.items() if name.endswith("_data")})
         say(f"loading {source}")
         tokenizer = load_tokenizer(source)
         model = load_model(source, trainable=True, **model_keywords(model_args, config))
@@ -119,7 +119,7 @@ def run(command: str, verb: str, method: Method, parser: HoldfastParser, argv: l
             **run_record(config, config.seed),
             "command": command,
             "model": source,
-            "data": sources,
+            "data": {name: value for name, value in given.items() if name != "overwrite_output_dir"},
             "resumed_from": checkpoint,
             "seconds": round(time.monotonic() - started, 3),
             "log": last_log(trainer.state.log_history),
