@@ -237,16 +237,17 @@ SECTIONS: dict[str, tuple[str, str, Callable[[list[Entry]], str]]] = {
 
 
 def main() -> None:
-    """Write the page and the picture."""
-    record = json.loads((RESULTS / "defenses.json").read_text(encoding="utf-8"))
-    search = json.loads((RESULTS / "defenses_search.json").read_text(encoding="utf-8"))
+    """Write the page and the picture; what has not been measured is said to be so."""
+    measured, tried = RESULTS / "defenses.json", RESULTS / "defenses_search.json"
+    record = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {"seeds": [], "sections": {}}
+    search = json.loads(tried.read_text(encoding="utf-8")) if tried.is_file() else {"seeds": [], "stages": {}}
+    seeds = f"seeds {', '.join(map(str, record['seeds']))}" if record["seeds"] else "no seed yet"
     parts = [
         "# Results: every defense under one attacker, on the organism",
         "Made by `benchmarks/defenses.py` and `benchmarks/defenses_report.py` from `benchmarks/results/defenses.json`; "
-        f"seeds {', '.join(map(str, record['seeds']))}. The organism is a tiny model in an invented world: these "
-        "figures compare methods with each other there and do not carry over to other models. Each method is shown at "
-        "its published setting and at the best of a search of equal size on other seeds (last section), by the rule "
-        "that `choose` in `benchmarks/defenses.py` states.",
+        f"{seeds}. The organism is a tiny model in an invented world: these figures compare methods with each other there "
+        "and do not carry over to other models. Each method is shown at its published setting and at the best of a search "
+        "of equal size on other seeds (last section), by the rule that `choose` in `benchmarks/defenses.py` states.",
     ]
     for name, (title, about, make) in SECTIONS.items():
         parts += [f"## {title}", about]
@@ -260,9 +261,10 @@ def main() -> None:
         parts.append(make(entries))
     parts += [
         "## The search",
-        f"Seeds {', '.join(map(str, search['seeds']))}. Alignment: harm is ASR after 100 steps of the full-parameter "
-        "attack, kept the least of capability before, refusal rate before and capability after. Fine-tuning: harm is "
-        "the harmful score after poison ratio 0.1, kept the task accuracy, means over both tasks.",
+        "Alignment: harm is ASR after 100 steps of the full-parameter attack, kept the least of capability before, refusal "
+        "rate before and capability after. Fine-tuning: harm is the harmful score after poison ratio 0.1, kept the task "
+        "accuracy, means over both tasks. A stage that is not listed has not been searched yet.",
+        f"Seeds {', '.join(map(str, search['seeds'])) or 'none yet'}.",
         searched(search["stages"]),
     ]
     write_text(PAGE, "\n\n".join(parts) + "\n")
