@@ -245,9 +245,10 @@ def main() -> None:
     parts = [
         "# Results: every defense under one attacker, on the organism",
         "Made by `benchmarks/defenses.py` and `benchmarks/defenses_report.py` from `benchmarks/results/defenses.json`; "
-        f"{seeds}. The organism is a tiny model in an invented world: these figures compare methods with each other there "
-        "and do not carry over to other models. Each method is shown at its published setting and at the best of a search "
-        "of equal size on other seeds (last section), by the rule that `choose` in `benchmarks/defenses.py` states.",
+        f"{seeds}. The organism is a tiny model in an invented world: these figures compare methods with each other "
+        "there and do not carry over to other models. Each method is shown at its published setting and at the best of a "
+        "search of equal size on other seeds (last section), by the rule that `choose` in `benchmarks/defenses.py` "
+        "states.",
     ]
     for name, (title, about, make) in SECTIONS.items():
         parts += [f"## {title}", about]
@@ -261,9 +262,9 @@ def main() -> None:
         parts.append(make(entries))
     parts += [
         "## The search",
-        "Alignment: harm is ASR after 100 steps of the full-parameter attack, kept the least of capability before, refusal "
-        "rate before and capability after. Fine-tuning: harm is the harmful score after poison ratio 0.1, kept the task "
-        "accuracy, means over both tasks. A stage that is not listed has not been searched yet.",
+        "Alignment: harm is ASR after 100 steps of the full-parameter attack, kept the least of capability before, "
+        "refusal rate before and capability after. Fine-tuning: harm is the harmful score after poison ratio 0.1, kept "
+        "the task accuracy, means over both tasks. A stage that is not listed has not been searched yet.",
         f"Seeds {', '.join(map(str, search['seeds'])) or 'none yet'}.",
         searched(search["stages"]),
     ]
