@@ -246,8 +246,8 @@ def main() -> None:
         "# Results: every defense under one attacker, on the organism",
         "Made by `benchmarks/defenses.py` and `benchmarks/defenses_report.py` from `benchmarks/results/defenses.json`; "
         f"{seeds}. The organism is a tiny model in an invented world: these figures compare methods with each other "
-        "there and do not carry over to other models. Each method is shown at its published setting and at the best of a "
-        "search of equal size on other seeds (last section), by the rule that `choose` in `benchmarks/defenses.py` "
+        "there and do not carry over to other models. Each method is shown at its published setting and at the best of "
+        "a search of equal size on other seeds (last section), by the rule that `choose` in `benchmarks/defenses.py` "
         "states.",
     ]
     for name, (title, about, make) in SECTIONS.items():
