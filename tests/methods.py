@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import pad
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
@@ -49,15 +50,23 @@ class Method:
     second: str | None = None
 
     def build(
-        self, model: torch.nn.Module, settings: dict[str, Any], rows: int = 8, callbacks=(), **changes: Any
+        self,
+        model: torch.nn.Module,
+        settings: dict[str, Any],
+        rows: int | Dataset = 8,
+        second: Dataset | None = None,
+        callbacks=(),
+        eval_rows: Dataset | None = None,
+        **changes: Any,
     ) -> Any:
-        data = {} if self.second is None else {f"{self.second}_dataset": word_rows(6, seed=1)}
+        data = {} if self.second is None else {f"{self.second}_dataset": second or word_rows(6, seed=1)}
         return self.trainer(
             model,
             self.config(**{**settings, **self.settings, **changes}),
-            word_rows(rows),
+            word_rows(rows) if isinstance(rows, int) else rows,
             processing_class=word_tokenizer(),
             callbacks=list(callbacks),
+            eval_dataset=eval_rows,
             **data,
         )
 
