@@ -126,6 +126,20 @@ class Noted(Iterator[Batch]):
         return self.seen[-1]
 
 
+def noted_windows(trainer: Any) -> list[list[Batch]]:
+    """Fills with the window of every update, once the trainer is run."""
+    windows: list[list[Batch]] = []
+    get_batch_samples = trainer.get_batch_samples
+
+    def noting(*arguments: Any) -> Any:
+        found = get_batch_samples(*arguments)
+        windows.append([copy.deepcopy(dict(batch)) for batch in found[0]])
+        return found
+
+    trainer.get_batch_samples = noting
+    return windows
+
+
 @dataclass
 class Update:
     """The first update of a run: its window, its method's second batches, and the gradient that it used."""
@@ -145,15 +159,7 @@ def first_update(method: Method, model: torch.nn.Module, settings: dict[str, Any
     second = None
     if method.second == "attack":
         second = trainer.attack_batches = Noted(trainer.attack_batches)
-    windows = []
-    get_batch_samples = trainer.get_batch_samples
-
-    def noting(*arguments: Any) -> Any:
-        found = get_batch_samples(*arguments)
-        windows.append([copy.deepcopy(dict(batch)) for batch in found[0]])
-        return found
-
-    trainer.get_batch_samples = noting
+    windows = noted_windows(trainer)
     trainer.train()
     return Update(windows[0], second.seen if second else [], noted.seen[0], trainer)
 
