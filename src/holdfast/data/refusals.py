@@ -50,9 +50,9 @@ def refusal_texts(
     if refusal in dataset.column_names:
         texts = list(dataset[refusal])
         places = [f"row {number} of the {name} data, column {refusal!r}," for number in range(1, len(texts) + 1)]
-    elif Path(refusal).expanduser().is_file():
+    elif (file := _file(refusal)) is not None:
         try:
-            lines = Path(refusal).expanduser().read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--refusal {refusal} cannot be read as UTF-8 text ({error})") from error
         texts = [line for line in lines if line.strip()]
@@ -125,3 +125,12 @@ def without_refusals(batch: Batch) -> Batch:
 def has_refusals(batch: Batch) -> bool:
     """Whether the batch has a refusal view."""
     return f"{_PREFIX}input_ids" in batch
+
+
+def _file(refusal: str) -> Path | None:
+    """The file that a refusal names, if it does: a text may be too long for a path, or begin like a home folder."""
+    try:
+        path = Path(refusal).expanduser()
+        return path if path.is_file() else None
+    except (OSError, RuntimeError):
+        return None
