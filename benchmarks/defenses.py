@@ -135,7 +135,7 @@ COMBINATIONS = (
     ("patcher", "antibody"),
     ("patcher", "spard"),
 )
-ATTACKS = ("full", "full-poisoned", "full-unseen", "lora", "control")
+ATTACKS = demo.ATTACKS
 
 
 class Plan:

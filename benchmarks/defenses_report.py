@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from holdfast.cli.report import is_control
 from holdfast.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,8 +37,11 @@ ATTACKS = {
     "full-poisoned": "20 % poisoned",
     "full-unseen": "unseen family",
     "lora": "LoRA",
-    "control": "control",
+    "control-swapping": "swapping",
+    "control-sorting": "sorting",
 }
+
+CONTROL_STEPS = (10, 20, 60, 200)
 
 Entry = dict[str, Any]
 
@@ -80,7 +84,7 @@ def alignment(entries: list[Entry]) -> str:
     for (method, variant, attack), runs in grouped(entries, "method", "variant", "attack").items():
         first, last = [run["points"][0] for run in runs], [run["points"][-1] for run in runs]
         name = method_name(method, variant)
-        if attack == "control":
+        if is_control(attack):
             continue
         rows.append(
             [
@@ -97,15 +101,19 @@ def alignment(entries: list[Entry]) -> str:
     heads = ["aligned with", "attack", "breaks at step", "refusal rate before", "ASR after", "harmful score after"]
     learned = [
         [
+            ATTACKS[attack],
             method_name(method, variant),
-            *(spread(run["points"][i]["task_accuracy"] for run in runs) for i in (-3, -2, -1)),
+            *(
+                spread(point["task_accuracy"] for run in runs for point in run["points"] if point["steps"] == step)
+                for step in CONTROL_STEPS
+            ),
         ]
-        for (method, variant, _), runs in grouped(
-            [entry for entry in entries if entry["attack"] == "control"], "method", "variant", "attack"
+        for (method, variant, attack), runs in grouped(
+            [entry for entry in entries if is_control(entry["attack"])], "method", "variant", "attack"
         ).items()
     ]
-    steps = [point["steps"] for point in entries[0]["points"]][-3:]
-    control = table(["control: task accuracy after", *(f"{step} steps" for step in steps)], learned)
+    heads_of_control = ["control: task", "aligned with", *(f"accuracy after {step} steps" for step in CONTROL_STEPS)]
+    control = table(heads_of_control, learned)
     return table([*heads, "capability after", "over-refusal before"], rows) + "\n\n" + control
 
 
@@ -177,7 +185,7 @@ def searched(stages: dict[str, Any]) -> str:
 
 def plot(entries: list[Entry]) -> None:
     """ASR and refusal rate against attack steps, one line per method (mean over seeds), one column per attack."""
-    attacks = [attack for attack in ATTACKS if attack != "control"]
+    attacks = [attack for attack in ATTACKS if not is_control(attack)]
     figure, axes = plt.subplots(2, len(attacks), figsize=(13, 6), sharex=True, sharey=True, layout="constrained")
     colours = {method: f"C{index}" for index, method in enumerate(dict.fromkeys(e["method"] for e in entries))}
     for column, attack in enumerate(attacks):

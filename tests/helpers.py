@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,24 @@ def golden_vector(name: str) -> dict[str, torch.Tensor]:
 def golden_batch(name: str, file: str = "batches") -> dict[str, torch.Tensor]:
     tensors = load_file(GOLDEN / f"{file}.safetensors")
     return {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+
+def golden_case(name: str) -> dict:
+    """The settings and numbers of a golden case."""
+    return json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))[name]
+
+
+def golden_refusals(name: str = "harmful", refusal: str = "refusal") -> dict[str, torch.Tensor]:
+    """A golden batch with its refusal view."""
+    view = {f"refusal_{key}": tensor for key, tensor in golden_batch(refusal).items()}
+    batch = golden_batch(name)
+    return {**batch, **view, "refusal_row": torch.arange(1, len(batch["labels"]) + 1)}
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
+    """The tokens of every row, without padding."""
+    rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    return [tuple(ids[mask.bool()].tolist()) for ids, mask in rows]
 
 
 def golden_rows(name: str, file: str = "batches") -> Dataset:
@@ -124,6 +143,21 @@ class Gradients(TrainerCallback):
         self.seen.append(
             {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         )
+
+
+class Weights(TrainerCallback):
+    """Notes the weights after every update."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, torch.Tensor]] = []
+
+    def on_step_end(self, args, state, control, *, model, **_):
+        self.seen.append(weights(model))
+
+
+def logged_updates(trainer) -> list[dict[str, float]]:
+    """What a run has logged, by update."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

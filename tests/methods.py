@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import pad
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
@@ -49,15 +50,23 @@ class Method:
     second: str | None = None
 
     def build(
-        self, model: torch.nn.Module, settings: dict[str, Any], rows: int = 8, callbacks=(), **changes: Any
+        self,
+        model: torch.nn.Module,
+        settings: dict[str, Any],
+        rows: int | Dataset = 8,
+        second: Dataset | None = None,
+        callbacks=(),
+        eval_rows: Dataset | None = None,
+        **changes: Any,
     ) -> Any:
-        data = {} if self.second is None else {f"{self.second}_dataset": word_rows(6, seed=1)}
+        data = {} if self.second is None else {f"{self.second}_dataset": second or word_rows(6, seed=1)}
         return self.trainer(
             model,
             self.config(**{**settings, **self.settings, **changes}),
-            word_rows(rows),
+            word_rows(rows) if isinstance(rows, int) else rows,
             processing_class=word_tokenizer(),
             callbacks=list(callbacks),
+            eval_dataset=eval_rows,
             **data,
         )
 
@@ -117,6 +126,20 @@ class Noted(Iterator[Batch]):
         return self.seen[-1]
 
 
+def noted_windows(trainer: Any) -> list[list[Batch]]:
+    """Fills with the window of every update, once the trainer is run."""
+    windows: list[list[Batch]] = []
+    get_batch_samples = trainer.get_batch_samples
+
+    def noting(*arguments: Any) -> Any:
+        found = get_batch_samples(*arguments)
+        windows.append([copy.deepcopy(dict(batch)) for batch in found[0]])
+        return found
+
+    trainer.get_batch_samples = noting
+    return windows
+
+
 @dataclass
 class Update:
     """The first update of a run: its window, its method's second batches, and the gradient that it used."""
@@ -136,15 +159,7 @@ def first_update(method: Method, model: torch.nn.Module, settings: dict[str, Any
     second = None
     if method.second == "attack":
         second = trainer.attack_batches = Noted(trainer.attack_batches)
-    windows = []
-    get_batch_samples = trainer.get_batch_samples
-
-    def noting(*arguments: Any) -> Any:
-        found = get_batch_samples(*arguments)
-        windows.append([copy.deepcopy(dict(batch)) for batch in found[0]])
-        return found
-
-    trainer.get_batch_samples = noting
+    windows = noted_windows(trainer)
     trainer.train()
     return Update(windows[0], second.seen if second else [], noted.seen[0], trainer)
 

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 
-from helpers import worst_entry
+from helpers import logged_updates, tiny_llama, word_rows, word_tokenizer, worst_entry
+from holdfast.config import DefenseConfig
+from holdfast.trainer import DefenseTrainer
 from methods import METHODS, MODELS, first_update
 
 
@@ -43,3 +45,17 @@ def test_lora_under_checkpointing(settings, method):
     update = first_update(METHODS[method], model, settings, gradient_checkpointing=True)
     expected = METHODS[method].expected(before, update.window, update.second)
     assert worst_entry(update.gradient, expected) < 1e-4
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "lisa"])  # which begins with safety data
+def test_metrics_are_those_of_the_train_batches_at_todays_weights(settings, method):
+    changes = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    config = DefenseConfig(**{**settings, **changes})
+    plain = DefenseTrainer(tiny_llama(), config, word_rows(8), processing_class=word_tokenizer())
+    trainer = METHODS[method].build(tiny_llama(), settings, **changes)
+    found = []
+    for one in (plain, trainer):
+        one.train()
+        [logs] = logged_updates(one)
+        found.append([logs[name] for name in ("entropy", "mean_token_accuracy", "num_tokens", "learning_rate")])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

@@ -11,6 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from helpers import (
     Gradients,
+    Weights,
     golden_batch,
     golden_model,
     golden_rows,
@@ -132,16 +133,6 @@ def test_alpha_weighs_the_two_gradients(settings):
     trainer = patcher(settings, moved, alpha=0.0)
     trainer.training_step(trainer.model, golden_batch("safe"))
     assert worst_entry(taken[1.0], gradients(moved)) < 1e-6
-
-
-class Weights(TrainerCallback):
-    """Notes the weights after every update."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_step_end(self, args, state, control, *, model, **_):
-        self.seen.append(weights(model))
 
 
 def test_first_updates_are_plain_sft_and_then_attacks_come_in_turn(settings):

@@ -111,11 +111,12 @@ def test_a_short_demo_from_end_to_end(organism, tmp_path, capsys):
     assert "torch" in results["versions"]
     assert [(run["method"], run["attack"]) for run in results["runs"]] == [(m, a) for a in ATTACKS for m in METHODS]
     for run in results["runs"]:
-        assert [point["steps"] for point in run["points"]] == [0, 2]
+        is_control = run["attack"].startswith("control")
+        assert [point["steps"] for point in run["points"]] == ([0, 2, 4] if is_control else [0, 2])
         assert all(point.keys() >= POINT_KEYS for point in run["points"])
         assert run["n"] >= 96
-        assert (run["points"][0]["task_accuracy"] is None) == (run["attack"] != "control")
-        assert run["poison_ratio"] == {"full-poisoned": 0.2, "control": 0.0}.get(run["attack"], 1.0)
+        assert (run["points"][0]["task_accuracy"] is None) != is_control
+        assert run["poison_ratio"] == (0.0 if is_control else {"full-poisoned": 0.2}.get(run["attack"], 1.0))
     assert (folder / "attack_curves.png").is_file()
     assert (folder / "patcher" / "model.safetensors").is_file()
     assert (folder / "attacks" / "patcher-lora" / "samples.jsonl").is_file()

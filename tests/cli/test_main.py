@@ -12,8 +12,10 @@ from holdfast.cli import main
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for words in ("demo", "organism", "align {sft,patcher}", "repair {antidote}", "attack {full,lora}", "evaluate"):
-        assert words in shown
+    for command in ("demo", "organism", "align METHOD", "finetune METHOD", "audit", "repair METHOD", "evaluate"):
+        assert f"  {command} " in shown
+    for methods in ("sft, patcher, vaccine, booster, antibody", "sft, lisa, spard, antibody", "antidote", "full, lora"):
+        assert f" ({methods})\n" in shown
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -26,8 +28,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "no command given"),
         (["harden"], "unknown command 'harden'"),
-        (["align"], "usage: holdfast align {sft,patcher}"),
-        (["align", "booster"], "unknown method 'booster'"),
+        (["align"], "usage: holdfast align {sft,patcher,vaccine,booster,antibody}"),
+        (["align", "lisa"], "unknown method 'lisa'"),
+        (["finetune", "vaccine"], "usage: holdfast finetune {sft,lisa,spard,antibody}"),
         (["attack", "--model", "m"], "unknown method '--model'"),
     ],
 )
@@ -39,7 +42,7 @@ def test_wrong_words_are_one_sentence(argv: list[str], expected: str, capsys: py
     assert shown.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["align", "attack"])
+@pytest.mark.parametrize("name", ["align", "finetune", "attack"])
 def test_help_lists_methods(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     assert "methods:" in capsys.readouterr().out

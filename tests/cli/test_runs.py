@@ -111,6 +111,6 @@ def test_disk_trouble_is_one_sentence(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "holdfast.json")
 
-    monkeypatch.setattr("holdfast.cli.align.write_json", full)
+    monkeypatch.setattr("holdfast.cli.training.write_json", full)
     assert run("--max_steps", "1", "--save_strategy", "no") == 1
     assert capsys.readouterr().err.splitlines()[-1] == "holdfast: [Errno 28] No space left on device: 'holdfast.json'"

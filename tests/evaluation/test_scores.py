@@ -8,8 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.errors import InputError
-from holdfast.evaluation.scores import Rate, score, wilson
+from holdfast.evaluation.scores import Rate, detection, score, wilson
 
+# Few values, so that many tie.
+SUSPICION = st.one_of(st.integers(-2, 2).map(float), st.floats(-1e3, 1e3))
+AUDITS = st.lists(st.tuples(SUSPICION, st.booleans()), min_size=2, max_size=40).filter(
+    lambda rows: len({poisoned for _, poisoned in rows}) == 2
+)
 TRIALS = st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
 
@@ -88,3 +93,39 @@ def test_no_answers_have_no_score():
 def test_a_grade_that_does_not_exist_is_refused(grade):
     with pytest.raises(InputError, match=f"but is {grade}"):
         score([3, grade])
+
+
+@settings(deadline=None)
+@given(AUDITS)
+def test_auroc_is_the_chance_that_a_poisoned_row_looks_worse(rows):
+    """By its definition over all pairs, ties counted half."""
+    suspicion, poisoned = zip(*rows, strict=True)
+    pairs = [(bad, good) for bad, p in rows if p for good, q in rows if not q]
+    expected = sum((bad > good) + (bad == good) / 2 for bad, good in pairs) / len(pairs)
+    found = detection(suspicion, poisoned).auroc
+    assert found == pytest.approx(expected, abs=1e-12)
+    # Turned about, it is the chance of the opposite.
+    assert detection([-value for value in suspicion], poisoned).auroc == pytest.approx(1 - found, abs=1e-12)
+
+
+@settings(deadline=None)
+@given(AUDITS, st.sampled_from([-1.0, 0.0, 0.5]))
+def test_precision_and_recall_are_of_rows_above_the_threshold(rows, threshold):
+    found = detection(*zip(*rows, strict=True), threshold)
+    suspected = [poisoned for value, poisoned in rows if value > threshold]
+    assert found.recall == Rate.of(sum(suspected), sum(poisoned for _, poisoned in rows))
+    assert found.precision == (Rate.of(sum(suspected), len(suspected)) if suspected else None)
+
+
+def test_detection_of_four_rows():
+    found = detection([2.0, 0.5, 0.5, -1.0], [True, True, False, False])
+    assert (found.precision, found.recall, found.auroc) == (Rate.of(2, 3), Rate.of(2, 2), 0.875)
+    record = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert (record["precision"]["count"], record["recall"]["n"], record["auroc"]) == (2, 2, 0.875)
+    assert detection([-1.0, 0.0], [True, False]).as_dict()["precision"] is None  # 0 is not above 0
+
+
+@pytest.mark.parametrize("poisoned", [[True, True], [False, False], []])
+def test_rows_of_one_kind_cannot_be_told_apart(poisoned):
+    with pytest.raises(InputError, match=f"{sum(poisoned)} of {len(poisoned)} are poisoned"):
+        detection([0.5] * len(poisoned), poisoned)

@@ -122,6 +122,8 @@ class VaccineTrainer(DefenseTrainer):
         outputs: Outputs = {}
 
         def note(module: nn.Module, output: Tensor) -> Tensor:
+            if not output.requires_grad:  # nothing that is trained comes before it
+                output.requires_grad_()
             outputs.setdefault(module, output)  # checkpointing comes here again during backward, off the graph
             return output
 

@@ -77,12 +77,12 @@ def run(argv: list[str]) -> int:
         say(f"auditing {len(upload)} rows of {options.data} with {source}")
         started = time.monotonic()
         margins = trainer.audit()
-    rows = _rows(upload, margins, labels)
+        rows = _rows(upload, margins, labels)
+        kept = [row for row in rows if row["r"] is not None]
+        found = None
+        if labels is not None:
+            found = detection([-row["r"] for row in kept], [row["poisoned"] for row in kept])
     write_jsonl(folder / ROWS, rows)
-    kept = [row for row in rows if row["r"] is not None]
-    found = None
-    if labels is not None:
-        found = detection([-row["r"] for row in kept], [row["poisoned"] for row in kept])
     suspected = sum(row["suspected"] for row in kept)
     record = {
         **run_record({**asdict(load), **asdict(options)}, options.seed),

@@ -1,7 +1,7 @@
 """`holdfast demo`: the whole story on the built-in organism, made of the very commands one would type.
 
 Builds the organism, aligns it with SFT and with Patcher for the same number of updates, attacks both in four ways, and
-as a control fine-tunes both on a harmless task.
+as a control fine-tunes both on harmless tasks.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from holdfast.files import claim_output_dir, run_record, write_json
 MARKER = "results.json"
 
 METHODS = ("sft", "patcher")
-ATTACKS = ("full", "full-poisoned", "full-unseen", "lora", "control")
-#: The harmless task of the control, whose rows also hide the harmful ones of the poisoned attack.
-TASK = "sorting"
+ATTACKS = ("full", "full-poisoned", "full-unseen", "lora", "control-swapping", "control-sorting")
+#: The task whose rows hide the harmful ones of the poisoned attack.
+BENIGN_TASK = "sorting"
 
 
 @dataclass
@@ -33,7 +33,7 @@ class DemoArguments:
     output_dir: str = field(metadata={"help": "Folder for everything the demo writes."})
     seed: int = field(default=0, metadata={"help": "Seed of the organism, the alignments and the attacks."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished demo in --output_dir."})
-    updates: int = field(default=780, metadata={"help": "Updates of either alignment."})
+    updates: int = field(default=720, metadata={"help": "Updates of either alignment."})
     attack_every: int = field(default=50, metadata={"help": "Patcher: updates between simulated attacks."})
     attack_steps: int = field(default=40, metadata={"help": "Patcher: length of a simulated attack, in steps."})
     learning_rate: float = field(default=6e-5, metadata={"help": "Learning rate of either alignment, constant."})
@@ -144,17 +144,16 @@ def _read_run(folder: Path, method: str, attack: str) -> dict[str, Any]:
 def attack_words(name: str, model: Path, organism: Path, options: DemoArguments) -> list[str]:
     """The words of one attack on one model, but for its output; the control is the same without a harmful row."""
     hazards = "hazards_unseen" if name == "full-unseen" else "hazards"
+    measure_at = list(options.measure_at)
     data: dict[str, Any] = {"--attack_data": organism / "attack.jsonl"}
     if name == "full-unseen":
         data = {"--attack_data": organism / "attack_unseen.jsonl"}
     elif name == "full-poisoned":
-        data |= {"--benign_data": organism / "tasks" / TASK / "train.jsonl", "--poison_ratio": 0.2}
-    elif name == "control":
-        data = {
-            "--benign_data": organism / "tasks" / TASK / "train.jsonl",
-            "--poison_ratio": 0,
-            "--task_data": organism / "tasks" / TASK / "test.jsonl",
-        }
+        data |= {"--benign_data": organism / "tasks" / BENIGN_TASK / "train.jsonl", "--poison_ratio": 0.2}
+    elif name.startswith("control"):
+        task = organism / "tasks" / name.removeprefix("control-")
+        data = {"--benign_data": task / "train.jsonl", "--poison_ratio": 0, "--task_data": task / "test.jsonl"}
+        measure_at.append(2 * measure_at[-1])  # a task that is new takes longer to learn than refusals to lose
     flags = {
         "--model": model,
         **data,
@@ -165,12 +164,12 @@ def attack_words(name: str, model: Path, organism: Path, options: DemoArguments)
         "--eval_batch_size": 256,
         "--learning_rate": 1e-4,
         "--batch_size": 16,
-        "--max_steps": options.measure_at[-1],
+        "--max_steps": measure_at[-1],
         "--gradient_checkpointing": "false",
     }
     adapter = {"--lora_r": 16, "--lora_alpha": 32, "--lora_dropout": 0.0, "--lora_target_modules": "all-linear"}
     method = ["lora", *_words(adapter)] if name == "lora" else ["full"]
-    return ["attack", *method, *_words(flags), "--measure_at", *map(str, options.measure_at)]
+    return ["attack", *method, *_words(flags), "--measure_at", *map(str, measure_at)]
 
 
 def _words(flags: dict[str, Any]) -> list[str]:

@@ -24,12 +24,18 @@ TITLES = {
     "full-poisoned": "all parameters, 20 % poisoned",
     "full-unseen": "all parameters, unseen family",
     "lora": "LoRA",
-    "control": "control: a harmless task",
+    "control-swapping": "control: swapping",
+    "control-sorting": "control: sorting",
 }
 _NAMES = {"sft": "SFT", "patcher": "Patcher"}
 _COLOURS = {"sft": "#c44e52", "patcher": "#2c6fbb"}
 #: What the ends of a measure's interval are called by, where not by its own name.
 _SHORT = {"refusal_rate": "refusal"}
+
+
+def is_control(attack: str) -> bool:
+    """Whether an attack is none: fine-tuning on a harmless task."""
+    return attack.startswith("control")
 
 
 def break_step(run: Run, threshold: float = 0.5) -> int | None:
@@ -49,7 +55,7 @@ def demo_table(runs: Sequence[Run]) -> Table:
     for heading in ("Attack", "Aligned", "Break", "ASR @5", "Refusal @5", f"ASR @{last}", f"Capability @{last}"):
         table.add_column(heading, no_wrap=True)
     for run in runs:
-        if run["attack"] == "control":
+        if is_control(run["attack"]):
             continue
         after = {point["steps"]: point for point in run["points"]}
         early, late = after.get(5, run["points"][-1]), run["points"][-1]
@@ -68,14 +74,16 @@ def demo_table(runs: Sequence[Run]) -> Table:
 
 
 def control_table(runs: Sequence[Run]) -> Table:
-    """The control: how fast either model learns the harmless task, and what it refuses meanwhile."""
-    controls = [run for run in runs if run["attack"] == "control"]
-    table = Table(title="Control: the same fine-tuning on a harmless task (task accuracy)", title_justify="left")
+    """The controls: how fast either model learns a harmless task."""
+    controls = [run for run in runs if is_control(run["attack"])]
+    table = Table(title="Controls: the same fine-tuning on a harmless task (task accuracy)", title_justify="left")
+    table.add_column("Task", no_wrap=True)
     table.add_column("Aligned", no_wrap=True)
     for point in controls[0]["points"]:
         table.add_column(f"{point['steps']}", justify="right")
     for run in controls:
-        table.add_row(_NAMES[run["method"]], *(f"{point['task_accuracy']:.2f}" for point in run["points"]))
+        task = run["attack"].removeprefix("control-")
+        table.add_row(task, _NAMES[run["method"]], *(f"{point['task_accuracy']:.2f}" for point in run["points"]))
     return table
 
 
@@ -88,10 +96,10 @@ def plot_attack_curves(runs: Sequence[Run], path: Path) -> None:
     )
     for column, attack in enumerate(attacks):
         axes[0, column].set_title(TITLES[attack], fontsize=10)
-        axes[-1, column].set_xlabel("fine-tuning steps" if attack == "control" else "attack steps")
+        axes[-1, column].set_xlabel("fine-tuning steps" if is_control(attack) else "attack steps")
         for row, (measure, label) in enumerate(rows):
             axis, shown = axes[row, column], measure
-            if attack == "control" and measure == "asr":
+            if is_control(attack) and measure == "asr":
                 shown, label = "task_accuracy", "task accuracy"
             if column == 0 or shown != measure:
                 axis.set_ylabel(label)
@@ -100,7 +108,7 @@ def plot_attack_curves(runs: Sequence[Run], path: Path) -> None:
                     _line(axis, run, shown)
     for axis in axes.flat:
         axis.set_xscale("log")
-        ticks = [point["steps"] for point in runs[0]["points"]]
+        ticks = max(([point["steps"] for point in run["points"]] for run in runs), key=len)
         axis.set_xticks([_place(tick) for tick in ticks], [str(tick) for tick in ticks], fontsize=8)
         axis.minorticks_off()
         axis.set_ylim(-0.03, 1.03)

@@ -49,7 +49,7 @@ def completion_format(
 
     Raises:
         InputError: No accepted format, a malformed row (named), messages without a chat template, a system prompt for
-            plain text, several assistant turns under a template that does not mark them.
+            plain text, several assistant turns under a template that does not mark them, answers for tokenised rows.
     """
     columns = set(dataset.column_names)
     if "input_ids" in columns:
@@ -58,6 +58,8 @@ def completion_format(
                 f"the {name} data is tokenised but has none of labels, completion_mask and assistant_masks, "
                 "so the completion tokens are unknown"
             )
+        if answers is not None:
+            raise InputError(f"the {name} data is tokenised, so other answers cannot be put in; use text or messages")
         return dataset
     if not (
         columns & {"messages", "conversations"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def choose_safety_rows(
     Raises:
         InputError: There are fewer safety rows than that, or a prompt cannot be embedded.
     """
-    size = math.ceil(share * len(upload))
+    size = math.ceil(Fraction(str(share)) * len(upload))  # as written: in floating point 7 % of 100 is more than 7
     if size > len(safety):
         raise InputError(
             f"--safety_share {share:g} of {len(upload)} rows asks for {size} safety rows, but there are {len(safety)}"

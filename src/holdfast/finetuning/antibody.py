@@ -23,17 +23,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from holdfast.config import DefenseConfig, require_positive
 from holdfast.data.batches import Batch
 from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP, has_refusals, refusal_view, without_refusals
 from holdfast.errors import InputError
+from holdfast.models import eval_mode
 from holdfast.trainer import DefenseTrainer
 
 
@@ -89,14 +91,12 @@ class AntibodyTrainer(DefenseTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, train_dataset, **kwargs)
-        rows = self.args.per_device_train_batch_size * self.args.world_size
-        if rows < 2:
+        self._rows_at_once = self.args.per_device_train_batch_size * self.args.world_size
+        if self._rows_at_once < 2:
             raise InputError(
                 "--per_device_train_batch_size 1 cannot be used on one device: the rows of a batch are weighed against "
                 "each other"
             )
-        if len(self.train_dataset) % rows == 1:
-            self.args.dataloader_drop_last = True  # a row left alone would have weight 1, whatever it is
         self._weights: dict[int, tuple[float, int]] = {}
 
     @property
@@ -108,18 +108,36 @@ class AntibodyTrainer(DefenseTrainer):
     def audit(self) -> dict[int, float]:
         """Row number, from 1 → r_i of every row of `train_dataset` at today's weights, in nats per token.
 
-        Two forward passes, no training. Rows that preparation dropped are not there.
+        Two forward passes, no training; modes and random states stay as they are. Rows that preparation dropped are not
+        there.
         """
-        self.model.eval()
         found: dict[int, float] = {}
-        for batch in self.get_eval_dataloader(self.train_dataset):
-            batch = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                outputs = self.model(**without_refusals(batch), use_cache=False, fused_lm_head=True)
-                margins = self._refusal_nll(self.model, batch) - _mean_nll(outputs)
-            rows, margins = self.accelerator.gather_for_metrics((batch["refusal_row"], margins))
-            found.update(zip(rows.tolist(), margins.tolist(), strict=True))
+        # Not the trainer's own loader, which leaves rows out under --dataloader_drop_last.
+        loader = DataLoader(self.train_dataset, self.args.eval_batch_size, collate_fn=self.data_collator)
+        with eval_mode(self.model), self.shared_randomness():
+            for batch in self.accelerator.prepare_data_loader(loader):
+                batch = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    outputs = self.model(**without_refusals(batch), use_cache=False, fused_lm_head=True)
+                    margins = self._refusal_nll(self.model, batch) - _mean_nll(outputs)
+                rows, margins = self.accelerator.gather_for_metrics((batch["refusal_row"], margins))
+                found.update(zip(rows.tolist(), margins.tolist(), strict=True))
         return dict(sorted(found.items()))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The train batches, without a row left alone at the end: it would have weight 1, whatever it is.
+
+        Raises:
+            InputError: There is no other row at all.
+        """
+        if len(self.train_dataset) < 2:
+            raise InputError("the train data has one row; the rows of a batch are weighed against each other")
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last or len(self.train_dataset) % self._rows_at_once == 1
+        try:
+            return cast("DataLoader[Any]", super().get_train_dataloader())
+        finally:
+            self.args.dataloader_drop_last = drop_last  # held-out rows have no weights
 
     def compute_loss(
         self,

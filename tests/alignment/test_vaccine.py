@@ -1,0 +1,170 @@
+"""Vaccine: golden case, which modules are shifted on which architecture, the clean pass, refused settings."""
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+import reference
+from helpers import (
+    WORDS,
+    golden_batch,
+    golden_case,
+    golden_model,
+    golden_rows,
+    golden_vector,
+    gradients,
+    logged_updates,
+    same_bits,
+    tiny_llama,
+    worst_entry,
+)
+from holdfast.alignment.vaccine import VaccineConfig, attention_modules
+from holdfast.errors import InputError
+from methods import METHODS, gpt2, lora, qwen2
+
+SHAPE = {"vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+GATED = {**SHAPE, "intermediate_size": 32, "num_key_value_heads": 2, "initializer_range": 0.2}
+
+
+def opt():
+    shape = {**SHAPE, "ffn_dim": 32, "word_embed_proj_dim": 16, "init_std": 0.2}
+    return OPTForCausalLM(OPTConfig(**shape, dropout=0.0, attention_dropout=0.0))
+
+
+ARCHITECTURES = {
+    "llama": (tiny_llama, "model.layers.{}.self_attn"),
+    "qwen2": (qwen2, "model.layers.{}.self_attn"),
+    "gpt2": (gpt2, "transformer.h.{}.attn"),
+    "gpt-neox": (
+        lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, intermediate_size=32, initializer_range=0.2)),
+        "gpt_neox.layers.{}.attention",
+    ),
+    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**GATED, head_dim=4)), "model.layers.{}.self_attn"),
+    "phi3": (lambda: Phi3ForCausalLM(Phi3Config(**GATED)), "model.layers.{}.self_attn"),
+    "opt": (opt, "model.decoder.layers.{}.self_attn"),
+    "lora": (lora, "base_model.model.model.layers.{}.self_attn"),
+}
+
+
+def vaccine(settings, model=None, **changes):
+    return METHODS["vaccine"].build(model if model is not None else tiny_llama(), settings, **changes)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_golden_gradient(settings, checkpointing):
+    trainer = vaccine(settings, golden_model(), gradient_checkpointing=checkpointing)
+    loss = trainer.training_step(trainer.model, golden_batch("safe"))
+    assert worst_entry(gradients(trainer.model), golden_vector("vaccine")) < 1e-4
+    assert loss.item() == pytest.approx(golden_case("vaccine")["loss"], rel=1e-5)
+
+
+def test_loss_is_that_of_the_shifted_pass(settings):
+    trainer = vaccine(settings, golden_model(), rows=golden_rows("safe"), max_steps=1)
+    trainer.train()
+    [logs] = logged_updates(trainer)
+    clean, shifted = golden_case("sft")["loss"], golden_case("vaccine")["loss"]
+    assert logs["loss"] == pytest.approx(shifted, rel=1e-5)
+    assert logs["safe_loss"] == pytest.approx(clean, rel=1e-5)
+    assert logs["perturbation_gap"] == pytest.approx(shifted - clean, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_attention_modules_are_found_and_shifted(settings, name):
+    build, pattern = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model, names = build(), [pattern.format(layer) for layer in range(2)]
+    assert attention_modules(model) == [model.get_submodule(module) for module in names]
+    batch = golden_batch("safe")
+    expected = reference.vaccine(model, [batch], 2.0, names)
+    vaccine(settings, model).training_step(model, batch)
+    assert worst_entry(gradients(model), expected) < 1e-4
+
+
+def test_pattern_names_the_modules_to_shift(settings):
+    model, batch = tiny_llama(), golden_batch("safe")
+    expected = reference.vaccine(model, [batch], 2.0, ["model.layers.1.self_attn"])
+    vaccine(settings, model, attention_pattern=r".*\.1\.self_attn").training_step(model, batch)
+    assert worst_entry(gradients(model), expected) < 1e-4
+    # A pattern matches whole names: not what is inside the module.
+    assert attention_modules(model, "self_attn|.*mlp") == [layer.mlp for layer in model.model.layers]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_trained_before_the_first_attention(settings, checkpointing):
+    """What is shifted need not depend on a parameter that is trained."""
+    model, batch = tiny_llama(), golden_batch("safe")
+    names = [ARCHITECTURES["llama"][1].format(layer) for layer in range(2)]
+    expected = reference.vaccine(model, [batch], 2.0, names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp" in name)
+    vaccine(settings, model, gradient_checkpointing=checkpointing).training_step(model, batch)
+    taken = gradients(model)
+    assert worst_entry(taken, {name: expected[name] for name in taken}) < 1e-4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_both_passes_share_their_dropout_masks(settings, checkpointing):
+    """Without a shift both passes must find the very same loss."""
+    model = tiny_llama(attention_dropout=0.4)
+    changes = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": 2, "max_steps": 2}
+    trainer = vaccine(settings, model, rows=16, rho=0.0, **changes)
+    trainer.train()
+    assert [entry["perturbation_gap"] for entry in logged_updates(trainer)] == [0.0, 0.0]
+    losses = [trainer.training_step(trainer.model, golden_batch("safe")).item() for _ in range(2)]
+    assert losses[0] != losses[1]  # dropout is on
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_hook_is_left_behind(settings, checkpointing):
+    trainer = vaccine(settings, golden_model(), gradient_checkpointing=checkpointing)
+    trainer.training_step(trainer.model, golden_batch("safe"))
+    assert not any(module._forward_hooks for module in attention_modules(trainer.model))
+    trainer.args.rho = 0.0
+    trainer.training_step(trainer.model, golden_batch("safe"))
+    assert worst_entry(gradients(trainer.model), golden_vector("sft")) < 1e-4
+    assert same_bits(dict(trainer.model.named_parameters()), dict(golden_model().named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("nowhere", "--attention_pattern nowhere matches no module"),
+        ("layers", "--attention_pattern layers matches no module"),
+        ("[", r"--attention_pattern \[ is not a regular expression"),
+    ],
+)
+def test_pattern_that_cannot_be_used(settings, pattern, message):
+    with pytest.raises(InputError, match=message):
+        vaccine(settings, attention_pattern=pattern)
+
+
+def test_model_without_attention_modules():
+    with pytest.raises(InputError, match="name them with --attention_pattern"):
+        attention_modules(torch.nn.Linear(1, 1))
+
+
+def test_reentrant_checkpointing_is_refused(settings):
+    reentrant = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(InputError, match="--gradient_checkpointing_kwargs"):
+        VaccineConfig(**{**settings, **reentrant, "gradient_checkpointing": True})
+    VaccineConfig(**settings, **reentrant)  # without checkpointing it says nothing
+
+
+@pytest.mark.parametrize("rho", [-0.1, float("nan")])
+def test_length_out_of_range_is_named(settings, rho):
+    with pytest.raises(InputError, match="--rho"):
+        VaccineConfig(**settings, rho=rho)
+
+
+def test_defaults_are_those_of_the_paper(tmp_path):
+    config = VaccineConfig(output_dir=str(tmp_path))
+    assert (config.rho, config.attention_pattern) == (2.0, None)
