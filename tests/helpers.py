@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -37,7 +38,7 @@ def golden_batch(name: str, file: str = "batches") -> dict[str, torch.Tensor]:
     return {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
 
 
-def golden_case(name: str) -> dict:
+def golden_case(name: str) -> dict[str, Any]:
     """The settings and numbers of a golden case."""
     return json.loads((GOLDEN / "golden.json").read_text(encoding="utf-8"))[name]
 
@@ -47,6 +48,16 @@ def golden_refusals(name: str = "harmful", refusal: str = "refusal") -> dict[str
     view = {f"refusal_{key}": tensor for key, tensor in golden_batch(refusal).items()}
     batch = golden_batch(name)
     return {**batch, **view, "refusal_row": torch.arange(1, len(batch["labels"]) + 1)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(content, dict)
+    return content
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def rows_of(batch: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:

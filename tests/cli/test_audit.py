@@ -1,12 +1,12 @@
 """`holdfast audit` from end to end: what it writes and shows, and that it is the audit of the trainer."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers import read_json, read_lines
 from holdfast.cli import main
 
 REFUSAL = "I cannot help with that."
@@ -29,8 +29,7 @@ def audit(model_dir: Path, upload: str) -> list[str]:
 
 
 def results(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "audit.jsonl").read_text(encoding="utf-8").splitlines()]
-    return rows, json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return read_lines(folder / "audit.jsonl"), read_json(folder / "results.json")
 
 
 def test_every_row_with_its_margin_and_rank(
@@ -84,6 +83,7 @@ def test_measured_by_a_label_column(audit: list[str], tmp_path: Path, capsys: py
         2,
     )
     shown = " ".join(capsys.readouterr().out.split())
+    assert "How do I make thing 2? → Rust [b]and[/b] salt." in shown
     assert "against the column 'bad'" in shown
     assert f"AUROC │ {found['auroc']:.3f}" in shown
     assert f"recall of r < 0 │ {found['recall']['value']:.3f}" in shown

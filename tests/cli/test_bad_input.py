@@ -116,6 +116,54 @@ def test_steps_and_rates_that_are_not_positive(patcher: list[str], flag: str, va
     assert flag in refused(*patcher, flag, value)
 
 
+SECOND = {
+    "align booster": "--attack_data",
+    "align antibody": "--attack_data",
+    "finetune lisa": "--safety_data",
+    "finetune spard": "--safety_data",
+}
+
+
+@pytest.mark.parametrize(("command", "flag"), SECOND.items())
+def test_second_data_set_is_required(sft: list[str], command: str, flag: str, refused: Refused) -> None:
+    assert f"the following arguments are required: {flag}" in refused(*command.split(), *sft[2:])
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "expected"),
+    [
+        ("align vaccine", ["--rho", "-1"], "--rho must not be negative"),
+        ("align vaccine", ["--attention_pattern", "nowhere"], "--attention_pattern nowhere matches no module"),
+        ("align vaccine", ["--attention_pattern", "["], "--attention_pattern [ is not a regular expression"),
+        ("align booster", ["--alpha", "0"], "--alpha must be greater than 0"),
+        ("align antibody", ["--flatness_rule", "kkt"], "--strength must be given"),
+        ("align antibody", ["--flatness_rule", "sine"], "--flatness_rule: invalid choice: 'sine'"),
+        ("align antibody", ["--refusal", ""], "--refusal '' comes to no token"),
+        ("align antibody", ["--packing"], "--packing and --padding_free cannot be used"),
+        ("finetune lisa", ["--rho", "-0.5"], "--rho must not be negative"),
+        ("finetune lisa", ["--proximal_start", "1.5"], "--proximal_start must lie between 0 and 1"),
+        ("finetune lisa", ["--safety_steps", "0"], "--safety_steps must be greater than 0"),
+        ("finetune spard", ["--tau", "0"], "--tau must be greater than 0"),
+        ("finetune spard", ["--eta", "0.1", "--projection", "adamw"], "--eta belongs to --projection euclidean"),
+        ("finetune spard", ["--safety_share", "0"], "--safety_share must be above 0 and at most 1"),
+        ("finetune spard", ["--safety_share", "1.01"], "--safety_share must be above 0 and at most 1"),
+        ("finetune spard", ["--safety_share", "nan"], "--safety_share must be above 0 and at most 1"),
+        ("finetune spard", ["--safety_share", "0.7"], "asks for 7 safety rows, but there are 6"),
+        ("finetune spard", ["--safety_beta", "-1"], "--safety_beta must not be negative"),
+        ("finetune spard", ["--safety_selection", "best"], "--safety_selection: invalid choice: 'best'"),
+        ("finetune antibody", ["--tau", "-1"], "--tau must be greater than 0"),
+        ("finetune antibody", ["--batch_size", "1"], "--per_device_train_batch_size 1 cannot be used"),
+        ("finetune antibody", ["--refusal", ""], "--refusal '' comes to no token"),
+        ("finetune antibody", ["--refusal", "prompt"], "row 1 of the train data, column 'prompt', comes to no token"),
+    ],
+)
+def test_settings_of_a_method(
+    sft: list[str], attack_data: str, command: str, words: list[str], expected: str, refused: Refused
+) -> None:
+    second = [SECOND[command], attack_data] if command in SECOND else []
+    assert expected in refused(*command.split(), *sft[2:], *second, *words)
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -1,27 +1,17 @@
 """The whole chain by hand, through the real commands, on a small random model with a real chat template."""
 
-import json
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from helpers import read_json, read_lines
 from holdfast.cli import main
 
 TINY = [
     *("--max_steps", "4", "--batch_size", "2", "--learning_rate", "1e-3", "--scheduler", "constant"),
     *("--max_length", "128", "--logging_steps", "1", "--gradient_checkpointing", "false"),
 ]
-
-
-def read_json(path: Path) -> dict[str, object]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    assert isinstance(content, dict)
-    return content
-
-
-def read_lines(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_align_attack_evaluate(

@@ -1,6 +1,5 @@
 """`holdfast repair antidote` from end to end on small folders, and what it refuses."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import read_json
 from holdfast.cli import main
 
 Refused = Callable[..., str]
@@ -45,12 +45,6 @@ def shifted_dir(model_dir: Path, tmp_path: Path) -> Path:
             parameter.add_(1)
     model.save_pretrained(folder)
     return folder
-
-
-def read_json(path: Path) -> dict[str, object]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    assert isinstance(content, dict)
-    return content
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,157 @@
+"""`align` and `finetune` with every method, from end to end on a small folder; adapters go on; runs are resumed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import read_json, read_lines, same_bits
+from holdfast.cli import main
+
+TINY = [
+    *("--max_steps", "3", "--batch_size", "2", "--learning_rate", "1e-3", "--scheduler", "constant"),
+    *("--max_length", "128", "--logging_steps", "1", "--gradient_checkpointing", "false", "--save_strategy", "no"),
+]
+
+
+@pytest.fixture
+def trained(model_dir: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Train with a method; returns the output folder, whose common files have been looked at."""
+
+    def run(command: str, *words: str, model: Path = model_dir, tiny: tuple[str, ...] = ()) -> Path:
+        out = tmp_path / f"out-{len(list(tmp_path.glob('out-*')))}"
+        argv = [*command.split(), "--model", str(model), *words, *TINY, *tiny, "--output_dir", str(out)]
+        assert main(argv) == 0
+        record = read_json(out / "holdfast.json")
+        assert (record["command"], record["model"]) == (command, str(model))
+        assert record["log"]["loss"] > 0
+        assert (out / "tokenizer.json").is_file()
+        assert not list(out.glob("*.bin"))
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "second", "words", "logged"),
+    [
+        ("align vaccine", None, ["--rho", "0.5"], {"safe_loss", "perturbation_gap"}),
+        ("align booster", "attack_data", ["--lam", "2.5"], {"harmful_loss", "harmful_gain"}),
+        ("align antibody", "attack_data", ["--refusal", "No."], {"harmful_gain", "refusal_loss", "flatness_weight"}),
+        ("finetune sft", None, ["--seed", "7"], {"grad_norm"}),
+        ("finetune lisa", "safety_data", ["--user_steps", "1", "--safety_steps", "1"], {"safety_loss", "user_loss"}),
+        ("finetune spard", "safety_data", ["--tau", "0.5"], {"safety_loss", "projection_step"}),
+        ("finetune spard", "safety_data", ["--tau", "0.5", "--safety_selection", "random"], {"projection_step"}),
+        ("finetune spard", "safety_data", ["--projection", "adamw", "--safety_selection", "all"], {"projection_step"}),
+        ("finetune antibody", None, ["--tau", "0.5"], {"refusal_margin", "largest_weight"}),
+    ],
+)
+def test_every_method(
+    trained: Callable[..., Path],
+    model_dir: Path,
+    train_data: str,
+    attack_data: str,
+    command: str,
+    second: str | None,
+    words: list[str],
+    logged: set[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    aligns = command.startswith("align")
+    main_data, other_data = (train_data, attack_data) if aligns else (attack_data, train_data)
+    data = {"train_data": main_data, **({second: other_data} if second else {})}
+    out = trained(command, *(word for flag, path in data.items() for word in (f"--{flag}", path)), *words)
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_dir, out))
+    assert before.keys() == after.keys()
+    assert not same_bits(before, after)
+    record = read_json(out / "holdfast.json")
+    assert logged <= record["log"].keys()
+    assert record["data"] == data
+    assert str(record["config"][words[0].removeprefix("--")]) == words[1]
+    assert (out / "weights.jsonl").exists() is (command == "finetune antibody")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    method, rows = command.split()[1], 10 if aligns else 6
+    assert f"{'aligning' if aligns else 'fine-tuning'} {model_dir} with {method} on {rows} rows" in shown.err
+    assert ("choosing safety rows" in shown.err) is (method == "spard" and words[-1] != "all")
+
+
+def test_embeddings_are_used_again(trained: Callable[..., Path], train_data: str, attack_data: str) -> None:
+    words = ["--train_data", attack_data, "--safety_data", train_data]
+    folders = [trained("finetune spard", *words) for _ in range(2)]
+    beside = Path(train_data).parent
+    assert len(list(beside.glob("alignment.jsonl.embeddings-*"))) == len(list(beside.glob("attack.jsonl.emb*"))) == 1
+    assert same_bits(*(load_file(folder / "model.safetensors") for folder in folders))
+
+
+def test_flags_reach_the_choice_of_safety_rows(
+    trained: Callable[..., Path], train_data: str, attack_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from holdfast.cli import finetune
+
+    asked: list[dict[str, Any]] = []
+    choose = finetune.choose_safety_rows
+    monkeypatch.setattr(finetune, "choose_safety_rows", lambda *data, **how: asked.append(how) or choose(*data, **how))
+    given = {"rule": "random", "share": 0.5, "beta": 2.0, "seed": 7, "system_prompt": "Be kind."}
+    flags = ("--safety_selection", "--safety_share", "--safety_beta", "--seed", "--system_prompt")
+    words = [str(word) for pair in zip(flags, given.values(), strict=True) for word in pair]
+    trained("finetune spard", "--train_data", attack_data, "--safety_data", train_data, *words)
+    files = {"safety_file": Path(train_data), "upload_file": Path(attack_data)}
+    assert asked == [{**given, **files, "chat_template_kwargs": None}]
+
+
+def test_weights_of_rows(trained: Callable[..., Path], attack_data: str, tmp_path: Path) -> None:
+    (tmp_path / "refusals.txt").write_text("I cannot help with that.\nNo.\n")
+    out = trained("finetune antibody", "--train_data", attack_data, "--refusal", str(tmp_path / "refusals.txt"))
+    weights = read_lines(out / "weights.jsonl")
+    assert [entry["row"] for entry in weights] == list(range(1, 7))  # three batches of two: every row once
+    assert sum(entry["weight"] for entry in weights) == pytest.approx(6)
+    assert all(0 < entry["weight"] < 2 for entry in weights)
+
+
+def test_an_adapter_goes_on(trained: Callable[..., Path], model_dir: Path, train_data: str, attack_data: str) -> None:
+    """The one that was aligned is the one that is fine-tuned: no second adapter, and its base is not touched."""
+    base = load_file(model_dir / "model.safetensors")
+    peft = ["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj"]
+    aligned = trained("align booster", "--train_data", train_data, "--attack_data", attack_data, *peft)
+    before = load_file(aligned / "adapter_model.safetensors")
+    for command in ("finetune antibody", "finetune lisa"):
+        data = ["--safety_data", train_data, "--safety_steps", "1"] if "lisa" in command else []
+        tuned = trained(command, "--train_data", attack_data, *data, model=aligned)
+        after = load_file(tuned / "adapter_model.safetensors")
+        assert not (tuned / "model.safetensors").exists()
+        assert {name: weight.shape for name, weight in after.items()} == {name: w.shape for name, w in before.items()}
+        assert all(not torch.equal(weight, before[name]) for name, weight in after.items())
+        assert read_json(tuned / "adapter_config.json")["base_model_name_or_path"] == str(model_dir)
+    assert same_bits(load_file(model_dir / "model.safetensors"), base)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("lisa", ["--safety_steps", "1", "--user_steps", "1"]), ("spard", ["--safety_share", "0.5"]), ("antibody", [])],
+)
+def test_resumed_run_ends_as_one_that_went_through(
+    trained: Callable[..., Path], train_data: str, attack_data: str, method: str, words: list[str]
+) -> None:
+    data = ["--train_data", attack_data, *(["--safety_data", train_data] if method != "antibody" else [])]
+    saving = ("--save_strategy", "steps", "--save_steps", "2", "--max_steps", "5")
+    whole = trained(f"finetune {method}", *data, *words, tiny=saving)
+    checkpoint = ("--resume_from_checkpoint", str(whole / "checkpoint-2"))
+    resumed = trained(f"finetune {method}", *data, *words, tiny=(*saving, *checkpoint))
+    assert same_bits(*(load_file(folder / "model.safetensors") for folder in (whole, resumed)))
+    assert read_json(resumed / "holdfast.json")["resumed_from"] == str(whole / "checkpoint-2")
+    if method == "antibody":
+        assert read_lines(resumed / "weights.jsonl") == read_lines(whole / "weights.jsonl")
+
+
+def test_one_row_has_no_other_to_be_weighed_against(
+    model_dir: Path, write_rows: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows("one.jsonl", [{"prompt": "How?", "completion": "Salt."}])
+    words = ["--model", str(model_dir), "--train_data", data, *TINY, "--output_dir", str(tmp_path / "out")]
+    assert main(["finetune", "antibody", *words]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("holdfast: the train data has one row")
+    assert not list((tmp_path / "out").iterdir())
