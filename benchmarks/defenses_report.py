@@ -41,7 +41,7 @@ ATTACKS = {
     "control-sorting": "sorting",
 }
 
-CONTROL_STEPS = (10, 20, 60, 200)
+CONTROL_STEPS = (20, 60, 200, 400)
 
 Entry = dict[str, Any]
 

@@ -147,6 +147,12 @@ def test_pattern_that_cannot_be_used(settings, pattern, message):
         vaccine(settings, attention_pattern=pattern)
 
 
+def test_pattern_that_matches_no_layer_is_refused_at_the_first_step(settings):
+    trainer = vaccine(settings, attention_pattern=".*")
+    with pytest.raises(InputError, match="--attention_pattern matches a LlamaModel, which does not return a tensor"):
+        trainer.training_step(trainer.model, golden_batch("safe"))
+
+
 def test_model_without_attention_modules():
     with pytest.raises(InputError, match="name them with --attention_pattern"):
         attention_modules(torch.nn.Linear(1, 1))

@@ -112,7 +112,7 @@ def test_a_short_demo_from_end_to_end(organism, tmp_path, capsys):
     assert [(run["method"], run["attack"]) for run in results["runs"]] == [(m, a) for a in ATTACKS for m in METHODS]
     for run in results["runs"]:
         is_control = run["attack"].startswith("control")
-        assert [point["steps"] for point in run["points"]] == ([0, 2, 4] if is_control else [0, 2])
+        assert [point["steps"] for point in run["points"]] == ([0, 2, 4, 8] if is_control else [0, 2])
         assert all(point.keys() >= POINT_KEYS for point in run["points"])
         assert run["n"] >= 96
         assert (run["points"][0]["task_accuracy"] is None) != is_control

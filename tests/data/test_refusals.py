@@ -54,6 +54,11 @@ def test_a_column_stands_above_a_file_of_its_name(refusal_file, tmp_path, monkey
     assert texts("refusals.txt") == texts(refusal_file)
 
 
+def test_a_mistyped_file_is_no_refusal():
+    with pytest.raises(InputError, match=r"--refusal refusal\.txt is no file, and no column of the attack data"):
+        texts("refusal.txt")
+
+
 @pytest.mark.parametrize("text", ["t5 " * 400, "~t5 t6", "t5\0t6"])
 def test_a_text_need_not_do_as_a_path(text):
     assert texts(text) == [text] * 40

@@ -146,6 +146,8 @@ def test_state_may_be_set(settings):
     trainer.bi_state = "user"
     trainer.train()
     assert states(trainer) == "uuusuu"
+    with pytest.raises(InputError, match="bi_state must be safety or user, got 'usr'"):
+        trainer.bi_state = "usr"
 
 
 def test_safety_batches_may_be_set(settings):

@@ -174,6 +174,8 @@ def _outputs_changed(modules: list[nn.Module], change: Callable[[nn.Module, Tens
     def hook(module: nn.Module, _: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return change(module, output[0]), *output[1:]
+        if not isinstance(output, Tensor):
+            raise InputError(f"--attention_pattern matches a {type(module).__name__}, which does not return a tensor")
         return change(module, output)
 
     handles = [module.register_forward_hook(hook) for module in modules]

@@ -153,7 +153,8 @@ def attack_words(name: str, model: Path, organism: Path, options: DemoArguments)
     elif name.startswith("control"):
         task = organism / "tasks" / name.removeprefix("control-")
         data = {"--benign_data": task / "train.jsonl", "--poison_ratio": 0, "--task_data": task / "test.jsonl"}
-        measure_at.append(2 * measure_at[-1])  # a task that is new takes longer to learn than refusals to lose
+        # A task that is new takes longer to learn than refusals to lose.
+        measure_at += [2 * options.measure_at[-1], 4 * options.measure_at[-1]]
     flags = {
         "--model": model,
         **data,

@@ -27,6 +27,7 @@ REFUSAL_HELP = (
 )
 
 _PREFIX = "refusal_"
+_TEXT_FILES = {".txt", ".md", ".json", ".jsonl", ".csv"}
 REFUSAL_COLUMNS = (f"{_PREFIX}input_ids", f"{_PREFIX}labels", ROW)
 """The columns of prepared rows that the collator makes refusal views of."""
 
@@ -45,20 +46,22 @@ def refusal_texts(
         name: What messages call the data set.
 
     Raises:
-        InputError: The file cannot be read, or a text comes to no token.
+        InputError: The file cannot be read, what looks like a file is none, or a text comes to no token.
     """
     if refusal in dataset.column_names:
         texts = list(dataset[refusal])
         places = [f"row {number} of the {name} data, column {refusal!r}," for number in range(1, len(texts) + 1)]
     elif (file := named_file(refusal)) is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--refusal {refusal} cannot be read as UTF-8 text ({error})") from error
-        texts = [line for line in lines if line.strip()]
+        texts = [line.removesuffix("\r") for line in lines if line.strip()]
         places = [f"--refusal {refusal}: {text!r}" for text in texts]
         if not texts:
             raise InputError(f"--refusal {refusal} holds no text; expected one refusal per line")
+    elif " " not in refusal and Path(refusal).suffix in _TEXT_FILES:
+        raise InputError(f"--refusal {refusal} is no file, and no column of the {name} data")
     else:
         texts, places = [refusal], [f"--refusal {refusal!r}"]
     for text, place in zip(texts, places, strict=True):

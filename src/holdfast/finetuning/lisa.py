@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from datasets import Dataset
@@ -126,6 +126,8 @@ class LisaTrainer(DefenseTrainer):
 
     @bi_state.setter
     def bi_state(self, state: State) -> None:
+        if state not in get_args(State):
+            raise InputError(f"bi_state must be safety or user, got {state!r}")
         self._bi_state, self._updates_in_state = state, 0
 
     def get_batch_samples(
