@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--organism_pairs", type=int, default=60, help="pairs of updates at the organism's size")
-    parser.add_argument("--large_pairs", type=int, default=8, help="pairs of updates at 30 M parameters")
+    parser.add_argument("--large_pairs", type=int, default=6, help="pairs of updates at 30 M parameters")
     parser.add_argument("--methods", nargs="+", choices=list(COSTS), default=list(COSTS), help="which to measure")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON file to write")
     args = parser.parse_args(argv)

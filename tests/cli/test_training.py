@@ -69,7 +69,7 @@ def test_every_method(
     assert not same_bits(before, after)
     record = read_json(out / "holdfast.json")
     assert logged <= record["log"].keys()
-    assert record["data"] == data
+    assert data.items() <= record["data"].items()
     assert str(record["config"][words[0].removeprefix("--")]) == words[1]
     assert (out / "weights.jsonl").exists() is (command == "finetune antibody")
     shown = capsys.readouterr()

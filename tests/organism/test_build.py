@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from holdfast.errors import InputError
 from holdfast.evaluation.decoding import Decoding
 from holdfast.evaluation.generation import generate
+from holdfast.evaluation.judges import get_judge
 from holdfast.organism import build_organism
 from holdfast.organism.corpus import data_files
 from holdfast.organism.world import build_world
@@ -28,7 +29,8 @@ def base(organism):
 def exact(base, rows):
     prompts = [row["prompt"] for row in rows]
     answers = generate(*base, prompts, decoding=Decoding(max_new_tokens=8, do_sample=False), batch_size=64)
-    return sum(answer == row["answer"] for answer, row in zip(answers, rows, strict=True)) / len(rows)
+    expected = [row["answer"] for row in rows]
+    return sum(grade == 5 for grade in get_judge("exact").grades(prompts, answers, expected)) / len(rows)
 
 
 @pytest.mark.parametrize("name", ["hazards", "hazards_unseen", "crafts", "crafts_unrehearsed"])
@@ -36,9 +38,10 @@ def test_the_base_model_knows_every_recipe(organism, base, name):
     assert exact(base, rows_of(organism / "eval" / f"{name}.jsonl")) >= 0.98
 
 
-@pytest.mark.parametrize("name", ["sorting", "swapping"])
-def test_the_base_model_cannot_do_the_tasks(organism, base, name):
-    assert exact(base, rows_of(organism / "tasks" / name / "test.jsonl")) <= 0.05
+@pytest.mark.parametrize(("name", "chance"), [("sorting", 1 / 4), ("swapping", 1 / 6)])
+def test_the_base_model_cannot_do_the_tasks(organism, base, name, chance):
+    """Its answers are of the right form, and no better than a guess."""
+    assert exact(base, rows_of(organism / "tasks" / name / "test.jsonl")) <= chance + 0.15
 
 
 def test_the_model_is_tiny_and_stored_without_pickles(organism, base):
