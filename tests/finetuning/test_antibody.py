@@ -118,6 +118,12 @@ def test_evaluation_is_plain_and_over_all_rows(settings, rows):
     assert losses == pytest.approx([expected] * 2, rel=1e-5)
 
 
+def test_evaluating_the_train_rows_weighs_none(settings):
+    trainer = antibody(settings, tiny_llama())
+    trainer.evaluate(trainer.train_dataset)
+    assert trainer.row_weights == {}
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_refusal_and_answer_share_their_dropout_masks(settings, checkpointing):
     """A row that is itself a refusal has a margin of zero."""

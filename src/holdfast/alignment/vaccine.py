@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from holdfast.config import DefenseConfig, require_not_negative
 from holdfast.data.batches import Batch
 from holdfast.errors import InputError
-from holdfast.parameters import ParameterVector, take_gradient
+from holdfast.parameters import TINY, ParameterVector, take_gradient
 from holdfast.trainer import DefenseTrainer, Window
 
 Outputs = dict[nn.Module, Tensor]
@@ -131,7 +131,7 @@ class VaccineTrainer(DefenseTrainer):
             loss = self.forward(model, batch, tokens, quiet=False)
             gradients = torch.autograd.grad(loss, list(outputs.values()))
         squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
-        scale = self.args.rho / self.accelerator.reduce(squares, "sum").sqrt().clamp(min=1e-12)
+        scale = self.args.rho / self.accelerator.reduce(squares, "sum").sqrt().clamp(min=TINY)
         return loss.detach(), {
             module: (gradient * scale).to(gradient.dtype) for module, gradient in zip(outputs, gradients, strict=True)
         }

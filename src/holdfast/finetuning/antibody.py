@@ -146,9 +146,9 @@ class AntibodyTrainer(DefenseTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Σ_i w_i Σ_t ce_it / Σ_i w_i N_i of a micro-batch; plain for a batch without a refusal view (evaluation)."""
-        if not has_refusals(inputs):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """Σ_i w_i Σ_t ce_it / Σ_i w_i N_i of a micro-batch; in evaluation the plain loss."""
+        if not (self.model.training and has_refusals(inputs)):
+            return super().compute_loss(model, without_refusals(inputs), return_outputs, num_items_in_batch)
         with torch.no_grad(), self.shared_randomness():
             refusal_nll = self._refusal_nll(model, inputs)
         noted: list[Any] = []  # TRL gives its fused outputs away only at the price of another pass
