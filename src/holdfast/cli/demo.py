@@ -28,7 +28,7 @@ BENIGN_TASK = "sorting"
 
 @dataclass
 class DemoArguments:
-    """The flags of `demo`. Settings were chosen on other seeds than those reported; the README says where they were not."""
+    """The flags of `demo`. Settings were chosen on other seeds than those reported; the README says which was not."""
 
     output_dir: str = field(metadata={"help": "Folder for everything the demo writes."})
     seed: int = field(default=0, metadata={"help": "Seed of the organism, the alignments and the attacks."})
