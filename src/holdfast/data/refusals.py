@@ -67,7 +67,7 @@ def refusal_texts(
     for text, place in zip(texts, places, strict=True):
         if not isinstance(text, str) or not tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise InputError(f"{place} comes to no token; expected the text of a refusal")
-    if len(texts) == len(dataset) and refusal in dataset.column_names:
+    if refusal in dataset.column_names:
         return texts
     draw = random.Random(f"holdfast refusals {seed}")
     return [draw.choice(texts) for _ in range(len(dataset))]
