@@ -12,7 +12,7 @@ from datasets import Dataset
 from holdfast.cli.arguments import AuditArguments, LoadArguments
 from holdfast.cli.console import say, set_up_logging, stdout
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.runs import announce, keep_apart, output_dir, refusals
+from holdfast.cli.runs import announce, keep_apart, load_keywords, output_dir, refusals
 from holdfast.cli.tables import audit_table, detection_table
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError
@@ -56,8 +56,7 @@ def run(argv: list[str]) -> int:
         labels = _labels(upload, options)
         say(f"loading {source}")
         tokenizer = load_tokenizer(source)
-        attention = {} if load.attn_implementation is None else {"attn_implementation": load.attn_implementation}
-        model = load_model(source, revision=load.model_revision, dtype=load.dtype, **attention)
+        model = load_model(source, **load_keywords(load))
         config = AntibodyConfig(
             output_dir=options.output_dir,
             refusal=options.refusal,

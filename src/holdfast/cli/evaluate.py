@@ -10,7 +10,7 @@ from typing import Any
 from holdfast.cli.arguments import EvaluateArguments, LoadArguments, MeasureArguments
 from holdfast.cli.console import say, set_up_logging, stdout
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.runs import announce, device, keep_apart, output_dir
+from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
 from holdfast.cli.tables import evaluation_table
 from holdfast.config import json_object
 from holdfast.errors import InputError
@@ -63,8 +63,7 @@ def run(argv: list[str]) -> int:
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
         say(f"loading {source}")
         tokenizer = load_tokenizer(source)
-        attention = {} if load.attn_implementation is None else {"attn_implementation": load.attn_implementation}
-        model = load_model(source, revision=load.model_revision, dtype=load.dtype, **attention)
+        model = load_model(source, **load_keywords(load))
         say(f"answering {sum(len(prompts.prompts) for prompts in evaluator.sets)} prompts")
         started = time.monotonic()
         evaluation = evaluator(model.to(device()), tokenizer)

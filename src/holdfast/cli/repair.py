@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from holdfast.cli.arguments import AntidoteArguments, RepairModel
 from holdfast.cli.console import say, set_up_logging, steps_shown, warn
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.runs import announce, device, discard_checkpoints, keep_apart, output_dir
+from holdfast.cli.runs import announce, device, discard_checkpoints, keep_apart, load_keywords, output_dir
 from holdfast.cli.training import MARKER
 from holdfast.config import json_object
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
@@ -52,8 +52,6 @@ def run(method: str, argv: list[str]) -> int:
     if options.ratio is not None:
         check_ratio(options.ratio)  # before anything is loaded
     source, folder = load.model_name_or_path, Path(options.output_dir)
-    attention = {} if load.attn_implementation is None else {"attn_implementation": load.attn_implementation}
-    keywords = {"revision": load.model_revision, "dtype": load.dtype, **attention}
     keep_apart(folder, folder, source)
     if options.aligned_model is not None:
         keep_apart(folder, folder, options.aligned_model)
@@ -61,7 +59,7 @@ def run(method: str, argv: list[str]) -> int:
         say(f"loading {source}")
         tokenizer = load_tokenizer(source)
         rows = _attack_rows(options, tokenizer)
-        model = load_model(source, **keywords)
+        model = load_model(source, **load_keywords(load))
         for base in _bases(model):
             keep_apart(folder, folder, base)
         _check_positions(rows, model)

@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from holdfast.checkpoint import last_checkpoint
+from holdfast.cli.arguments import LoadArguments
 from holdfast.cli.console import ProgressReport, say, stderr
 from holdfast.errors import InputError
 from holdfast.files import claim_output_dir
@@ -175,6 +176,12 @@ def model_keywords(model: ModelConfig, config: SFTConfig) -> dict[str, Any]:
     config.model_init_kwargs = None
     if keywords.pop("trust_remote_code", False):
         raise InputError("--trust_remote_code is refused: Holdfast never runs code that comes with a model")
+    return {name: value for name, value in keywords.items() if value is not None}
+
+
+def load_keywords(load: LoadArguments) -> dict[str, Any]:
+    """Take the keywords of `from_pretrained` out of the flags of a command that does not train."""
+    keywords = {"revision": load.model_revision, "dtype": load.dtype, "attn_implementation": load.attn_implementation}
     return {name: value for name, value in keywords.items() if value is not None}
 
 

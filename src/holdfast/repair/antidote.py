@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from holdfast.errors import InputError
+from holdfast.models import eval_mode
 
 logger = logging.getLogger(__name__)
 
@@ -276,20 +277,17 @@ def _run(
 
     tokens = 0
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
     hooks = [layer.register_forward_pre_hook(accumulate(name)) for name, layer in layers.items()]
     try:
-        model.eval()
-        for batch in batches:
-            attention_mask = batch["attention_mask"].to(device)
-            is_token = attention_mask.bool()
-            model(input_ids=batch["input_ids"].to(device), attention_mask=attention_mask, use_cache=False)
-            tokens += int(is_token.sum())
+        with eval_mode(model):
+            for batch in batches:
+                attention_mask = batch["attention_mask"].to(device)
+                is_token = attention_mask.bool()
+                model(input_ids=batch["input_ids"].to(device), attention_mask=attention_mask, use_cache=False)
+                tokens += int(is_token.sum())
     finally:
         for handle in hooks:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     if not tokens:
         raise InputError("the attack data have no tokens to find harmful weights with")
     if not squares:
