@@ -3,10 +3,10 @@
     python benchmarks/defenses.py search      # the search, on other seeds: benchmarks/results/defenses_search.json
     python benchmarks/defenses.py report      # what is reported: benchmarks/results/defenses.json, docs/results.md, PNG
 
-Every method is run at its published defaults and at the best of `TRIALS` settings, the same number for each, chosen on
-`SEARCH_SEEDS`, which are not reported. The rule of choice is fixed here (`choose`): the least harm among the settings
-that keep what the method must not cost. Everything is made of ordinary `holdfast` commands, two processes side by side,
-one thread each; what is finished stays in benchmarks/out/defenses and is not run again.
+Every method is run at its published defaults and at the best of a few settings, as many for every method of a stage,
+chosen on `SEARCH_SEEDS`, which are not reported. The rule of choice is fixed here (`choose`): the least harm among the
+settings that keep what the method must not cost. Everything is made of ordinary `holdfast` commands, two processes side
+by side, one thread each; what is finished stays in benchmarks/out/defenses and is not run again.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ OUT = HERE / "out" / "defenses"
 SEEDS, SEARCH_SEEDS = (0, 1, 2), (10, 11)
 TASKS, RATIOS = ("sorting", "swapping"), (0.0, 0.1, 0.3)
 UPLOAD_ROWS = 200
+#: Twenty epochs of an upload at batch 16, as in the papers: by then SFT has learned of a task what 200 rows teach.
+UPLOAD_UPDATES = 250
 console = Console()
 
 Flags = dict[str, Any]
@@ -68,7 +70,6 @@ DEMO_PATCHER = {
 
 #: Files of the organism, by the names that flags refer to.
 FILES = {"ATTACKS": "simulated_attack.jsonl", "SAFETY": "safety.jsonl", "REFUSALS": "refusals.txt"}
-TRIALS = 4
 ALIGNMENT = {
     "sft": Method(("align", "sft")),
     "patcher": Method(
@@ -105,12 +106,14 @@ FINETUNING = {
     "lisa": Method(
         ("finetune", "lisa"),
         {"safety_data": "SAFETY"},
-        # The paper's 100 and 900 steps, in a run of 100: one tenth of the updates on safety data.
+        # The paper's 100 and 900 steps, in a run of 250: one tenth of the updates on safety data.
         {"rho": 1.0, "safety_steps": 10, "user_steps": 90},
         (
             {"rho": 1.0, "safety_steps": 2, "user_steps": 8},
             {"rho": 0.1, "safety_steps": 2, "user_steps": 8},
             {"rho": 0.0, "safety_steps": 2, "user_steps": 8},
+            {"rho": 0.1, "safety_steps": 5, "user_steps": 5},
+            {"rho": 0.0, "safety_steps": 5, "user_steps": 5},
         ),
     ),
     "spard": Method(
@@ -120,11 +123,16 @@ FINETUNING = {
         (
             {"tau": 0.2, "projection": "adamw"},
             {"tau": 0.2, "safety_batch_size": 16, "safety_share": 0.5},
+            {"tau": 0.2, "eta": 1e-3, "safety_batch_size": 4, "safety_share": 0.5},
             {"tau": 0.2, "eta": 1e-2, "safety_batch_size": 4, "safety_share": 0.5},
+            {"tau": 0.05, "projection": "adamw", "safety_share": 0.5},
         ),
     ),
     "antibody": Method(
-        ("finetune", "antibody"), {"refusal": "REFUSALS"}, {"tau": 1.0}, ({"tau": 0.5}, {"tau": 0.25}, {"tau": 0.1})
+        ("finetune", "antibody"),
+        {"refusal": "REFUSALS"},
+        {"tau": 1.0},
+        ({"tau": 0.75}, {"tau": 0.6}, {"tau": 0.5}, {"tau": 0.25}, {"tau": 0.1}),
     ),
 }
 REPAIR_RATIOS = {"lora": (0.01, 0.1, 0.2), "full": (1e-5, 0.01, 0.05)}
@@ -223,7 +231,7 @@ class Plan:
             "lr_scheduler_type": "constant",
             "weight_decay": 0.01,
             "batch_size": 16,
-            "max_steps": 100,
+            "max_steps": UPLOAD_UPDATES,
         }
         words = [*known.words, *self.flags({**common, **TRAINING, **known.needs, **setting})]
         if lora:
@@ -336,6 +344,9 @@ def tuned(path: Path) -> dict[str, float]:
 def trials(methods: dict[str, Method], found: dict[tuple[str, int], list[dict[str, float]]]) -> dict[str, Any]:
     """Every trial's means, and the one that is chosen."""
     stage = {}
+    counts = {len(known.settings()) for method, known in methods.items() if method != "sft"}
+    if len(counts) != 1:
+        raise ValueError(f"every method gets the same number of trials, these have {sorted(counts)}")
     means = {key: {n: statistics.mean(run[n] for run in runs) for n in runs[0]} for key, runs in found.items()}
     for method, known in methods.items():
         entries = [{"setting": s, **means[method, trial]} for trial, s in enumerate(known.settings())]

@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from defenses import UPLOAD_ROWS, UPLOAD_UPDATES
 from holdfast.cli.report import is_control
 from holdfast.files import write_text
 
@@ -221,8 +222,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[list[Entry]], str]]] = {
     ),
     "finetuning": (
         "Fine-tuning on poisoned uploads",
-        "100 updates on 200 rows of a task, of which the given share is harmful. Each cell: harmful score / task "
-        "accuracy, mean over seeds.",
+        f"{UPLOAD_UPDATES} updates on {UPLOAD_ROWS} rows of a task, of which the given share is harmful. Each cell: "
+        "harmful score / task accuracy, mean over seeds.",
         finetuning,
     ),
     "combinations": (
