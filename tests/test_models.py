@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from helpers import tiny_llama, word_tokenizer
 from holdfast import models
 from holdfast.errors import InputError
-from holdfast.models import load_model, load_tokenizer, require_chat_template
+from holdfast.models import load_model, load_model_and_tokenizer, load_tokenizer, require_chat_template
 
 IDS = torch.tensor([[4, 5, 6]])
 
@@ -64,6 +64,19 @@ def test_an_adapters_own_tokenizer_comes_first(adapter):
     tokenizer.eos_token = "t9"
     tokenizer.save_pretrained(adapter)
     assert load_tokenizer(str(adapter)).eos_token == "t9"
+
+
+def test_model_and_tokenizer_come_together(adapter):
+    model, tokenizer = load_model_and_tokenizer(str(adapter), trainable=True)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    assert tokenizer.eos_token == "t2"
+
+
+def test_base_model_with_another_vocabulary_than_the_adapters(folder, adapter):
+    word_tokenizer().save_pretrained(adapter)
+    tiny_llama(vocab_size=90).save_pretrained(folder)
+    message = refused(load_model_and_tokenizer, adapter)
+    assert "has token ids up to 96, but the model's vocabulary has 90 entries" in message
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])

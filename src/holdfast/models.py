@@ -89,6 +89,26 @@ def load_model(source: str, *, trainable: bool = False, **kwargs: Any) -> PreTra
         raise InputError(f"model {source} cannot be loaded ({reason(error)})") from error
 
 
+def load_model_and_tokenizer(
+    source: str, *, trainable: bool = False, **kwargs: Any
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load a model with the tokenizer that lies beside it. See `load_model` and `load_tokenizer`.
+
+    Raises:
+        InputError: As theirs; or the tokenizer knows tokens that the model does not, as when an adapter's base model
+            has become another one.
+    """
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, trainable=trainable, **kwargs)
+    last, known = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if last >= known:
+        raise InputError(
+            f"the tokenizer of model {source} has token ids up to {last}, but the model's vocabulary has {known} "
+            "entries; expected the vocabulary that the model was aligned with"
+        )
+    return model, tokenizer
+
+
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """Make sure that messages can be rendered.
 

@@ -34,7 +34,7 @@ from holdfast.data.mix import overlap, poison
 from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluator
 from holdfast.files import run_record, write_json, write_jsonl
-from holdfast.models import load_model, load_tokenizer
+from holdfast.models import load_model_and_tokenizer
 
 
 def make_parser(method: str) -> HoldfastParser:
@@ -78,10 +78,9 @@ def run(method: str, argv: list[str]) -> int:
             chat_template_kwargs=config.chat_template_kwargs,
         )
         say(f"loading {source}")
-        tokenizer = load_tokenizer(source)
+        model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
         rows = _attack_rows(data, tokenizer, seed=config.seed)
         overlapping = _overlap(rows, evaluator)
-        model = load_model(source, trainable=True, **model_keywords(model_args, config))
         is_adapter = isinstance(model, PeftModel)
         with refusals():
             trainer = AttackTrainer(

@@ -19,7 +19,7 @@ from holdfast.errors import InputError
 from holdfast.evaluation.scores import detection
 from holdfast.files import run_record, write_json, write_jsonl
 from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
-from holdfast.models import load_model, load_tokenizer
+from holdfast.models import load_model_and_tokenizer
 
 #: What a finished audit has; written last.
 MARKER = "results.json"
@@ -55,8 +55,7 @@ def run(argv: list[str]) -> int:
         upload = load_rows(options.data, flag="--data", columns=TRAIN_COLUMNS)
         labels = _labels(upload, options)
         say(f"loading {source}")
-        tokenizer = load_tokenizer(source)
-        model = load_model(source, **load_keywords(load))
+        model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
         config = AntibodyConfig(
             output_dir=options.output_dir,
             refusal=options.refusal,

@@ -18,7 +18,7 @@ from holdfast.evaluation.decoding import DECODINGS
 from holdfast.evaluation.evaluate import Evaluator, Role, load_prompts
 from holdfast.evaluation.judges import get_judge
 from holdfast.files import run_record
-from holdfast.models import load_model, load_tokenizer
+from holdfast.models import load_model_and_tokenizer
 
 #: What a finished run has; written last.
 MARKER = "results.json"
@@ -62,8 +62,7 @@ def run(argv: list[str]) -> int:
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
         say(f"loading {source}")
-        tokenizer = load_tokenizer(source)
-        model = load_model(source, **load_keywords(load))
+        model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
         say(f"answering {sum(len(prompts.prompts) for prompts in evaluator.sets)} prompts")
         started = time.monotonic()
         evaluation = evaluator(model.to(device()), tokenizer)

@@ -21,7 +21,7 @@ from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.tokens import padded_batches, whole_rows
 from holdfast.errors import InputError
 from holdfast.files import run_record, write_json
-from holdfast.models import load_model, load_tokenizer
+from holdfast.models import load_model, load_model_and_tokenizer
 from holdfast.repair.antidote import check_ratio, prune_harmful
 
 
@@ -57,9 +57,8 @@ def run(method: str, argv: list[str]) -> int:
         keep_apart(folder, folder, options.aligned_model)
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
         say(f"loading {source}")
-        tokenizer = load_tokenizer(source)
+        model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
         rows = _attack_rows(options, tokenizer)
-        model = load_model(source, **load_keywords(load))
         for base in _bases(model):
             keep_apart(folder, folder, base)
         _check_positions(rows, model)

@@ -31,7 +31,7 @@ from holdfast.config import DefenseConfig
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError
 from holdfast.files import run_record, write_json
-from holdfast.models import load_model, load_tokenizer
+from holdfast.models import load_model_and_tokenizer
 from holdfast.trainer import DefenseTrainer
 
 #: What a finished run has, beside the model; written last.
@@ -95,8 +95,7 @@ def run(command: str, verb: str, method: Method, parser: HoldfastParser, argv: l
         given = {name: value for name, value in asdict(data).items() if value is not None}
         sets = _load_sets({name: source for name, source in given.items() if name.endswith("_data")})
         say(f"loading {source}")
-        tokenizer = load_tokenizer(source)
-        model = load_model(source, trainable=True, **model_keywords(model_args, config))
+        model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
         peft_config = get_peft_config(model_args)
         if peft_config is not None and isinstance(model, PeftModel):
             raise InputError(f"--use_peft: {source} is an adapter already, and it is this adapter that is trained")
