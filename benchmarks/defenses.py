@@ -81,14 +81,27 @@ ALIGNMENT = {
             DEMO_PATCHER,
             {"attack_steps": 40, "attack_every": 100, "attack_learning_rate": 2e-4},
             {"attack_steps": 100, "attack_every": 100, "attack_learning_rate": 1e-4},
+            {"attack_steps": 40, "attack_every": 50, "attack_learning_rate": 1e-4},
+            {"attack_steps": 20, "attack_every": 25, "attack_learning_rate": 2e-4},
         ),
     ),
-    "vaccine": Method(("align", "vaccine"), {}, {"rho": 2.0}, ({"rho": 0.5}, {"rho": 5.0}, {"rho": 10.0})),
+    "vaccine": Method(
+        ("align", "vaccine"),
+        {},
+        {"rho": 2.0},
+        ({"rho": 0.5}, {"rho": 5.0}, {"rho": 10.0}, {"rho": 1.0}, {"rho": 0.1}),
+    ),
     "booster": Method(
         ("align", "booster"),
         {"attack_data": "ATTACKS"},
         {"lam": 5.0, "alpha": 0.1},
-        ({"lam": 1.0, "alpha": 0.1}, {"lam": 1.0, "alpha": 0.01}, {"lam": 5.0, "alpha": 0.01}),
+        (
+            {"lam": 1.0, "alpha": 0.1},
+            {"lam": 1.0, "alpha": 0.01},
+            {"lam": 5.0, "alpha": 0.01},
+            {"lam": 0.2, "alpha": 0.1},
+            {"lam": 0.2, "alpha": 0.01},
+        ),
     ),
     "antibody": Method(
         ("align", "antibody"),
@@ -98,6 +111,8 @@ ALIGNMENT = {
             {"rho": 0.1, "refusal_weight": 0.05, "strength": 1.0},
             {"rho": 0.1, "refusal_weight": 0.5, "strength": 1.0},
             {"rho": 0.1, "refusal_weight": 0.5, "strength": 0.1, "flatness_rule": "kkt"},
+            {"rho": 0.01, "refusal_weight": 0.5, "strength": 1.0},
+            {"rho": 0.01, "refusal_weight": 0.5, "strength": 0.1, "flatness_rule": "kkt"},
         ),
     ),
 }
