@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from holdfast.alignment.antibody import AntibodyAlignmentConfig, AntibodyAlignmentTrainer
 from holdfast.alignment.booster import BoosterConfig, BoosterTrainer
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.parallel import ParallelPatcherConfig, PatcherDefenderTrainer
+from holdfast.alignment.patcher import PatcherTrainer
 from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
-from holdfast.cli import training
+from holdfast.cli import parallel, training
 from holdfast.cli.arguments import AlignData, AttackedAlignData
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.training import Method
 from holdfast.config import DefenseConfig
+from holdfast.errors import InputError
+from holdfast.files import write_jsonl
 from holdfast.trainer import DefenseTrainer
 
 _METHODS = {
     "sft": Method(AlignData, DefenseConfig, DefenseTrainer),
-    "patcher": Method(AttackedAlignData, PatcherConfig, PatcherTrainer),
+    "patcher": Method(parallel.PatcherData, ParallelPatcherConfig, PatcherTrainer),
     "vaccine": Method(AlignData, VaccineConfig, VaccineTrainer),
     "booster": Method(AttackedAlignData, BoosterConfig, BoosterTrainer),
     "antibody": Method(AttackedAlignData, AntibodyAlignmentConfig, AntibodyAlignmentTrainer),
@@ -29,5 +35,24 @@ def make_parser(method: str) -> HoldfastParser:
 
 
 def run(method: str, argv: list[str]) -> int:
-    """Align a model with `method`; see `holdfast.cli.training.run`."""
-    return training.run(f"align {method}", "aligning", _METHODS[method], make_parser(method), argv)
+    """Align a model with `method`; see `holdfast.cli.training.run`, and `holdfast.cli.parallel` for Patcher's roles."""
+    chosen, parsed = _METHODS[method], make_parser(method).parse(argv)
+    if method == "patcher":
+        model_args, data, config, _ = parsed
+        if config.exchange and not (config.role or data.parallel):
+            raise InputError(f"--exchange {config.exchange} needs --role defender, --role attacker or --parallel")
+        if data.parallel:
+            if config.role:
+                raise InputError(f"--parallel starts both roles: leave out --role {config.role}")
+            return parallel.supervise(argv, data, config)
+        if config.role == "attacker":
+            return parallel.run_attacker(model_args, data, config)
+        if config.role == "defender":
+            chosen = replace(chosen, trainer=PatcherDefenderTrainer, report=_write_vectors)
+    return training.run(f"align {method}", "aligning", chosen, parsed)
+
+
+def _write_vectors(trainer: PatcherDefenderTrainer, folder: Path) -> list[str]:
+    """Where every attack vector came from."""
+    write_jsonl(folder / "vectors.jsonl", trainer.vectors)
+    return ["vectors.jsonl"]

@@ -24,6 +24,7 @@ stdout = Console(highlight=False)
 _SHOWN = (
     "loss",
     "attacked_loss",
+    "attack_staleness",
     "harmful_loss",
     "safety_loss",
     "refusal_margin",

@@ -72,4 +72,4 @@ def make_parser(method: str) -> HoldfastParser:
 
 def run(method: str, argv: list[str]) -> int:
     """Fine-tune a model with `method`; see `holdfast.cli.training.run`."""
-    return training.run(f"finetune {method}", "fine-tuning", _METHODS[method], make_parser(method), argv)
+    return training.run(f"finetune {method}", "fine-tuning", _METHODS[method], make_parser(method).parse(argv))

@@ -67,15 +67,14 @@ def make_parser(command: str, method: Method, description: str) -> HoldfastParse
     )
 
 
-def run(command: str, verb: str, method: Method, parser: HoldfastParser, argv: list[str]) -> int:
+def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int:
     """Train a model; the finished one, with its tokenizer, lies in `--output_dir` itself.
 
     Args:
         command: The words of the command, for messages and records ("align patcher").
         verb: What it does to a model ("aligning").
         method: The method.
-        parser: What `make_parser` gave.
-        argv: The words after the command.
+        parsed: What the parser of `make_parser` made of the words after the command.
 
     Returns:
         The exit code.
@@ -85,7 +84,7 @@ def run(command: str, verb: str, method: Method, parser: HoldfastParser, argv: l
         TrainingError: Training cannot go on; the last good checkpoint is kept.
     """
     set_up_logging()
-    model_args, data, config, _ = parser.parse(argv)
+    model_args, data, config, _ = parsed
     if config.eval_strategy != "no" and data.eval_data is None:
         raise InputError(f"--eval_strategy {config.eval_strategy.value} needs held-out rows: give --eval_data")
     source, folder = model_args.model_name_or_path, Path(config.output_dir)

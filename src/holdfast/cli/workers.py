@@ -88,7 +88,7 @@ def run_commands(commands: Sequence[Command], logs: Path, *, console: Console, p
                 if code != 0:
                     pool.shutdown(wait=False, cancel_futures=True)
                     log = logs / f"{command.name}.log"
-                    raise TrainingError(f"{command.name} failed: {_last_line(log)} (its log is {log})")
+                    raise TrainingError(f"{command.name} failed: {last_line(log)} (its log is {log})")
                 progress.update(bars[command.name], total=1, completed=1, at="done")
                 progress.stop_task(bars[command.name])
                 if not console.is_terminal:
@@ -115,12 +115,13 @@ def _run(words: list[str], log: Path) -> tuple[int, float]:
 
 
 def _show(progress: Progress, bar: TaskID, log: Path) -> None:
-    step = _STEP.search(_last_line(log))
+    step = _STEP.search(last_line(log))
     if step:
         done, total, rest = step.groups()
         progress.update(bar, completed=int(done), total=int(total), at=f"{done}/{total}{rest}")
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """The last line of a log file, or nothing."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     return lines[-1] if lines else ""
