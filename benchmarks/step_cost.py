@@ -34,7 +34,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
 from holdfast.files import versions, write_json
 from holdfast.parameters import ParameterVector, displaced, trainable_parameters
 from holdfast.trainer import DefenseTrainer, Window
@@ -100,11 +100,11 @@ def make_trainer(kind: type[PatcherTrainer], shape: Shape, folder: str, **settin
         kind: The trainer's class.
         shape: Model and batch.
         folder: An output folder; nothing is left in it.
-        **settings: Fields of `PatcherConfig`; `max_steps` must be among them.
+        **settings: Fields of its configuration; `max_steps` must be among them.
     """
     torch.manual_seed(0)
     vocabulary = shape.model["vocab_size"]
-    config = PatcherConfig(
+    config = kind.config_class(
         output_dir=folder,
         per_device_train_batch_size=shape.rows,
         gradient_accumulation_steps=1,

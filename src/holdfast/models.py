@@ -131,6 +131,13 @@ def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def below_adapter(model: PeftModel) -> dict[str, nn.Parameter]:
+    """The parameters of the model below a LoRA adapter, by the names that they have without it."""
+    own = f".{model.base_model.prefix}"  # ".lora_"
+    parameters = model.get_base_model().named_parameters()
+    return {name.replace(".base_layer.", "."): parameter for name, parameter in parameters if own not in name}
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Switch to eval mode, and on leaving put back the mode that every single module was in."""

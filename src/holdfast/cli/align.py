@@ -12,6 +12,7 @@ from holdfast.alignment.patcher import PatcherTrainer
 from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
 from holdfast.cli import parallel, training
 from holdfast.cli.arguments import AlignData, AttackedAlignData
+from holdfast.cli.console import set_up_logging
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.training import Method
 from holdfast.config import DefenseConfig
@@ -36,6 +37,7 @@ def make_parser(method: str) -> HoldfastParser:
 
 def run(method: str, argv: list[str]) -> int:
     """Align a model with `method`; see `holdfast.cli.training.run`, and `holdfast.cli.parallel` for Patcher's roles."""
+    set_up_logging()
     chosen, parsed = _METHODS[method], make_parser(method).parse(argv)
     if method == "patcher":
         model_args, data, config, _ = parsed

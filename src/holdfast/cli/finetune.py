@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from holdfast.cli import training
 from holdfast.cli.arguments import FinetuneData, SafeFinetuneData, SpardData
-from holdfast.cli.console import say
+from holdfast.cli.console import say, set_up_logging
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.training import Method, Sets
 from holdfast.config import DefenseConfig
@@ -72,4 +72,5 @@ def make_parser(method: str) -> HoldfastParser:
 
 def run(method: str, argv: list[str]) -> int:
     """Fine-tune a model with `method`; see `holdfast.cli.training.run`."""
+    set_up_logging()
     return training.run(f"finetune {method}", "fine-tuning", _METHODS[method], make_parser(method).parse(argv))

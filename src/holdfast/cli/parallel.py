@@ -18,10 +18,11 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import get_peft_config
 
-from holdfast.alignment.parallel import ParallelPatcherConfig, PatcherAttackerTrainer
+from holdfast.alignment.parallel import ParallelPatcherConfig
+from holdfast.alignment.parallel_attacker import PatcherAttackerTrainer
 from holdfast.checkpoint import last_checkpoint
 from holdfast.cli.arguments import AttackedAlignData, ModelArguments
-from holdfast.cli.console import say, set_up_logging, stderr
+from holdfast.cli.console import say, stderr
 from holdfast.cli.runs import announce, keep_apart, model_keywords, output_dir, refusals
 from holdfast.cli.training import MARKER
 from holdfast.cli.workers import last_line
@@ -75,7 +76,6 @@ def run_attacker(model_args: ModelArguments, data: PatcherData, config: Parallel
         InputError: The input cannot be used, or the exchange is that of another model.
         TrainingError: Nothing new came for `--exchange_timeout` seconds.
     """
-    set_up_logging()
     source, folder = model_args.model_name_or_path, Path(config.output_dir)
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=ATTACKER_MARKER, overwrite=data.overwrite_output_dir):
@@ -175,7 +175,6 @@ def supervise(argv: Sequence[str], data: PatcherData, config: ParallelPatcherCon
         InputError: The devices cannot be used, or a job refused its input.
         TrainingError: The defender failed, or died more often than `--max_restarts`.
     """
-    set_up_logging()
     jobs = _jobs(argv, data, config)
     defender = jobs[0]
     with _stopped(jobs), _told_to_stop() as told, _display(jobs) as show:

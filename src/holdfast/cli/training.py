@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import get_peft_config
 
 from holdfast.cli.arguments import ModelArguments, TrainingData
-from holdfast.cli.console import say, set_up_logging
+from holdfast.cli.console import say
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import (
     announce,
@@ -83,7 +83,6 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
         InputError: The input cannot be used; nothing has been written.
         TrainingError: Training cannot go on; the last good checkpoint is kept.
     """
-    set_up_logging()
     model_args, data, config, _ = parsed
     if config.eval_strategy != "no" and data.eval_data is None:
         raise InputError(f"--eval_strategy {config.eval_strategy.value} needs held-out rows: give --eval_data")
