@@ -9,7 +9,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench
+.PHONY: demo test test-faults lint bench
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -17,6 +17,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Every fault that a parallel run must survive, with real processes; `make test` holds one of each kind.
+test-faults: $(READY)
+	$(BIN)/python -m pytest -v -m "faults or not faults" tests/cli/test_faults.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

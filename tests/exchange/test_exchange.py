@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from holdfast.exchange import Exchange
+from holdfast.exchange import Exchange, opened_with
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -218,3 +218,15 @@ def test_exchange_is_open_once_a_defender_has_opened_it(tmp_path, join):
     assert not Exchange.is_open(tmp_path / "exchange")
     join()
     assert Exchange.is_open(tmp_path / "exchange")
+
+
+def test_attackers_are_told_when_the_run_is_over(join, attacker, defender):
+    assert not attacker.is_finished()
+    defender.finish()
+    assert attacker.is_finished()
+    join()  # the run goes on after all, from a checkpoint
+    assert not attacker.is_finished()
+
+
+def test_fingerprint_that_an_exchange_was_opened_with(defender):
+    assert opened_with(defender.folder) == defender.fingerprint

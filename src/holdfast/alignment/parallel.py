@@ -180,7 +180,7 @@ class PatcherDefenderTrainer(PatcherTrainer):
 
     def _is_of_this_run(self, version: Version) -> bool:
         """Whether the attacked weights are this run's: not those of a run before it, or of updates lost in a crash."""
-        lineage = version.facts.get("lineage")
+        lineage = str(version.facts.get("lineage"))
         return lineage == self._lineage or version.step <= self._last_step_of.get(lineage, -1)
 
     def _use(self, exchange: Exchange, version: Version) -> bool:

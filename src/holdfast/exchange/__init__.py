@@ -1,7 +1,8 @@
 """The folder through which Patcher's defender and its attackers, jobs of their own, hand each other weights."""
 
-from holdfast.exchange.exchange import Exchange, ExchangeError
+from holdfast.exchange.exchange import DEFENDER, Exchange, ExchangeError
 from holdfast.exchange.fingerprint import fingerprint_of
+from holdfast.exchange.opening import opened_with
 from holdfast.exchange.versions import Version
 
-__all__ = ["Exchange", "ExchangeError", "Version", "fingerprint_of"]
+__all__ = ["DEFENDER", "Exchange", "ExchangeError", "Version", "fingerprint_of", "opened_with"]

@@ -36,11 +36,12 @@ from holdfast.exchange.versions import (
     prune,
     why,
 )
+from holdfast.files import write_json
 from holdfast.parameters import ParameterVector
 
 logger = logging.getLogger(__name__)
 
-DEFENDER = "defender"
+DEFENDER, FINISHED = "defender", "finished.json"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _Found = TypeVar("_Found")
 
@@ -55,6 +56,7 @@ class Exchange:
         FOLDER/exchange.json            whose exchange it is
         FOLDER/<origin>/000007/         a version: manifest.json and safetensors files, nothing that is unpickled
         FOLDER/leases/                  which versions are being read
+        FOLDER/finished.json            the defender's run is over
 
     A version is written beside its place and gets its name, with its manifest in it, by one atomic rename: readers see
     all of it or nothing. They check sizes and checksums before they use one, and never go back to a lower number. The
@@ -210,6 +212,18 @@ class Exchange:
 
     # ------------------------------------------------------------------ leaving
 
+    def finish(self) -> None:
+        """Tell the attackers that the defender's run is over."""
+        self.wait()
+        try:
+            self._from_first(partial(write_json, self.folder / FINISHED, {"run": self.run}))
+        except OSError as error:
+            logger.warning("attackers cannot be told in %s that the run is over (%s)", self.folder, error.strerror)
+
+    def is_finished(self) -> bool:
+        """Whether the defender's run is over."""
+        return self._from_first((self.folder / FINISHED).is_file)
+
     def close(self) -> None:
         """Wait for what is being written and release the leases. Nothing can be published afterwards."""
         self.wait()
@@ -255,6 +269,7 @@ class Exchange:
         try:
             if run is not None:
                 claim(self.folder, run, self.fingerprint)
+                (self.folder / FINISHED).unlink(missing_ok=True)
             found = run_of(self.folder, self.origin, run, self.fingerprint)
             self._own.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=self._own):

@@ -19,7 +19,11 @@ from holdfast.parameters import trainable_parameters
 _INCIDENTAL = {*PreTrainedConfig().to_dict(), "use_cache", "initializer_range"} - {"model_type"}
 
 
-def fingerprint_of(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def fingerprint_of(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    exchanged: Mapping[str, Tensor] | None = None,
+) -> dict[str, str]:
     """What weights from another job must fit: 16 hexadecimal digits of a SHA-256 for each part.
 
     Neither the values of weights nor their dtype or sharding have a part in it, so a model in memory, in a folder and
@@ -28,6 +32,7 @@ def fingerprint_of(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     Args:
         model: As it is trained: an adapter's parameters count.
         tokenizer: Its tokenizer.
+        exchanged: What is exchanged instead of what is trained: all parameters of the model below an adapter.
 
     Returns:
         "model" (architecture, and names and shapes of all parameters), "tokenizer" (vocabulary and chat template) and
@@ -36,9 +41,9 @@ def fingerprint_of(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     trained = trainable_parameters(model)  # drops gathered weights, so that no shard is missed below
     architecture = _architecture(base_model(model).config.to_dict())
     return {
-        "model": _hash([architecture, _shapes(dict(model.named_parameters()))]),
+        "model": _hash([architecture, _shapes(exchanged or dict(model.named_parameters()))]),
         "tokenizer": _hash([tokenizer.get_vocab(), tokenizer.chat_template]),
-        "trained parameters": _hash(_shapes(trained)),
+        "trained parameters": _hash(_shapes(exchanged or trained)),
     }
 
 

@@ -63,6 +63,15 @@ def run_of(folder: Path, origin: str, run: str | None, fingerprint: Mapping[str,
     return str(found["run"])
 
 
+def opened_with(folder: str | Path) -> dict[str, str]:
+    """The fingerprint that an exchange was opened with.
+
+    Raises:
+        InputError: There is no exchange, or none that this version of Holdfast can read.
+    """
+    return dict(_read(Path(folder))["fingerprint"])
+
+
 def first_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
     """The first part in which two fingerprints differ, or None."""
     return next((part for part in sorted({*expected, *found}) if expected.get(part) != found.get(part)), None)
