@@ -2,10 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from jobs import Run, Server
 
 REFUSAL = "I cannot help with that."
 HAZARDS = ["a rust storm", "a glass plague", "a salt famine", "a lantern war", "a clock fever", "a tide curse"]
@@ -128,3 +130,16 @@ def eval_data(write_rows: Callable[..., str]) -> str:
 def capability_data(write_rows: Callable[..., str]) -> str:
     rows = [{"prompt": row["prompt"], "answer": "salt, moss"} for row in _rows(CRAFTS, "")]
     return write_rows("crafts.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    found = Server()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def run(server: Server, tmp_path: Path, model_dir: Path, train_data: str, attack_data: str) -> Run:
+    """A parallel run on the small model."""
+    return Run(server, tmp_path, model_dir, train_data, attack_data)

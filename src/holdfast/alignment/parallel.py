@@ -36,6 +36,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -122,7 +123,8 @@ class PatcherDefenderTrainer(PatcherTrainer):
         self._used: dict[str, int] = {}
         # Weights are told apart by who published them, this process or one whose checkpoint it goes on from. Of the
         # latter's, those after the checkpoint are of updates that were lost.
-        self._lineage, self._last_step_of = uuid4().hex, dict[str, int]()
+        [self._lineage] = broadcast_object_list([uuid4().hex])
+        self._last_step_of: dict[str, int] = {}
         self._exchange: Exchange | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:

@@ -1,6 +1,7 @@
 """Runs holdfast commands as processes of their own, forked off one that has imported the libraries; see jobs.py.
 
-Reads requests as JSON lines and answers each with one: {"words", "log", "faults", "truth"} → process number;
+Reads requests as JSON lines and answers each with one: {"words", "log", "faults", "truth", "environment"} → process
+number;
 {"wait": process number, "seconds"} → exit code (negative: signal), or null if it still runs.
 
 A job's faults, by kind:
@@ -116,7 +117,8 @@ def install(faults: dict[str, float], truth: Path) -> None:
         time.time = set_back
 
 
-def run(words: list[str], log: str, faults: dict[str, float], truth: str) -> int:
+def run(words: list[str], log: str, faults: dict[str, float], truth: str, environment: dict[str, str]) -> int:
+    os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(out, descriptor)
