@@ -259,7 +259,15 @@ def summary(sections: dict[str, list[Entry]], search: dict[str, Any]) -> str:
             found = [run["detection"]["auroc"] for run in runs]
             short = " (**below 0.9**)" if statistics.mean(found) < 0.9 else ""
             shown.append(f"{NAMES[base]}, {task}: {spread(found)}{short}")
-        lines.append(f"**Audit**, AUROC over seeds and poison ratios: {'; '.join(shown)}.")
+        means = [
+            f"{NAMES[base]} {statistics.mean(run['detection']['auroc'] for run in runs):.2f}"
+            for (base,), runs in grouped(sections["audit"], "aligned").items()
+        ]
+        lines.append(
+            f"**Audit**, AUROC over seeds and poison ratios: {'; '.join(shown)}. Means over both tasks: "
+            f"{', '.join(means)}. Where it is low the model would rather refuse the task's harmless rows as well, which "
+            "the precision of r < 0 shows."
+        )
     return "\n".join(f"- {line}" for line in lines)
 
 
