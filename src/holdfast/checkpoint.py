@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from holdfast.errors import InputError
@@ -65,20 +68,53 @@ def load_state(checkpoint: str | Path, parameters: Mapping[str, Tensor]) -> dict
     return state
 
 
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete checkpoint of a run, or None.
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether a folder is a whole checkpoint: transformers writes its state last."""
+    try:
+        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
-    `trainer_state.json` is what transformers writes last, so a checkpoint whose state can be read is whole; one that a
-    killed process left half-written is passed over.
-    """
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest complete checkpoint of a run, or None."""
     folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.name.rpartition("-")[2].isdigit()]
-    for folder in sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(folder)
-    return None
+    folders.sort(key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    return next((str(folder) for folder in folders if is_complete(folder)), None)
+
+
+def unfinished_folder(output_dir: str | Path) -> Path:
+    """Where a run writes a checkpoint before it is whole."""
+    return Path(output_dir, "_unfinished")
+
+
+def discard_unfinished(output_dir: str | Path) -> None:
+    """Remove what a killed run had not finished writing."""
+    shutil.rmtree(unfinished_folder(output_dir), ignore_errors=True)
+
+
+def publish(checkpoint: Path, place: Path) -> None:
+    """Flush a whole checkpoint to the disk and move it from the unfinished ones to its place.
+
+    An older one of that name gives way. Should the process be killed in between, the name is missing, but not the
+    checkpoint that the run went on from.
+    """
+    for path in [*checkpoint.rglob("*"), checkpoint]:
+        _flush(path)
+    if place.exists():
+        place.replace(checkpoint.with_name("replaced"))
+    checkpoint.replace(place)
+    _flush(place.parent)
+    discard_unfinished(place.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _whole(tensor: Tensor) -> Tensor:
