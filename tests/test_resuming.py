@@ -22,9 +22,7 @@ TESTS = Path(__file__).parent
 EVERY = ("sft", "patcher", *METHODS)
 # Where each run is killed, time and again, and the checkpoint that it is then resumed from.
 PLACES = {
-    **{(method, "run"): {"step:6": 4} for method in METHODS},
-    ("sft", "run"): {"step:5": 4, "saved:6": 6},
-    ("patcher", "run"): {"step:6": 4, "saved:6": 6},
+    **{(method, "run"): {"begin:3": 2, "step:6": 4, "saved:6": 6} for method in EVERY},
     ("patcher", "attack"): {"attack:3": 2},
     # Of a checkpoint that is not whole there is no name.
     ("patcher", "saving"): {
@@ -88,7 +86,7 @@ def test_killed_run_resumes_from_its_last_checkpoint(killed, uninterrupted, run)
         assert trainer.attack_batches.drawn == uninterrupted[method].attack_batches.drawn == 16
 
 
-@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("method", ["sft", "patcher"])
 @pytest.mark.parametrize("step", [2, 4, 6])
 def test_run_resumes_from_a_given_checkpoint(uninterrupted, tmp_path, method, step):
     expected = uninterrupted[method]
