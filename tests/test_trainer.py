@@ -524,6 +524,8 @@ def test_another_loss_is_refused(settings, argument):
         ("fp16", True),
         ("label_smoothing_factor", 0.1),
         ("deepspeed", {"zero_optimization": {"stage": 2}}),
+        ("enable_jit_checkpoint", True),
+        ("push_to_hub", True),
         ("loss_type", "dft"),
         ("completion_only_loss", False),
         ("chat_template_kwargs", "thinking off"),

@@ -16,7 +16,7 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 from holdfast.checkpoint import last_checkpoint
 from holdfast.cli.arguments import LoadArguments
 from holdfast.cli.console import ProgressReport, say, stderr
-from holdfast.errors import InputError
+from holdfast.errors import InputError, Stopped
 from holdfast.files import claim_output_dir
 
 
@@ -134,6 +134,7 @@ def train(trainer: _Trainer, *, title: str, folder: Path, checkpoint: str | None
 
     Raises:
         KeyboardInterrupt: Ctrl-C, with a sentence that names the last good checkpoint.
+        Stopped: From the trainer, with a sentence that says how to go on.
         TrainingError: From the trainer.
     """
     report = ProgressReport(title)
@@ -144,6 +145,12 @@ def train(trainer: _Trainer, *, title: str, folder: Path, checkpoint: str | None
     trainer.args.disable_tqdm = not stderr.is_terminal
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except Stopped as stopped:
+        raise Stopped(
+            f"asked to stop; the checkpoint is {stopped.checkpoint}, and the same command with "
+            "--resume_from_checkpoint last goes on from there",
+            stopped.checkpoint,
+        ) from None
     except KeyboardInterrupt:
         kept = last_checkpoint(folder)
         where = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet"

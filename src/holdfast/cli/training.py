@@ -31,6 +31,7 @@ from holdfast.config import DefenseConfig
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError
 from holdfast.files import run_record, write_json
+from holdfast.interruption import on_sigterm
 from holdfast.models import load_model, load_tokenizer
 from holdfast.trainer import DefenseTrainer
 
@@ -82,6 +83,7 @@ def run(command: str, verb: str, method: Method, parser: HoldfastParser, argv: l
 
     Raises:
         InputError: The input cannot be used; nothing has been written.
+        Stopped: SIGTERM came; a checkpoint is written, and nothing else.
         TrainingError: Training cannot go on; the last good checkpoint is kept.
     """
     set_up_logging()
@@ -110,24 +112,25 @@ def run(command: str, verb: str, method: Method, parser: HoldfastParser, argv: l
     name = command.split()[-1]
     say(f"{verb} {source} with {name} on {len(sets['train_dataset'])} rows of {data.train_data}")
     started = time.monotonic()
-    train(trainer, title=command, folder=folder, checkpoint=checkpoint)
-    (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
-        record = {
-            **run_record(config, config.seed),
-            "command": command,
-            "model": source,
-            "data": {name: value for name, value in given.items() if name != "overwrite_output_dir"},
-            "resumed_from": checkpoint,
-            "seconds": round(time.monotonic() - started, 3),
-            "log": last_log(trainer.state.log_history),
-        }
-        reports = method.report(trainer, folder) if method.report is not None else []
-        write_json(folder / MARKER, record)
-        is_adapter = peft_config is not None or isinstance(model, PeftModel)
-        announce(folder, "adapter_model.safetensors" if is_adapter else "model.safetensors", MARKER, *reports)
+    with on_sigterm(trainer.ask_to_stop):  # also while the finished model is written, which then is done
+        train(trainer, title=command, folder=folder, checkpoint=checkpoint)
+        (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
+            record = {
+                **run_record(config, config.seed),
+                "command": command,
+                "model": source,
+                "data": {name: value for name, value in given.items() if name != "overwrite_output_dir"},
+                "resumed_from": checkpoint,
+                "seconds": round(time.monotonic() - started, 3),
+                "log": last_log(trainer.state.log_history),
+            }
+            reports = method.report(trainer, folder) if method.report is not None else []
+            write_json(folder / MARKER, record)
+            is_adapter = peft_config is not None or isinstance(model, PeftModel)
+            announce(folder, "adapter_model.safetensors" if is_adapter else "model.safetensors", MARKER, *reports)
     return 0
 
 
