@@ -2,19 +2,22 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from helpers import run_to_resume, same_bits, tiny_llama, weights, word_rows, word_tokenizer
 from holdfast.checkpoint import last_checkpoint, unfinished_folder
 from holdfast.config import DefenseConfig
+from holdfast.errors import InputError
 from holdfast.trainer import DefenseTrainer
 from methods import METHODS
 
@@ -155,3 +158,74 @@ def test_best_checkpoint_is_kept_and_loaded(settings, tmp_path):
     assert trainer.state.best_model_checkpoint == str(best)
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
     assert same_bits(weights(trainer.model), load_file(best / "model.safetensors"))
+
+
+class Malicious:
+    """Unpickled freely, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture
+def checkpoint(uninterrupted, tmp_path):
+    """A copy to break, of Patcher's with a vector in force."""
+    return Path(
+        shutil.copytree(Path(uninterrupted["patcher"].args.output_dir, "checkpoint-4"), tmp_path / "checkpoint-4")
+    )
+
+
+def resumed(checkpoint):
+    trainer = run_to_resume("patcher", str(checkpoint.parent / "resumed"), save_strategy="no")
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return trainer
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda payload, path: path.write_bytes(pickle.dumps(payload))])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
+def test_malicious_pickle_is_refused_and_not_carried_out(checkpoint, tmp_path, name, save):
+    payload = tmp_path / "carried out"
+    save(Malicious(payload), checkpoint / name)
+    if name == "pytorch_model.bin":
+        (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=f"{checkpoint} cannot be read: a pickle in it"):
+        resumed(checkpoint)
+    assert not payload.exists()
+    with suppress(Exception):
+        torch.load(checkpoint / name, weights_only=False)
+    assert payload.exists()  # it was a real one
+
+
+def test_pickle_that_nothing_needs_is_not_read(checkpoint, uninterrupted, tmp_path):
+    payload = tmp_path / "carried out"
+    for name in ("training_args.bin", "pytorch_model.bin"):  # the weights are safetensors
+        torch.save(Malicious(payload), checkpoint / name)
+    assert_same_end(resumed(checkpoint), uninterrupted["patcher"])
+    assert not payload.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "holdfast_state.json",
+        "holdfast_state.safetensors",
+    ],
+)
+def test_damaged_checkpoint_is_named(checkpoint, name):
+    os.truncate(checkpoint / name, (checkpoint / name).stat().st_size // 2)
+    with pytest.raises(InputError, match=f"^{checkpoint} cannot be read: .+"):
+        resumed(checkpoint)
+
+
+def test_checkpoint_of_another_model_is_named(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    save_file({name: tensor[:1].clone() for name, tensor in weights.items()}, checkpoint / "model.safetensors")
+    with pytest.raises(InputError, match=f"^{checkpoint} cannot be read: .*loading state_dict"):
+        resumed(checkpoint)

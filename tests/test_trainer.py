@@ -542,6 +542,11 @@ def test_chat_template_kwargs_may_be_json(settings):
     assert config.chat_template_kwargs == {"enable_thinking": False}
 
 
+def test_fsdp_checkpoints_that_are_pickles_are_refused(settings):
+    with pytest.raises(InputError, match="--fsdp_config state_dict_type"):
+        DefenseConfig(**settings, fsdp=True, fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"})
+
+
 def test_fsdp_that_would_silently_become_ddp_is_refused(settings):
     with pytest.raises(InputError, match="--fsdp"):
         trainer_of(settings, fsdp=True, use_cpu=True)

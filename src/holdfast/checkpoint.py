@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -66,6 +70,27 @@ def load_state(checkpoint: str | Path, parameters: Mapping[str, Tensor]) -> dict
             )
         state[name] = ParameterVector({key: shard_like(parameters[key], vector[key]) for key in parameters})
     return state
+
+
+@contextmanager
+def reading(checkpoint: str | Path) -> Iterator[None]:
+    """Turn whatever the libraries say of a checkpoint that they cannot read into one sentence.
+
+    They read pickles of tensors and numbers (`weights_only`), and nothing else in a pickle is carried out.
+
+    Raises:
+        InputError: A file is damaged, holds something other than what training writes, or belongs to another model.
+    """
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{checkpoint} cannot be read: a pickle in it is damaged, or holds more than tensors and numbers"
+        ) from error
+    except (EOFError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise InputError(f"{checkpoint} cannot be read: {str(error).strip().partition(chr(10))[0]}") from error
 
 
 def is_complete(checkpoint: str | Path) -> bool:

@@ -75,6 +75,8 @@ class DefenseConfig(SFTConfig):
             self.bf16 = bool(self.bf16)
             self.dataloader_pin_memory = False
         super().__post_init__()
+        if self.fsdp and self.fsdp_config.get("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
+            raise InputError("--fsdp_config state_dict_type must be FULL_STATE_DICT: others are read by unpickling")
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise InputError("--push_to_hub needs --hub_strategy end: only a finished model is published")
 

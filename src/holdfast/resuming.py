@@ -18,6 +18,7 @@ from holdfast.checkpoint import (
     last_checkpoint,
     load_state,
     publish,
+    reading,
     save_state,
     unfinished_folder,
 )
@@ -183,17 +184,23 @@ class ResumableTrainer(CompletionTrainer):
         }
         save_state(output_dir, {**self.method_state(), **own}, write=self.args.should_save)
 
+    def _load_from_checkpoint(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        with reading(checkpoint):
+            super()._load_from_checkpoint(checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = load_state(checkpoint, trainable_parameters(self.model))
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            state = load_state(checkpoint, trainable_parameters(self.model))
         self._total_train_tokens = state.pop("train_tokens")
         for name, drawn in state.pop("drawn_batches").items():
             self._streams[name].drawn = drawn
         self.load_method_state(state)
         self._boundary = self._here()
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+    def _load_rng_state(self, checkpoint: str) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
         self._boundary = dataclasses.replace(self._boundary, random=RandomState.of(self.args.device))
