@@ -6,9 +6,20 @@ import pytest
 import torch
 
 from helpers import same_bits, tiny_llama
-from holdfast.checkpoint import VALUES, VECTORS, last_checkpoint, load_state, publish, save_state
+from holdfast.checkpoint import (
+    FORMAT,
+    VALUES,
+    VECTORS,
+    last_checkpoint,
+    load_state,
+    publish,
+    read_digests,
+    save_state,
+)
 from holdfast.errors import InputError
 from holdfast.parameters import ParameterVector, trainable_parameters
+
+OF = {"method": "Ours", "digests": {"train_data": "ab12", "eval_data": None}}
 
 
 def test_newest_is_by_number(tmp_path):
@@ -23,32 +34,55 @@ def test_newest_is_by_number(tmp_path):
 def test_state_round_trips(tmp_path):
     parameters = trainable_parameters(tiny_llama().to(torch.bfloat16))
     vector = ParameterVector({name: torch.randn(p.shape).bfloat16() for name, p in parameters.items()})
-    save_state(tmp_path, {"delta": vector, "updates": 3, "history": [0.5, None]}, write=True)
-    state = load_state(tmp_path, parameters)
+    save_state(tmp_path, {"delta": vector, "updates": 3, "history": [0.5, None]}, write=True, **OF)
+    state = load_state(tmp_path, parameters, method="Ours")
     assert same_bits(state.pop("delta"), vector)
     assert state == {"updates": 3, "history": [0.5, None]}
 
 
 def test_only_the_writing_rank_writes(tmp_path):
-    save_state(tmp_path, {"updates": 3}, write=False)
+    save_state(tmp_path, {"updates": 3}, write=False, **OF)
     assert not list(tmp_path.iterdir())
 
 
 def test_state_holds_no_pickle_and_no_needless_file(tmp_path):
-    save_state(tmp_path, {"updates": 3}, write=True)
+    save_state(tmp_path, {"updates": 3}, write=True, **OF)
     assert [path.name for path in tmp_path.iterdir()] == [VALUES]
     assert json.loads((tmp_path / VALUES).read_text())["values"] == {"updates": 3}
 
 
 def test_checkpoint_of_another_trainer_is_refused(tmp_path):
     with pytest.raises(InputError, match=f"not a Holdfast checkpoint: it has no {VALUES}"):
-        load_state(tmp_path, {})
+        load_state(tmp_path, {}, method="Ours")
+
+
+def test_checkpoint_of_another_method_is_refused(tmp_path):
+    save_state(tmp_path, {"updates": 3}, write=True, **OF)
+    for read in (lambda: load_state(tmp_path, {}, method="Theirs"), lambda: read_digests(tmp_path, method="Theirs")):
+        with pytest.raises(InputError, match=f"^{tmp_path} was written by Ours, and Theirs cannot go on from it$"):
+            read()
+
+
+@pytest.mark.parametrize("other", [None, FORMAT + 1])
+def test_checkpoint_of_another_format_is_refused(tmp_path, other):
+    """Those before the first had no number."""
+    save_state(tmp_path, {"updates": 3}, write=True, **OF)
+    saved = json.loads((tmp_path / VALUES).read_text())
+    assert saved.pop("format") == FORMAT
+    (tmp_path / VALUES).write_text(json.dumps(saved if other is None else {**saved, "format": other}))
+    with pytest.raises(InputError, match=f"another version of Holdfast: its {VALUES} has format {other}, expected"):
+        load_state(tmp_path, {}, method="Ours")
+
+
+def test_what_a_run_was_trained_on_is_kept(tmp_path):
+    save_state(tmp_path, {"updates": 3}, write=True, **OF)
+    assert read_digests(tmp_path, method="Ours") == OF["digests"]
 
 
 def test_vector_of_another_model_is_refused(tmp_path):
-    save_state(tmp_path, {"attack_vector": ParameterVector(w=torch.zeros(2))}, write=True)
+    save_state(tmp_path, {"attack_vector": ParameterVector(w=torch.zeros(2))}, write=True, **OF)
     with pytest.raises(InputError, match=r"attack_vector in .* belongs to another model"):
-        load_state(tmp_path, trainable_parameters(tiny_llama()))
+        load_state(tmp_path, trainable_parameters(tiny_llama()), method="Ours")
     assert (tmp_path / VECTORS).is_file()
 
 

@@ -184,7 +184,7 @@ def resumed(checkpoint):
     return trainer
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda payload, path: path.write_bytes(pickle.dumps(payload))])
+@pytest.mark.parametrize("save", [torch.save, lambda payload, path: path.write_bytes(pickle.dumps(payload, 2))])
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
 def test_malicious_pickle_is_refused_and_not_carried_out(checkpoint, tmp_path, name, save):
     payload = tmp_path / "carried out"
@@ -229,3 +229,9 @@ def test_checkpoint_of_another_model_is_named(checkpoint):
     save_file({name: tensor[:1].clone() for name, tensor in weights.items()}, checkpoint / "model.safetensors")
     with pytest.raises(InputError, match=f"^{checkpoint} cannot be read: .*loading state_dict"):
         resumed(checkpoint)
+
+
+def test_checkpoint_of_another_method_is_named(checkpoint):
+    trainer = run_to_resume("booster", str(checkpoint.parent / "resumed"))
+    with pytest.raises(InputError, match=f"^{checkpoint} was written by PatcherTrainer, and BoosterTrainer cannot"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))

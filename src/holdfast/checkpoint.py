@@ -24,9 +24,18 @@ from holdfast.files import write_json
 from holdfast.parameters import ParameterVector, shard_like
 
 VALUES, VECTORS = "holdfast_state.json", "holdfast_state.safetensors"
+#: The version of these two files. One that means something else by them has another.
+FORMAT = 1
 
 
-def save_state(checkpoint: str | Path, state: Mapping[str, Any], *, write: bool) -> None:
+def save_state(
+    checkpoint: str | Path,
+    state: Mapping[str, Any],
+    *,
+    method: str,
+    digests: Mapping[str, str | None],
+    write: bool,
+) -> None:
     """Write a method's state into a checkpoint folder.
 
     Called on every rank, since shards have to be gathered; one tensor at a time is whole, and only on the CPU.
@@ -34,6 +43,8 @@ def save_state(checkpoint: str | Path, state: Mapping[str, Any], *, write: bool)
     Args:
         checkpoint: The folder, which exists.
         state: Parameter vectors, and values that JSON can hold.
+        method: Whose state it is: the trainer's name.
+        digests: What the run is trained on; see `read_digests`.
         write: Whether this rank is the one that writes.
     """
     vectors = {name: value for name, value in state.items() if isinstance(value, ParameterVector)}
@@ -47,19 +58,17 @@ def save_state(checkpoint: str | Path, state: Mapping[str, Any], *, write: bool)
     if tensors:
         save_file(tensors, Path(checkpoint, VECTORS))
     values = {name: value for name, value in state.items() if name not in vectors}
-    write_json(Path(checkpoint, VALUES), {"vectors": sorted(vectors), "values": values})
+    header = {"format": FORMAT, "method": method, "data": dict(digests)}
+    write_json(Path(checkpoint, VALUES), {**header, "vectors": sorted(vectors), "values": values})
 
 
-def load_state(checkpoint: str | Path, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+def load_state(checkpoint: str | Path, parameters: Mapping[str, Tensor], *, method: str) -> dict[str, Any]:
     """Read what `save_state` wrote; vectors come back on their parameters' devices, sharded as they are.
 
     Raises:
-        InputError: The checkpoint was not written by Holdfast, or belongs to another model.
+        InputError: The checkpoint was not written by this version of Holdfast, or belongs to another method or model.
     """
-    path = Path(checkpoint, VALUES)
-    if not path.is_file():
-        raise InputError(f"{checkpoint} is not a Holdfast checkpoint: it has no {VALUES}")
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = _read(checkpoint, method)
     state: dict[str, Any] = dict(saved["values"])
     tensors = load_file(Path(checkpoint, VECTORS)) if saved["vectors"] else {}
     for name in saved["vectors"]:
@@ -70,6 +79,31 @@ def load_state(checkpoint: str | Path, parameters: Mapping[str, Tensor]) -> dict
             )
         state[name] = ParameterVector({key: shard_like(parameters[key], vector[key]) for key in parameters})
     return state
+
+
+def read_digests(checkpoint: str | Path, *, method: str) -> dict[str, str | None]:
+    """What a run was trained on: the SHA-256 of every data file, by its flag; None for what was no file.
+
+    Raises:
+        InputError: As for `load_state`.
+    """
+    with reading(checkpoint):
+        return dict(_read(checkpoint, method)["data"])
+
+
+def _read(checkpoint: str | Path, method: str) -> dict[str, Any]:
+    path = Path(checkpoint, VALUES)
+    if not path.is_file():
+        raise InputError(f"{checkpoint} is not a Holdfast checkpoint: it has no {VALUES}")
+    saved = dict(json.loads(path.read_text(encoding="utf-8")))
+    if saved.get("format") != FORMAT:
+        raise InputError(
+            f"{checkpoint} was written by another version of Holdfast: its {VALUES} has format {saved.get('format')}, "
+            f"expected {FORMAT}"
+        )
+    if saved["method"] != method:
+        raise InputError(f"{checkpoint} was written by {saved['method']}, and {method} cannot go on from it")
+    return saved
 
 
 @contextmanager

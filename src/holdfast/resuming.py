@@ -45,9 +45,14 @@ class ResumableTrainer(CompletionTrainer):
     Asked to stop (`ask_to_stop`; see `holdfast.interruption.on_sigterm`), a run finishes its update, and the evaluation
     after it if one is due, saves a checkpoint and raises `Stopped`. A simulated attack is left at its next step, with
     the update that it belongs to undone.
+
+    Attributes:
+        data_digests: The SHA-256 of the files that the data came from, by whatever names; may be set. Every checkpoint
+            holds them (`holdfast.checkpoint.read_digests`); comparing them is up to whoever resumes a run.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.data_digests: Mapping[str, str | None] = {}
         self._streams: dict[str, BatchStream] = {}
         self._writes_to: Path | None = None
         self._written: Path | None = None  # the last checkpoint of this run, or the one that it came from
@@ -182,7 +187,13 @@ class ResumableTrainer(CompletionTrainer):
             "drawn_batches": {name: stream.drawn for name, stream in self._streams.items()},
             "train_tokens": self._total_train_tokens,  # TRL logs it, but forgets it
         }
-        save_state(output_dir, {**self.method_state(), **own}, write=self.args.should_save)
+        save_state(
+            output_dir,
+            {**self.method_state(), **own},
+            method=type(self).__name__,
+            digests=self.data_digests,
+            write=self.args.should_save,
+        )
 
     def _load_from_checkpoint(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
         with reading(checkpoint):
@@ -192,8 +203,8 @@ class ResumableTrainer(CompletionTrainer):
         if checkpoint is None:
             return
         with reading(checkpoint):
+            state = load_state(checkpoint, trainable_parameters(self.model), method=type(self).__name__)
             super()._load_optimizer_and_scheduler(checkpoint)
-            state = load_state(checkpoint, trainable_parameters(self.model))
         self._total_train_tokens = state.pop("train_tokens")
         for name, drawn in state.pop("drawn_batches").items():
             self._streams[name].drawn = drawn

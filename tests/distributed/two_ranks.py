@@ -315,9 +315,9 @@ def on_mesh(notes, case, mesh):
     folder = notes.folder / case.replace(" ", "-")
     folder.mkdir(exist_ok=True)
     dist.barrier()
-    save_state(folder, {"attack_vector": shared}, write=notes.rank == 0)
+    save_state(folder, {"attack_vector": shared}, method="Ours", digests={}, write=notes.rank == 0)
     dist.barrier()
-    loaded = load_state(folder, trainable_parameters(model))["attack_vector"]
+    loaded = load_state(folder, trainable_parameters(model), method="Ours")["attack_vector"]
     values["state"] = all(torch.equal(local(loaded[n]), local(shared[n])) for n in shared) and all(
         loaded[n].placements == p.placements for n, p in model.named_parameters()
     )

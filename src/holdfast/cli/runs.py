@@ -13,7 +13,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
-from holdfast.checkpoint import last_checkpoint
+from holdfast.checkpoint import is_complete, last_checkpoint, read_digests
 from holdfast.cli.arguments import LoadArguments
 from holdfast.cli.console import ProgressReport, say, stderr
 from holdfast.errors import InputError, Stopped
@@ -101,9 +101,32 @@ def starting_checkpoint(folder: Path, resume: str | None, *, overwrite: bool) ->
         if last is None:
             raise InputError(f"--resume_from_checkpoint {resume}: {folder} holds no complete checkpoint")
         return last
-    if not (Path(resume) / "trainer_state.json").is_file():
+    if not is_complete(resume):
         raise InputError(f"--resume_from_checkpoint {resume}: not a complete checkpoint, it has no trainer_state.json")
     return resume
+
+
+def refuse_changed_data(
+    checkpoint: str, sources: Mapping[str, str], digests: Mapping[str, str | None], *, method: str
+) -> None:
+    """Make sure that a run goes on with the data that it was started with.
+
+    Args:
+        checkpoint: Where it goes on from.
+        sources: What is to be trained on, by flag.
+        digests: What its files hold, as `holdfast.checkpoint.read_digests` has it; data of the Hub are not compared.
+        method: The trainer's name.
+
+    Raises:
+        InputError: A file changed, or the checkpoint is not one of this method.
+    """
+    before = read_digests(checkpoint, method=method)
+    for flag, source in sources.items():
+        if flag in before and before[flag] != digests[flag]:
+            raise InputError(
+                f"--{flag} {source}: its content is not what it was in the run of {checkpoint}; "
+                "bring that back, or pass --allow_changed_data"
+            )
 
 
 def discard_checkpoints(folder: Path) -> None:

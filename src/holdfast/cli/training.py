@@ -24,19 +24,23 @@ from holdfast.cli.runs import (
     model_keywords,
     output_dir,
     refusals,
+    refuse_changed_data,
     starting_checkpoint,
     train,
 )
 from holdfast.config import DefenseConfig
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
+from holdfast.data.refusals import named_file
 from holdfast.errors import InputError
-from holdfast.files import run_record, write_json
+from holdfast.files import digest, run_record, write_json
 from holdfast.interruption import on_sigterm
 from holdfast.models import load_model, load_tokenizer
 from holdfast.trainer import DefenseTrainer
 
 #: What a finished run has, beside the model; written last.
 MARKER = "holdfast.json"
+
+_PERMISSIONS = ("overwrite_output_dir", "allow_changed_data")
 
 Sets = dict[str, Dataset]
 """Data sets by the trainer's names for them (`train_dataset`, …)."""
@@ -94,8 +98,14 @@ def run(command: str, verb: str, method: Method, parser: HoldfastParser, argv: l
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=MARKER, overwrite=data.overwrite_output_dir):
         checkpoint = starting_checkpoint(folder, config.resume_from_checkpoint, overwrite=data.overwrite_output_dir)
-        given = {name: value for name, value in asdict(data).items() if value is not None}
-        sets = _load_sets({name: source for name, source in given.items() if name.endswith("_data")})
+        given = {name: value for name, value in asdict(data).items() if value is not None and name not in _PERMISSIONS}
+        sources = {name: source for name, source in given.items() if name.endswith("_data")}
+        sets = _load_sets(sources)
+        if hasattr(config, "refusal"):
+            sources["refusal"] = config.refusal  # which may be in a file, too
+        digests = {flag: digest(file) if (file := named_file(text)) else None for flag, text in sources.items()}
+        if checkpoint is not None and not data.allow_changed_data:
+            refuse_changed_data(checkpoint, sources, digests, method=method.trainer.__name__)
         say(f"loading {source}")
         tokenizer = load_tokenizer(source)
         model = load_model(source, trainable=True, **model_keywords(model_args, config))
@@ -106,6 +116,7 @@ def run(command: str, verb: str, method: Method, parser: HoldfastParser, argv: l
             sets = method.choose(sets, data, config, model, tokenizer)
         with refusals():
             trainer = method.trainer(model, config, processing_class=tokenizer, peft_config=peft_config, **sets)
+        trainer.data_digests = digests
         if checkpoint is None and trainer.is_world_process_zero():
             discard_checkpoints(folder)
 
@@ -122,7 +133,7 @@ def run(command: str, verb: str, method: Method, parser: HoldfastParser, argv: l
                 **run_record(config, config.seed),
                 "command": command,
                 "model": source,
-                "data": {name: value for name, value in given.items() if name != "overwrite_output_dir"},
+                "data": given,
                 "resumed_from": checkpoint,
                 "seconds": round(time.monotonic() - started, 3),
                 "log": last_log(trainer.state.log_history),
