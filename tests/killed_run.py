@@ -5,6 +5,7 @@ Usage: killed_run.py METHOD OUTPUT_DIR PLACE[,PLACE …] [METHOD OUTPUT_DIR PLAC
     step:N      in the middle of update N, after the optimizer moved half of the weights
     attack:K    inside the simulated attack before update 4, at the attacker's step K (from 1)
     saving:F    while checkpoint 4 is written, when half of its file F lies on the disk
+    deleting:N  while checkpoint N is deleted, when half of its files are gone
     saved:N     right after checkpoint N was written
 After every place but the last the run is resumed from its last checkpoint, to be killed at the next. Each of these is a
 process forked off this one, so that the libraries are imported once. Writes one line of JSON: by output folder, the
@@ -24,6 +25,7 @@ import torch
 from transformers import TrainerCallback
 
 from helpers import run_to_resume
+from holdfast.checkpoint import is_complete
 
 
 def die():
@@ -38,6 +40,8 @@ class Kill(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         if self.kind == "saving":
             kill_while_saving(Path(args.output_dir), self.number)
+        if self.kind == "deleting":
+            kill_while_deleting(f"checkpoint-{self.number}")
 
     def on_step_begin(self, args, state, control, **_):
         if self.kind == "begin" and state.global_step + 1 == self.number:
@@ -66,6 +70,18 @@ def kill_while_saving(folder, name):
     sys.addaudithook(watch)
 
 
+def kill_while_deleting(name):
+    def watch(event, arguments):
+        if event == "shutil.rmtree":
+            tree = Path(arguments[0])
+            for folder in [path for path in (tree, *tree.rglob(name)) if path.name == name]:
+                for file in list(folder.iterdir())[::2]:
+                    file.unlink()
+                die()
+
+    sys.addaudithook(watch)
+
+
 def kill_inside_attack(trainer, step):
     """The stream's batches are the only thing that an attack asks for once a step."""
     stream, asked = trainer.attack_batches, 0
@@ -83,7 +99,9 @@ def kill_inside_attack(trainer, step):
 
 def run(method, output_dir, place, *, resume):
     # Where only one checkpoint is kept, it must not go before the next one is whole.
-    trainer = run_to_resume(method, output_dir, [Kill(place)], save_total_limit=1 if "saving" in place else None)
+    trainer = run_to_resume(
+        method, output_dir, [Kill(place)], save_total_limit=1 if place.startswith(("saving", "deleting")) else None
+    )
     if place.startswith("attack"):
         kill_inside_attack(trainer, int(place.split(":")[1]))
     trainer.train(resume_from_checkpoint=resume)
@@ -109,5 +127,8 @@ if __name__ == "__main__":
         kept[output_dir] = []
         for place in places.split(","):
             run_until_killed(method, output_dir, place, resume=bool(kept[output_dir]))
-            kept[output_dir].append(max(path.name for path in Path(output_dir).glob("checkpoint-*")))
+            seen = sorted(Path(output_dir).glob("checkpoint-*"))
+            if not all(is_complete(folder) and (folder / "optimizer.pt").is_file() for folder in seen):
+                raise SystemExit(f"{output_dir} shows part of a checkpoint after {place}")
+            kept[output_dir].append(seen[-1].name)
     print(json.dumps(kept))

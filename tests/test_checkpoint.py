@@ -10,10 +10,12 @@ from holdfast.checkpoint import (
     FORMAT,
     VALUES,
     VECTORS,
+    discard,
     last_checkpoint,
     load_state,
     publish,
     read_digests,
+    rotate,
     save_state,
 )
 from holdfast.errors import InputError
@@ -94,3 +96,23 @@ def test_checkpoint_takes_the_place_of_an_older_one(tmp_path):
     publish(written, place)
     assert (place / "nested" / "state").read_text() == "2"
     assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [(1, None, [5]), (1, 2, [2, 5]), (2, 2, [2, 5]), (3, 1, [1, 4, 5]), (4, 5, [2, 3, 4, 5]), (7, 1, [1, 2, 3, 4, 5])],
+)
+def test_oldest_checkpoints_go(tmp_path, limit, best, kept):
+    for step in (1, 2, 3, 4, 5):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    rotate(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in kept]
+
+
+def test_discarding_clears_what_a_killed_run_left(tmp_path):
+    for folder in (tmp_path / "checkpoint-2", tmp_path / "_unfinished" / "checkpoint-2"):
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").touch()
+    discard(tmp_path, [tmp_path / "checkpoint-2"])
+    assert not list(tmp_path.iterdir())

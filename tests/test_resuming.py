@@ -36,6 +36,7 @@ PLACES = {
         "saving:holdfast_state.json": 2,
         "saving:rng_state.pth": 2,
         "saving:trainer_state.json": 2,
+        "deleting:2": 4,
     },
 }
 

@@ -6,7 +6,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from holdfast.errors import InputError
 from holdfast.files import write_json
@@ -144,12 +144,12 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def unfinished_folder(output_dir: str | Path) -> Path:
-    """Where a run writes a checkpoint before it is whole."""
+    """Where a checkpoint lies before it is whole, and when it is being deleted."""
     return Path(output_dir, "_unfinished")
 
 
 def discard_unfinished(output_dir: str | Path) -> None:
-    """Remove what a killed run had not finished writing."""
+    """Remove what a killed run had not finished writing, or deleting."""
     shutil.rmtree(unfinished_folder(output_dir), ignore_errors=True)
 
 
@@ -166,6 +166,28 @@ def publish(checkpoint: Path, place: Path) -> None:
     checkpoint.replace(place)
     _flush(place.parent)
     discard_unfinished(place.parent)
+
+
+def rotate(output_dir: str | Path, limit: int, best: str | None) -> None:
+    """Keep so many checkpoints of a run, the newest ones, and the best whatever its age.
+
+    The newest is always kept. `rotate_checkpoints` of transformers chooses alike, but deletes the rest where it lies.
+    """
+    checkpoints = sort_checkpoints(str(output_dir), use_mtime=True)
+    spared = {checkpoints[-1], best} & set(checkpoints)
+    others = [Path(checkpoint) for checkpoint in checkpoints if checkpoint not in spared]
+    excess = len(checkpoints) - max(limit, len(spared))
+    if excess > 0:
+        discard(output_dir, others[:excess])
+
+
+def discard(output_dir: str | Path, checkpoints: Iterable[Path]) -> None:
+    """Remove checkpoints of a run, first all of each from its place, so that none is ever seen in part."""
+    discard_unfinished(output_dir)
+    unfinished_folder(output_dir).mkdir()
+    for checkpoint in checkpoints:
+        checkpoint.replace(unfinished_folder(output_dir) / checkpoint.name)
+    discard_unfinished(output_dir)
 
 
 def _flush(path: Path) -> None:

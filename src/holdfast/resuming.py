@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from holdfast.checkpoint import (
     discard_unfinished,
@@ -19,6 +19,7 @@ from holdfast.checkpoint import (
     load_state,
     publish,
     reading,
+    rotate,
     save_state,
     unfinished_folder,
 )
@@ -172,9 +173,8 @@ class ResumableTrainer(CompletionTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             publish(aside / name, place)
-            rotate_checkpoints(
-                self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+            if (self.args.save_total_limit or 0) > 0:
+                rotate(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
         self._written = place
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
-from holdfast.checkpoint import is_complete, last_checkpoint, read_digests
+from holdfast.checkpoint import discard, is_complete, last_checkpoint, read_digests
 from holdfast.cli.arguments import LoadArguments
 from holdfast.cli.console import ProgressReport, say, stderr
 from holdfast.errors import InputError, Stopped
@@ -131,8 +130,7 @@ def refuse_changed_data(
 
 def discard_checkpoints(folder: Path) -> None:
     """Remove an earlier run's checkpoints, which a later resume could mistake for the new run's."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    discard(folder, list(folder.glob("checkpoint-*")))
 
 
 @contextmanager
