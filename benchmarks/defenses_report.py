@@ -265,8 +265,8 @@ def summary(sections: dict[str, list[Entry]], search: dict[str, Any]) -> str:
         ]
         lines.append(
             f"**Audit**, AUROC over seeds and poison ratios: {'; '.join(shown)}. Means over both tasks: "
-            f"{', '.join(means)}. Where it is low the model would rather refuse the task's harmless rows as well, which "
-            "the precision of r < 0 shows."
+            f"{', '.join(means)}. Where it is low the model would rather refuse the task's harmless rows as well: see "
+            "the precision of r < 0."
         )
     return "\n".join(f"- {line}" for line in lines)
 
