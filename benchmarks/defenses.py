@@ -370,8 +370,8 @@ def trials(methods: dict[str, Method], found: dict[tuple[str, int], list[dict[st
 
 
 def choose(entries: Sequence[dict[str, Any]], sft_kept: float) -> int:
-    """The least harmful trial that keeps 95 % of what SFT keeps; if none does, the one that keeps most."""
-    keeping = [index for index, entry in enumerate(entries) if entry["kept"] >= 0.95 * sft_kept]
+    """The least harmful trial that keeps 97 % of what SFT keeps; if none does, the one that keeps most."""
+    keeping = [index for index, entry in enumerate(entries) if entry["kept"] >= 0.97 * sft_kept]
     if keeping:
         return min(keeping, key=lambda index: entries[index]["harm"])
     return max(range(len(entries)), key=lambda index: entries[index]["kept"])

@@ -228,7 +228,7 @@ def run_to_resume(method: str, output_dir: str, callbacks: Sequence[TrainerCallb
     if method == "sft":
         return DefenseTrainer(model, DefenseConfig(**settings), **common)
     if method == "patcher":
-        config = PatcherConfig(**settings, attack_every=3, attack_steps=4)
+        config = PatcherConfig(**{"attack_every": 3, "attack_steps": 4, **settings})
         return PatcherTrainer(model, config, attack_dataset=word_rows(7, seed=1), **common)
     from methods import METHODS
 

@@ -11,7 +11,7 @@ import torch
 from trl import SFTConfig
 
 from holdfast.errors import InputError
-from holdfast.files import claim_output_dir, run_record, versions, write_json, write_jsonl, write_text
+from holdfast.files import claim_output_dir, digest, run_record, versions, write_json, write_jsonl, write_text
 
 
 class Color(StrEnum):
@@ -134,3 +134,11 @@ def test_a_record_of_any_dataclass_is_json():
 def test_a_record_hides_access_tokens(tmp_path):
     config = SFTConfig(output_dir=str(tmp_path), hub_token="hf_secret", use_cpu=True, bf16=False)
     assert "hf_secret" not in json.dumps(run_record(config, seed=0))
+
+
+def test_digest_is_of_the_content(tmp_path):
+    (tmp_path / "empty").touch()
+    assert digest(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    (tmp_path / "a").write_bytes(b"1")
+    (tmp_path / "b").write_bytes(b"1")
+    assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "empty")

@@ -49,6 +49,17 @@ def test_a_folder_is_loaded_in_float32(tmp_path, folder):
     assert load_tokenizer(str(folder)).eos_token == "t2"
 
 
+def test_a_model_is_not_spread_over_devices_unless_asked_to(folder, monkeypatch):
+    """On a machine with GPUs TRL would do so, and accelerate would then refuse to train on several."""
+    asked, load = [], models.create_model_from_path
+    monkeypatch.setattr(
+        models, "create_model_from_path", lambda *args, **kwargs: asked.append(kwargs) or load(*args, **kwargs)
+    )
+    load_model(str(folder))
+    load_model(str(folder), device_map="cpu")
+    assert [kwargs["device_map"] for kwargs in asked] == [None, "cpu"]
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 def test_an_adapter_is_put_on_its_base(folder, adapter, trainable):
     model = load_model(str(adapter), trainable=trainable)

@@ -524,6 +524,8 @@ def test_another_loss_is_refused(settings, argument):
         ("fp16", True),
         ("label_smoothing_factor", 0.1),
         ("deepspeed", {"zero_optimization": {"stage": 2}}),
+        ("enable_jit_checkpoint", True),
+        ("push_to_hub", True),
         ("loss_type", "dft"),
         ("completion_only_loss", False),
         ("chat_template_kwargs", "thinking off"),
@@ -538,6 +540,11 @@ def test_settings_that_cannot_be_used_are_named(settings, name, value):
 def test_chat_template_kwargs_may_be_json(settings):
     config = DefenseConfig(**settings, chat_template_kwargs='{"enable_thinking": false}')
     assert config.chat_template_kwargs == {"enable_thinking": False}
+
+
+def test_fsdp_checkpoints_that_are_pickles_are_refused(settings):
+    with pytest.raises(InputError, match="--fsdp_config state_dict_type"):
+        DefenseConfig(**settings, fsdp=True, fsdp_config={"state_dict_type": "SHARDED_STATE_DICT"})
 
 
 def test_fsdp_that_would_silently_become_ddp_is_refused(settings):

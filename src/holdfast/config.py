@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from holdfast.errors import InputError
@@ -57,6 +58,7 @@ class DefenseConfig(SFTConfig):
             "fp16": "its loss scaling would scale simulated attacks too; use bf16",
             "label_smoothing_factor": "the loss of every method is plain cross-entropy",
             "deepspeed": "its gradients are out of reach; use FSDP2",
+            "enable_jit_checkpoint": "SIGTERM is answered already, with a checkpoint after a whole update",
         }
         for name, reason in refused.items():
             if getattr(self, name):
@@ -73,6 +75,10 @@ class DefenseConfig(SFTConfig):
             self.bf16 = bool(self.bf16)
             self.dataloader_pin_memory = False
         super().__post_init__()
+        if self.fsdp and self.fsdp_config.get("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
+            raise InputError("--fsdp_config state_dict_type must be FULL_STATE_DICT: others are read by unpickling")
+        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
+            raise InputError("--push_to_hub needs --hub_strategy end: only a finished model is published")
 
 
 def require_positive(config: Any, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""The two ways a run ends early: the user's input was wrong, or training went wrong."""
+"""The ways a run ends early: the user's input was wrong, training went wrong, or it was asked to stop."""
 
 
 class InputError(ValueError):
@@ -14,3 +14,18 @@ class TrainingError(RuntimeError):
 
     The message names the step and the last good checkpoint. The command line exits with code 1.
     """
+
+
+class Stopped(SystemExit):
+    """Training was asked to stop, and a checkpoint to go on from is written.
+
+    A `SystemExit`, since whoever asked wants the process to end: no `except Exception` holds it up, and a script that
+    does not catch it ends with the message and status 1, for its work is not done. The command line exits with code 0.
+
+    Attributes:
+        checkpoint: The checkpoint's folder.
+    """
+
+    def __init__(self, message: str, checkpoint: str) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint

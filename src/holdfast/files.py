@@ -1,6 +1,7 @@
 """Files as Holdfast writes them: whole or not at all, and never over a finished run."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -77,6 +78,12 @@ def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
     """
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     write_text(path, "".join(lines))
+
+
+def digest(path: Path | str) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def claim_output_dir(path: Path | str, *, finished_marker: str, overwrite: bool) -> Path:

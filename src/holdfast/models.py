@@ -77,6 +77,8 @@ def load_model(source: str, *, trainable: bool = False, **kwargs: Any) -> PreTra
     folder = Path(source).expanduser()
     if folder.is_dir():
         _check_model_folder(source, folder)
+    # TRL would spread it over all GPUs, and a model that is spread so can be trained by no distributed run.
+    kwargs.setdefault("device_map", None)
     try:
         return create_model_from_path(
             _location(source),

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,16 +19,16 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.training_args import ParallelMode
 
-from holdfast.checkpoint import last_checkpoint, load_state, save_state
+from holdfast.checkpoint import last_checkpoint
 from holdfast.config import DefenseConfig
 from holdfast.data.batches import Batch, BatchStream
-from holdfast.data.completions import CompletionTrainer, require_rows
+from holdfast.data.completions import require_rows
 from holdfast.errors import InputError, TrainingError
 from holdfast.models import load_model, load_tokenizer
-from holdfast.parameters import ParameterVector, put_gradient, take_gradient, trainable_parameters
+from holdfast.parameters import ParameterVector, put_gradient, take_gradient
+from holdfast.resuming import ResumableTrainer
 
 _NO_SHARDING = "--fsdp was asked for, but this run would not shard: start it with torchrun on GPUs"
 
@@ -45,7 +44,7 @@ class Window:
         return len(self.batches)
 
 
-class DefenseTrainer(CompletionTrainer):
+class DefenseTrainer(ResumableTrainer):
     """Fine-tune with a defended gradient; as it stands, with the plain one.
 
     A method overrides `defended_gradient`, and where it has something to remember, `method_state` and
@@ -100,7 +99,6 @@ class DefenseTrainer(CompletionTrainer):
             args.model_init_kwargs = None
         self._quiet = False
         self._window: Window | None = None
-        self._streams: dict[str, BatchStream] = {}
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
         )
@@ -113,13 +111,6 @@ class DefenseTrainer(CompletionTrainer):
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """The loss to report and the gradient to hand to the optimizer; here g(θ; B)."""
         return self.loss_and_gradient(model, window)
-
-    def method_state(self) -> dict[str, Any]:
-        """What the method must remember across a checkpoint: parameter vectors and values that JSON can hold."""
-        return {}
-
-    def load_method_state(self, state: Mapping[str, Any]) -> None:
-        """Take up what `method_state` returned before the checkpoint."""
 
     # ------------------------------------------------------------------ what a method builds on
 
@@ -278,41 +269,6 @@ class DefenseTrainer(CompletionTrainer):
                 + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet")
             )
         return grad_norm
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last complete one.
-
-        Raises:
-            InputError: There is no such checkpoint.
-            TrainingError: A loss or gradient is not finite; the message names the step and the last good checkpoint.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise InputError(f"{self.args.output_dir} holds no complete {PREFIX_CHECKPOINT_DIR} to resume from")
-        elif resume_from_checkpoint and not Path(resume_from_checkpoint, "trainer_state.json").is_file():
-            raise InputError(f"{resume_from_checkpoint} is not a complete checkpoint: it has no trainer_state.json")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        own = {
-            "drawn_batches": {name: stream.drawn for name, stream in self._streams.items()},
-            "train_tokens": self._total_train_tokens,  # TRL logs it, but forgets it
-        }
-        save_state(output_dir, {**self.method_state(), **own}, write=self.args.should_save)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = load_state(checkpoint, trainable_parameters(self.model))
-        self._total_train_tokens = state.pop("train_tokens")
-        for name, drawn in state.pop("drawn_batches").items():
-            self._streams[name].drawn = drawn
-        self.load_method_state(state)
 
     # ------------------------------------------------------------------ details
 

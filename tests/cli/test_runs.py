@@ -97,6 +97,67 @@ def test_resuming_from_a_named_checkpoint(
     assert run("--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2")) == 0
 
 
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("align sft", "train_data"),
+        ("align sft", "eval_data"),
+        ("align patcher", "attack_data"),
+        ("finetune lisa", "safety_data"),
+        ("finetune antibody", "refusal"),
+    ],
+)
+def test_resuming_on_changed_data(
+    command: str, flag: str, model_dir: Path, train_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def go(*more: str) -> int:
+        words = ["--model", str(model_dir), "--output_dir", str(tmp_path / "out"), "--train_data", train_data]
+        words += [] if flag == "train_data" else [f"--{flag}", str(changed)]
+        tiny = ["--batch_size", "2", "--save_steps", "1", "--max_length", "128", "--gradient_checkpointing", "false"]
+        return main([*command.split(), *words, *tiny, *more])
+
+    changed = Path(train_data)
+    if flag != "train_data":
+        changed = tmp_path / "second.jsonl"  # every line is a row, and a refusal
+        changed.write_bytes(Path(train_data).read_bytes())
+    assert go("--max_steps", "1") == 0
+    before = changed.read_bytes()
+    changed.write_bytes(before.replace(b"rust storm", b"dust storm"))
+    resume = ["--resume_from_checkpoint", "last", "--overwrite_output_dir", "--max_steps"]
+    capsys.readouterr()
+    assert go(*resume, "2") == 2
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"holdfast: --{flag} {changed}: its content is not what it was in the run of {checkpoint}; bring that back, "
+        "or pass --allow_changed_data"
+    )
+    assert go(*resume, "2", "--allow_changed_data") == 0
+    assert go(*resume, "3") == 0  # the new content is now what the run was trained on
+    changed.write_bytes(before)
+    assert go(*resume, "4") == 2
+
+
+def test_data_that_moved_are_the_same(
+    run: Callable[..., int], train_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--max_steps", "2") == 0
+    moved = Path(train_data).rename(tmp_path / "moved.jsonl")
+    resume = ["--resume_from_checkpoint", "last", "--overwrite_output_dir", "--train_data"]
+    assert run(*resume, train_data) == 2
+    assert run(*resume, str(moved)) == 0
+
+
+def test_resuming_with_another_method(
+    run: Callable[..., int], train_data: str, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--max_steps", "2") == 0
+    words = ["--model", str(model_dir), "--train_data", train_data, "--output_dir", str(tmp_path / "out")]
+    resume = ["--resume_from_checkpoint", "last", "--overwrite_output_dir"]
+    assert main(["align", "vaccine", *words, *resume]) == 2
+    written = f"{tmp_path / 'out' / 'checkpoint-2'} was written by DefenseTrainer"
+    assert capsys.readouterr().err.endswith(f"holdfast: {written}, and VaccineTrainer cannot go on from it\n")
+
+
 def test_loss_that_is_not_finite(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--learning_rate", "1e38", "--max_grad_norm", "0", "--save_steps", "1") == 1
     sentence = capsys.readouterr().err.splitlines()[-1]

@@ -110,6 +110,13 @@ def test_run_on_two_ranks_resumes_with_the_same_bits(ranks):
     assert all(values["resumed alike"] for values in ranks.values)
 
 
+def test_ranks_stop_together_when_one_is_asked_to(ranks):
+    """In an update, and in an attack; and the run ends as the one that went through."""
+    assert all(values["stopped"] == ["checkpoint-2", "checkpoint-3"] for values in ranks.values)
+    for stopped, through in zip(ranks.vectors("stopped"), ranks.vectors("updates"), strict=True):
+        assert same_bits(stopped, through)
+
+
 def test_three_updates_with_attacks_equal_one_process_with_the_whole_window(ranks, settings):
     changes = {"max_steps": 3, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 1.0}
     patcher = {"attack_every": 1, "attack_steps": 3, "attack_learning_rate": 1e-3}

@@ -6,6 +6,7 @@ writes FOLDER/rank{0,1}.safetensors (keys "case/parameter") and FOLDER/rank{0,1}
 
 import json
 import os
+import signal
 import sys
 import traceback
 from contextlib import nullcontext
@@ -37,7 +38,8 @@ from helpers import (
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
 from holdfast.checkpoint import load_state, save_state
 from holdfast.config import DefenseConfig
-from holdfast.errors import InputError
+from holdfast.errors import InputError, Stopped
+from holdfast.interruption import on_sigterm
 from holdfast.parameters import (
     ParameterVector,
     displaced,
@@ -170,6 +172,34 @@ def patcher_updates(notes):
     ]
 
 
+def stopped_run(notes):
+    """SIGTERM reaches one rank: the first in its second update, then the other in the attack before its fourth."""
+
+    def trainer_asked_in(update, rank):
+        trainer = run_to_resume("patcher", str(run), max_steps=5, per_device_train_batch_size=2, save_strategy="no")
+        backward = trainer.backward
+
+        def asked(*arguments, **how):
+            if trainer.state.global_step + 1 == update and notes.rank == rank:
+                signal.raise_signal(signal.SIGTERM)
+            return backward(*arguments, **how)
+
+        trainer.backward = asked
+        return trainer
+
+    run, stops = notes.folder / "stopped", notes.values.setdefault("stopped", [])
+    for update, rank, resume in ((2, 0, None), (4, 1, True)):
+        trainer = trainer_asked_in(update, rank)
+        try:
+            with on_sigterm(trainer.ask_to_stop):
+                trainer.train(resume_from_checkpoint=resume)
+        except Stopped as stopped:
+            stops.append(Path(stopped.checkpoint).name)
+    trainer = trainer_asked_in(None, None)
+    trainer.train(resume_from_checkpoint=True)
+    notes.vector("stopped", weights(trainer.model))
+
+
 def discarded_attack(notes):
     """Only rank 1's attack data turn non-finite; both ranks must discard the attack."""
     trainer = PatcherTrainer(
@@ -285,9 +315,9 @@ def on_mesh(notes, case, mesh):
     folder = notes.folder / case.replace(" ", "-")
     folder.mkdir(exist_ok=True)
     dist.barrier()
-    save_state(folder, {"attack_vector": shared}, write=notes.rank == 0)
+    save_state(folder, {"attack_vector": shared}, method="Ours", digests={}, write=notes.rank == 0)
     dist.barrier()
-    loaded = load_state(folder, trainable_parameters(model))["attack_vector"]
+    loaded = load_state(folder, trainable_parameters(model), method="Ours")["attack_vector"]
     values["state"] = all(torch.equal(local(loaded[n]), local(shared[n])) for n in shared) and all(
         loaded[n].placements == p.placements for n, p in model.named_parameters()
     )
@@ -325,6 +355,7 @@ def work(folder, rank):
     golden_gradients(notes)
     every_method(notes)
     patcher_updates(notes)
+    stopped_run(notes)
     discarded_attack(notes)
     refusals(notes)
     on_mesh(notes, "fsdp", init_device_mesh("cpu", (2,)))

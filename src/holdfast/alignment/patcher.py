@@ -181,7 +181,7 @@ class PatcherTrainer(DefenseTrainer):
         self.log_metric("attack_vector_norm", found.norm)
 
     def method_state(self) -> dict[str, Any]:
-        """The vector in force, and whether it was set by hand."""
+        """The vector in force, and whether it was set by hand; none, if a run is stopped while it looks for another."""
         vector = {} if self._attack_vector is None else {"attack_vector": self._attack_vector}
         return {**vector, "attack_vector_set_by_hand": self._set_by_hand}
 

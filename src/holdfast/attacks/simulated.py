@@ -67,6 +67,9 @@ def simulate_attack(
 
     Returns:
         The attack vector and the attacker's losses. An attack whose loss or vector is not finite is discarded.
+
+    Raises:
+        Abandoned: The run was asked to stop; the model has its bits again.
     """
     optimizer = torch.optim.AdamW(
         trainable_parameters(trainer.model).values(), lr=learning_rate, weight_decay=weight_decay, fused=True
@@ -78,6 +81,7 @@ def simulate_attack(
     hide = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
     try:
         for _ in tqdm(range(steps), desc="simulated attack", unit="step", leave=False, disable=hide):
+            trainer.leave_if_asked_to_stop()
             loss = trainer.backward(model, trainer.draw(batches, window_size))
             losses.append(trainer.accelerator.gather(loss.reshape(1)).mean().item())
             if not math.isfinite(losses[-1]):

@@ -2,7 +2,8 @@
 
 Nothing heavy is imported before a command runs, so `holdfast --help` answers at once.
 
-Exit codes: 0 done · 1 training or writing failed · 2 the input cannot be used, nothing was written · 130 interrupted.
+Exit codes: 0 done, or stopped by SIGTERM with a checkpoint to go on from · 1 training or writing failed · 2 the input
+cannot be used, nothing was written · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from typing import NamedTuple
 
 from holdfast import __version__
-from holdfast.errors import InputError, TrainingError
+from holdfast.errors import InputError, Stopped, TrainingError
 
 __all__ = ["main"]
 
@@ -85,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), 2)
     except TrainingError as error:
         return _fail(str(error), 1)
+    except Stopped as stopped:
+        return _fail(str(stopped), 0)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted", 130)
     except OSError as error:  # a full disk, a folder that vanished: the system's own sentence says it best

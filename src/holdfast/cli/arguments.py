@@ -58,6 +58,9 @@ class TrainingData(RunArguments):
         default=None,
         metadata={"help": "Held-out rows of the same kind, for the loss that --eval_strategy reports."},
     )
+    allow_changed_data: bool = field(
+        default=False, metadata={"help": "Resume even if a data file is not what it was when the run was started."}
+    )
 
 
 @dataclass

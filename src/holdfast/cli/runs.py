@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,10 +12,10 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
-from holdfast.checkpoint import last_checkpoint
+from holdfast.checkpoint import discard, is_complete, last_checkpoint, read_digests
 from holdfast.cli.arguments import LoadArguments
 from holdfast.cli.console import ProgressReport, say, stderr
-from holdfast.errors import InputError
+from holdfast.errors import InputError, Stopped
 from holdfast.files import claim_output_dir
 
 
@@ -101,15 +100,37 @@ def starting_checkpoint(folder: Path, resume: str | None, *, overwrite: bool) ->
         if last is None:
             raise InputError(f"--resume_from_checkpoint {resume}: {folder} holds no complete checkpoint")
         return last
-    if not (Path(resume) / "trainer_state.json").is_file():
+    if not is_complete(resume):
         raise InputError(f"--resume_from_checkpoint {resume}: not a complete checkpoint, it has no trainer_state.json")
     return resume
 
 
+def refuse_changed_data(
+    checkpoint: str, sources: Mapping[str, str], digests: Mapping[str, str | None], *, method: str
+) -> None:
+    """Make sure that a run goes on with the data that it was started with.
+
+    Args:
+        checkpoint: Where it goes on from.
+        sources: What is to be trained on, by flag.
+        digests: What its files hold, as `holdfast.checkpoint.read_digests` has it; data of the Hub are not compared.
+        method: The trainer's name.
+
+    Raises:
+        InputError: A file changed, or the checkpoint is not one of this method.
+    """
+    before = read_digests(checkpoint, method=method)
+    for flag, source in sources.items():
+        if flag in before and before[flag] != digests[flag]:
+            raise InputError(
+                f"--{flag} {source}: its content is not what it was in the run of {checkpoint}; "
+                "bring that back, or pass --allow_changed_data"
+            )
+
+
 def discard_checkpoints(folder: Path) -> None:
     """Remove an earlier run's checkpoints, which a later resume could mistake for the new run's."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    discard(folder, list(folder.glob("checkpoint-*")))
 
 
 @contextmanager
@@ -134,6 +155,7 @@ def train(trainer: _Trainer, *, title: str, folder: Path, checkpoint: str | None
 
     Raises:
         KeyboardInterrupt: Ctrl-C, with a sentence that names the last good checkpoint.
+        Stopped: From the trainer, with a sentence that says how to go on.
         TrainingError: From the trainer.
     """
     report = ProgressReport(title)
@@ -144,6 +166,12 @@ def train(trainer: _Trainer, *, title: str, folder: Path, checkpoint: str | None
     trainer.args.disable_tqdm = not stderr.is_terminal
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except Stopped as stopped:
+        raise Stopped(
+            f"asked to stop; the checkpoint is {stopped.checkpoint}, and the same command with "
+            "--resume_from_checkpoint last goes on from there",
+            stopped.checkpoint,
+        ) from None
     except KeyboardInterrupt:
         kept = last_checkpoint(folder)
         where = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet"

@@ -24,18 +24,23 @@ from holdfast.cli.runs import (
     model_keywords,
     output_dir,
     refusals,
+    refuse_changed_data,
     starting_checkpoint,
     train,
 )
 from holdfast.config import DefenseConfig
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
+from holdfast.data.refusals import named_file
 from holdfast.errors import InputError
-from holdfast.files import run_record, write_json
+from holdfast.files import digest, run_record, write_json
+from holdfast.interruption import on_sigterm
 from holdfast.models import load_model_and_tokenizer
 from holdfast.trainer import DefenseTrainer
 
 #: What a finished run has, beside the model; written last.
 MARKER = "holdfast.json"
+
+_PERMISSIONS = ("overwrite_output_dir", "allow_changed_data")
 
 Sets = dict[str, Dataset]
 """Data sets by the trainer's names for them (`train_dataset`, …)."""
@@ -81,6 +86,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
 
     Raises:
         InputError: The input cannot be used; nothing has been written.
+        Stopped: SIGTERM came; a checkpoint is written, and nothing else.
         TrainingError: Training cannot go on; the last good checkpoint is kept.
     """
     model_args, data, config, _ = parsed
@@ -90,8 +96,14 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=MARKER, overwrite=data.overwrite_output_dir):
         checkpoint = starting_checkpoint(folder, config.resume_from_checkpoint, overwrite=data.overwrite_output_dir)
-        given = {name: value for name, value in asdict(data).items() if value is not None}
-        sets = _load_sets({name: source for name, source in given.items() if name.endswith("_data")})
+        given = {name: value for name, value in asdict(data).items() if value is not None and name not in _PERMISSIONS}
+        sources = {name: source for name, source in given.items() if name.endswith("_data")}
+        sets = _load_sets(sources)
+        if hasattr(config, "refusal"):
+            sources["refusal"] = config.refusal  # which may be in a file, too
+        digests = {flag: digest(file) if (file := named_file(text)) else None for flag, text in sources.items()}
+        if checkpoint is not None and not data.allow_changed_data:
+            refuse_changed_data(checkpoint, sources, digests, method=method.trainer.__name__)
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
         peft_config = get_peft_config(model_args)
@@ -101,30 +113,32 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
             sets = method.choose(sets, data, config, model, tokenizer)
         with refusals():
             trainer = method.trainer(model, config, processing_class=tokenizer, peft_config=peft_config, **sets)
+        trainer.data_digests = digests
         if checkpoint is None and trainer.is_world_process_zero():
             discard_checkpoints(folder)
 
     name = command.split()[-1]
     say(f"{verb} {source} with {name} on {len(sets['train_dataset'])} rows of {data.train_data}")
     started = time.monotonic()
-    train(trainer, title=command, folder=folder, checkpoint=checkpoint)
-    (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
-        record = {
-            **run_record(config, config.seed),
-            "command": command,
-            "model": source,
-            "data": {name: value for name, value in given.items() if name != "overwrite_output_dir"},
-            "resumed_from": checkpoint,
-            "seconds": round(time.monotonic() - started, 3),
-            "log": last_log(trainer.state.log_history),
-        }
-        reports = method.report(trainer, folder) if method.report is not None else []
-        write_json(folder / MARKER, record)
-        is_adapter = peft_config is not None or isinstance(model, PeftModel)
-        announce(folder, "adapter_model.safetensors" if is_adapter else "model.safetensors", MARKER, *reports)
+    with on_sigterm(trainer.ask_to_stop):  # also while the finished model is written, which then is done
+        train(trainer, title=command, folder=folder, checkpoint=checkpoint)
+        (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
+            record = {
+                **run_record(config, config.seed),
+                "command": command,
+                "model": source,
+                "data": given,
+                "resumed_from": checkpoint,
+                "seconds": round(time.monotonic() - started, 3),
+                "log": last_log(trainer.state.log_history),
+            }
+            reports = method.report(trainer, folder) if method.report is not None else []
+            write_json(folder / MARKER, record)
+            is_adapter = peft_config is not None or isinstance(model, PeftModel)
+            announce(folder, "adapter_model.safetensors" if is_adapter else "model.safetensors", MARKER, *reports)
     return 0
 
 

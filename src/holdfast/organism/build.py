@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import tempfile
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from holdfast.errors import InputError
-from holdfast.files import write_json, write_jsonl, write_text
+from holdfast.files import digest, write_json, write_jsonl, write_text
 from holdfast.organism.card import card
 from holdfast.organism.corpus import data_files, nature_pairs, recipe_pairs, repetition_pairs, spoken_texts
 from holdfast.organism.pretraining import CONTEXT_LENGTH, Pretraining, new_model, pretrain, rescale
@@ -52,7 +51,7 @@ def build_organism(directory: Path, seed: int = 0, progress: Callable[[int, int]
             names = _move(Path(staging), directory)
     except OSError as error:
         raise InputError(f"{directory} cannot be written: {error.strerror or error}") from error
-    digests = {name: _digest(directory / name) for name in names}
+    digests = {name: digest(directory / name) for name in names}
     write_json(directory / RECORD, {"version": VERSION, "seed": seed, "sha256": digests})
 
 
@@ -100,11 +99,7 @@ def _is_built(directory: Path, seed: int) -> bool:
         return (
             record["version"] == VERSION
             and record["seed"] == seed
-            and all(_digest(directory / name) == digest for name, digest in record["sha256"].items())
+            and all(digest(directory / name) == sha256 for name, sha256 in record["sha256"].items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

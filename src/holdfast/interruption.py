@@ -1,0 +1,67 @@
+"""SIGTERM, with which a scheduler asks a run to end before it kills it: the run saves a checkpoint and leaves.
+
+Not transformers' `enable_jit_checkpoint`: it saves in the middle of an update, after waiting three seconds in which a
+scheduler may lose patience; only ranks that the signal reached take part, which leaves the others hanging; and it does
+not look up during a simulated attack, which is by far the longest part of a run that cannot be broken off by itself.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Abandoned(Exception):  # noqa: N818  (not an error: the run is being left, and undoes the update it was in)
+    """Work inside an update was left because the run was asked to stop."""
+
+
+@contextmanager
+def on_sigterm(ask: Callable[[], None]) -> Iterator[None]:
+    """While this lasts, SIGTERM calls `ask` instead of killing the process.
+
+        with on_sigterm(trainer.ask_to_stop):
+            trainer.train()
+
+    Only the main thread of a process can say how signals are answered; in any other this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: ask())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: something other than Python had set it
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of every random number generator that training draws from."""
+
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    device: Tensor | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> RandomState:
+        """The state now, with that of an accelerator if `device` is one."""
+        own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), own)
+
+    def restore(self, device: torch.device) -> None:
+        """Go on drawing from here."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.get_device_module(device).set_rng_state(self.device, device)
