@@ -19,13 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def update_readme(name: str, text: str) -> None:
-    """Replace what stands between `<!-- name -->` and `<!-- /name -->`."""
-    path = ROOT / "README.md"
+def update_readme(name: str, text: str, document: Path = ROOT / "README.md") -> None:
+    """Replace what stands between `<!-- name -->` and `<!-- /name -->`, in the README or another document."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before = path.read_text(encoding="utf-8")
+    before = document.read_text(encoding="utf-8")
     after = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", before, flags=re.DOTALL)
-    write_text(path, after)
+    write_text(document, after)
 
 
 def step_cost_table(results: dict[str, Any]) -> str:
