@@ -64,15 +64,15 @@ def test_devices_that_cannot_be_used(
     flags: dict[str, Any], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from holdfast.alignment.parallel import ParallelPatcherConfig
-    from holdfast.cli.parallel import PatcherData, supervise
+    from holdfast.cli.parallel import ParallelArguments, supervise
     from holdfast.errors import InputError
 
-    data = PatcherData(train_data="alignment.jsonl", attack_data="attack.jsonl", parallel=True, **flags)
+    options = ParallelArguments(parallel=True, **flags)
     config = ParallelPatcherConfig(output_dir=str(tmp_path / "run"))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     with pytest.raises(InputError, match=re.escape(expected)):
-        supervise([], data, config)
+        supervise([], options, config)
     assert not (tmp_path / "run").exists()
 
 

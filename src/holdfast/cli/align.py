@@ -22,7 +22,7 @@ from holdfast.trainer import DefenseTrainer
 
 _METHODS = {
     "sft": Method(AlignData, DefenseConfig, DefenseTrainer),
-    "patcher": Method(parallel.PatcherData, ParallelPatcherConfig, PatcherTrainer),
+    "patcher": Method(AttackedAlignData, ParallelPatcherConfig, PatcherTrainer),
     "vaccine": Method(AlignData, VaccineConfig, VaccineTrainer),
     "booster": Method(AttackedAlignData, BoosterConfig, BoosterTrainer),
     "antibody": Method(AttackedAlignData, AntibodyAlignmentConfig, AntibodyAlignmentTrainer),
@@ -32,7 +32,8 @@ _METHODS = {
 def make_parser(method: str) -> HoldfastParser:
     """Return the parser of `align METHOD`."""
     description = "Align a model; the finished model and its tokenizer lie in --output_dir."
-    return training.make_parser(f"align {method}", _METHODS[method], description)
+    more = [parallel.ParallelArguments] if method == "patcher" else []
+    return training.make_parser(f"align {method}", _METHODS[method], description, *more)
 
 
 def run(method: str, argv: list[str]) -> int:
@@ -40,13 +41,13 @@ def run(method: str, argv: list[str]) -> int:
     set_up_logging()
     chosen, parsed = _METHODS[method], make_parser(method).parse(argv)
     if method == "patcher":
-        model_args, data, config, _ = parsed
-        if config.exchange and not (config.role or data.parallel):
+        model_args, data, config, side_by_side, _ = parsed
+        if config.exchange and not (config.role or side_by_side.parallel):
             raise InputError(f"--exchange {config.exchange} needs --role defender, --role attacker or --parallel")
-        if data.parallel:
+        if side_by_side.parallel:
             if config.role:
                 raise InputError(f"--parallel starts both roles: leave out --role {config.role}")
-            return parallel.supervise(argv, data, config)
+            return parallel.supervise(argv, side_by_side, config)
         if config.role == "attacker":
             return parallel.run_attacker(model_args, data, config)
         if config.role == "defender":

@@ -38,26 +38,22 @@ LEAVE_SECONDS = 30.0
 
 
 @dataclass
-class PatcherData(AttackedAlignData):
-    """The data of `align patcher`, and how to run its parallel form on one machine."""
+class ParallelArguments:
+    """How to run Patcher's parallel form on one machine."""
 
     parallel: bool = field(
         default=False,
         metadata={"help": "Run defender and attackers side by side on this machine, on separate devices."},
-        kw_only=True,
     )
-    attackers: int = field(default=1, metadata={"help": "How many attackers --parallel starts."}, kw_only=True)
+    attackers: int = field(default=1, metadata={"help": "How many attackers --parallel starts."})
     defender_devices: str | None = field(
-        default=None, metadata={"help": "GPUs of the defender, as in 0,1; by default the first."}, kw_only=True
+        default=None, metadata={"help": "GPUs of the defender, as in 0,1; by default the first."}
     )
     attacker_devices: str | None = field(
         default=None,
         metadata={"help": "GPUs of the attackers, dealt out evenly; by default those after the first."},
-        kw_only=True,
     )
-    max_restarts: int = field(
-        default=3, metadata={"help": "How often --parallel starts a job again that died."}, kw_only=True
-    )
+    max_restarts: int = field(default=3, metadata={"help": "How often --parallel starts a job again that died."})
 
     def __post_init__(self) -> None:
         if self.attackers < 1:
@@ -69,7 +65,7 @@ class PatcherData(AttackedAlignData):
 # ---------------------------------------------------------------------- one attacker
 
 
-def run_attacker(model_args: ModelArguments, data: PatcherData, config: ParallelPatcherConfig) -> int:
+def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: ParallelPatcherConfig) -> int:
     """Attack until the defender is done. Writes `attacker.json`; no model, whose place is the exchange.
 
     Raises:
@@ -158,14 +154,14 @@ class _Job:
             self.process.wait()
 
 
-def supervise(argv: Sequence[str], data: PatcherData, config: ParallelPatcherConfig) -> int:
+def supervise(argv: Sequence[str], options: ParallelArguments, config: ParallelPatcherConfig) -> int:
     """Run a defender and its attackers on this machine; done when the defender is.
 
     An attacker that keeps dying is given up, and the defender goes on with the last vector.
 
     Args:
         argv: The words after `align patcher`, which every job is given, with its role.
-        data: As parsed from them.
+        options: As parsed from them.
         config: As parsed from them.
 
     Returns:
@@ -175,7 +171,7 @@ def supervise(argv: Sequence[str], data: PatcherData, config: ParallelPatcherCon
         InputError: The devices cannot be used, or a job refused its input.
         TrainingError: The defender failed, or died more often than `--max_restarts`.
     """
-    jobs = _jobs(argv, data, config)
+    jobs = _jobs(argv, options, config)
     defender = jobs[0]
     with _stopped(jobs), _told_to_stop() as told, _display(jobs) as show:
         for job in jobs:
@@ -185,13 +181,13 @@ def supervise(argv: Sequence[str], data: PatcherData, config: ParallelPatcherCon
             show()
             for job in jobs:
                 if job.code():
-                    _revive(job, data.max_restarts, Path(config.output_dir) if job is defender else None)
+                    _revive(job, options.max_restarts, Path(config.output_dir) if job is defender else None)
     folder = Path(config.output_dir)
-    if told:
+    if not told and (folder / MARKER).is_file():
+        announce(folder, "model.safetensors", MARKER, "vectors.jsonl")
+    else:
         kept = last_checkpoint(folder)
         say(f"stopped; {f'the last checkpoint is {kept}' if kept else 'no checkpoint had been written yet'}")
-    else:
-        announce(folder, "model.safetensors", MARKER, "vectors.jsonl")
     return 0
 
 
@@ -215,13 +211,13 @@ def _revive(job: _Job, limit: int, checkpoints: Path | None) -> None:
     job.start(*(["--resume_from_checkpoint", "last"] if resume else []))
 
 
-def _jobs(argv: Sequence[str], data: PatcherData, config: ParallelPatcherConfig) -> list[_Job]:
+def _jobs(argv: Sequence[str], options: ParallelArguments, config: ParallelPatcherConfig) -> list[_Job]:
     """The defender and the attackers."""
     folder = Path(config.output_dir)
     exchange = config.exchange or str(folder / "exchange")
-    names = ["defender", *(f"attacker-{number}" for number in range(1, data.attackers + 1))]
+    names = ["defender", *(f"attacker-{number}" for number in range(1, options.attackers + 1))]
     jobs = []
-    for index, (name, devices) in enumerate(zip(names, _devices(data), strict=True)):
+    for index, (name, devices) in enumerate(zip(names, _devices(options), strict=True)):
         role = "attacker" if index else "defender"
         own = {"--parallel": "false", "--role": role, "--exchange": exchange}
         if index:
@@ -236,7 +232,7 @@ def _jobs(argv: Sequence[str], data: PatcherData, config: ParallelPatcherConfig)
     return jobs
 
 
-def _devices(data: PatcherData) -> list[list[str]]:
+def _devices(options: ParallelArguments) -> list[list[str]]:
     """The GPUs of the defender, then of every attacker; none of each where there is no GPU.
 
     Raises:
@@ -247,20 +243,20 @@ def _devices(data: PatcherData) -> list[list[str]]:
     )
     if not known:
         for flag in ("defender_devices", "attacker_devices"):
-            if getattr(data, flag) is not None:
-                raise InputError(f"--{flag} {getattr(data, flag)}: this machine has no GPU; leave it out")
-        return [[]] * (1 + data.attackers)
-    defenders = _listed(data.defender_devices, "defender_devices", known) or known[:1]
-    attackers = _listed(data.attacker_devices, "attacker_devices", known) or known[1:]
+            if getattr(options, flag) is not None:
+                raise InputError(f"--{flag} {getattr(options, flag)}: this machine has no GPU; leave it out")
+        return [[]] * (1 + options.attackers)
+    defenders = _listed(options.defender_devices, "defender_devices", known) or known[:1]
+    attackers = _listed(options.attacker_devices, "attacker_devices", known) or known[1:]
     if shared := sorted(set(defenders) & set(attackers)):
         raise InputError(f"--attacker_devices and --defender_devices share GPU {shared[0]}; they need separate ones")
-    each = len(attackers) // data.attackers
+    each = len(attackers) // options.attackers
     if each == 0:
         raise InputError(
-            f"--attackers {data.attackers} on {len(attackers)} GPUs: every attacker needs one of its own, the defender "
-            f"has {','.join(defenders)}"
+            f"--attackers {options.attackers} on {len(attackers)} GPUs: every attacker needs one of its own, beside "
+            f"the defender's {','.join(defenders)}"
         )
-    return [defenders, *(attackers[each * index : each * (index + 1)] for index in range(data.attackers))]
+    return [defenders, *(attackers[each * index : each * (index + 1)] for index in range(options.attackers))]
 
 
 def _listed(text: str | None, flag: str, known: Sequence[str]) -> list[str]:

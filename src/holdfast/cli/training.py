@@ -65,10 +65,10 @@ class Method:
     report: Callable[[Any, Path], list[str]] | None = None
 
 
-def make_parser(command: str, method: Method, description: str) -> HoldfastParser:
-    """Return the parser of a training command: model, data and the method's config."""
+def make_parser(command: str, method: Method, description: str, *more: type) -> HoldfastParser:
+    """Return the parser of a training command: model, data, the method's config, and what more there is to say."""
     return HoldfastParser(
-        (ModelArguments, method.data, method.config), prog=f"holdfast {command}", description=description
+        (ModelArguments, method.data, method.config, *more), prog=f"holdfast {command}", description=description
     )
 
 
@@ -89,7 +89,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
         Stopped: SIGTERM came; a checkpoint is written, and nothing else.
         TrainingError: Training cannot go on; the last good checkpoint is kept.
     """
-    model_args, data, config, _ = parsed
+    model_args, data, config, *_ = parsed
     if config.eval_strategy != "no" and data.eval_data is None:
         raise InputError(f"--eval_strategy {config.eval_strategy.value} needs held-out rows: give --eval_data")
     source, folder = model_args.model_name_or_path, Path(config.output_dir)
