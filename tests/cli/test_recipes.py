@@ -34,7 +34,7 @@ def test_there_are_recipes_for_every_published_setup() -> None:
 @pytest.mark.parametrize("model", ["patcher-qwen2.5-1.5b", "patcher-qwen3-4b", "patcher-llama3-8b"])
 def test_the_papers_sequential_setting(model: str) -> None:
     path = next(path for path in RECIPES if path.stem == model)
-    _, (_, _, config, _) = parse_recipe(path)
+    _, (_, _, config, *_) = parse_recipe(path)
     assert (config.alpha, config.attack_steps, config.attack_every, config.max_steps) == (0.5, 300, 1000, 15000)
     assert config.learning_rate == config.attack_learning_rate == 1e-5
     assert config.lr_scheduler_type == "constant"
