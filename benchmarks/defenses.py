@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -443,10 +444,23 @@ def report(sections: Sequence[str]) -> None:
         for entry in found:
             results = read(entry.pop("path"))
             kept = {"alignment": "points", "audit": "detection"}.get(section, "results")
-            entry[kept] = results[kept]
+            entry[kept] = rates_only(results[kept])
         record["sections"][section] = found
     write_json(path, record)
     console.print(f"wrote {path}; python benchmarks/defenses_report.py makes docs/results.md of it")
+
+
+def rates_only(found: Any) -> Any:
+    """Results without counts and bounds, which follow from a rate and its n, and figures that were not measured."""
+    if isinstance(found, list):
+        return [rates_only(item) for item in found]
+    if isinstance(found, dict):
+        return {
+            name: rates_only(item)
+            for name, item in found.items()
+            if item is not None and not re.fullmatch("(.*_)?(low|high)|count", name)
+        }
+    return found
 
 
 def uploads_of(

@@ -193,7 +193,7 @@ def audit(entries: list[Entry]) -> str:
     rows = []
     for (base, task, ratio), runs in grouped(entries, "aligned", "task", "ratio").items():
         found = [run["detection"] for run in runs]
-        precision = [entry["precision"]["value"] for entry in found if entry["precision"]]
+        precision = [entry["precision"]["value"] for entry in found if "precision" in entry]
         rows.append(
             [
                 NAMES[base],
