@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled", categ
 
 
 class Writer(HuggingFaceStorageWriter):
-    """Writes one file a rank, none of them a pickle.
+    """Writes one safetensors file a rank, and no index that would have to be unpickled.
 
     Args:
         folder: Where to; it is made.

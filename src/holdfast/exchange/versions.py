@@ -6,10 +6,8 @@ clock has a part in it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,7 +17,7 @@ from typing import Any
 
 from holdfast.exchange.leases import leased_versions
 from holdfast.exchange.opening import first_difference
-from holdfast.files import write_json
+from holdfast.files import digest, flush, write_json
 from holdfast.hub import reason
 
 logger = logging.getLogger(__name__)
@@ -89,9 +87,9 @@ def make_visible(temporary: Path, version: Version, run: str, fingerprint: Mappi
         "files": {name: _measured(temporary / name) for name in sorted(files)},
     }
     write_json(temporary / MANIFEST, manifest)
-    _sync(temporary)
+    flush(temporary)
     temporary.rename(version.path)
-    _sync(version.path.parent)
+    flush(version.path.parent)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -178,15 +176,4 @@ def _check_files(path: Path, expected: Mapping[str, Any]) -> None:
 
 
 def _measured(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return {"bytes": stream.tell(), "sha256": digest}
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
