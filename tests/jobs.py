@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+
+from ranks import environments
 
 HERE = Path(__file__).parent
 PATIENCE = 60.0
@@ -105,7 +106,7 @@ class Run:
         self.started += 1
         argv = ["align", "patcher", *flags, *self.words, *words]
         jobs = []
-        for rank, environment in enumerate(_ranks(ranks)):
+        for rank, environment in enumerate(environments(ranks)):
             log = self.folder / f"{role}-{self.started}-{rank}.log"
             request = {"words": argv, "log": str(log), "faults": faults, "truth": str(self.truth)}
             number = self.server.ask({**request, "environment": environment})
@@ -140,14 +141,3 @@ class Run:
         assert (self.output / "checkpoint-16" / "trainer_state.json").is_file()
         assert load_file(self.output / "checkpoint-16" / "holdfast_state.safetensors")
         assert not [path for path in self.exchange.glob("*/*") if path.name.startswith(".")]
-
-
-def _ranks(count: int) -> list[dict[str, str]]:
-    """What torchrun puts into the environment of each rank; nothing for a single one."""
-    if count == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]

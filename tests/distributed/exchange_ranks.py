@@ -1,6 +1,6 @@
 """Two gloo processes that are one job of an exchange; started by test_exchange_ranks.py.
 
-Usage: exchange_ranks.py FOLDER PORT. FOLDER/exchange holds one version of the defender's for each dtype, from one
+Usage: exchange_ranks.py FOLDER. FOLDER/exchange holds one version of the defender's for each dtype, from one
 process. The ranks read them, publish as attackers, and write what they have found to FOLDER/rank{0,1}.safetensors (keys
 "case/parameter") and FOLDER/rank{0,1}.json.
 """
@@ -9,10 +9,7 @@ import errno
 import json
 import logging
 import os
-import sys
 import threading
-import traceback
-from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
 
@@ -28,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from holdfast.errors import InputError
 from holdfast.exchange import Exchange
 from holdfast.parameters import trainable_parameters
+from ranks import fork_two
 
 FINGERPRINT = {"model": "a", "tokenizer": "b", "trained parameters": "c"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -180,20 +178,4 @@ def work(folder, rank):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, port = Path(sys.argv[1]), sys.argv[2]
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in place.items()})
-            try:
-                work(folder, rank)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)  # gloo then fails on the other rank as well
-        children.append(child)
-    if any(os.waitpid(child, 0)[1] for child in children):
-        raise SystemExit("a rank failed")
+    fork_two(work)

@@ -1,11 +1,7 @@
 """Jobs of two gloo processes and of one hand each other weights: sharded (FSDP2, HSDP) and plain (DDP), bit for bit."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ from safetensors.torch import load_file
 
 from helpers import same_bits
 from holdfast.exchange import Exchange
+from ranks import run_script
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -49,13 +46,7 @@ def ranks(tmp_path_factory):
         for name, dtype in DTYPES.items():
             with Exchange(folder / "exchange", origin=f"single-{name}", run=None, fingerprint=FINGERPRINT) as exchange:
                 exchange.publish(odd_model(dtype), step=0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
-    command = [sys.executable, str(HERE / "exchange_ranks.py"), str(folder), str(port)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script(HERE / "exchange_ranks.py", folder)
     return Found(folder)
 
 

@@ -1,10 +1,6 @@
 """Two gloo processes do what one does: DDP through the trainers, FSDP2 and HSDP shards through the algebra."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +19,7 @@ from helpers import (
 )
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
 from methods import METHODS, joined
+from ranks import run_script
 
 HERE = Path(__file__).parent
 MESHES = ["fsdp", "hsdp 1x2", "hsdp 2x1"]
@@ -50,13 +47,7 @@ class Found:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
-    command = [sys.executable, str(HERE / "two_ranks.py"), str(folder), str(port)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script(HERE / "two_ranks.py", folder)
     return Found(folder)
 
 

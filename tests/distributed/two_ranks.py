@@ -1,14 +1,12 @@
 """Two gloo processes that train and shard tiny models; started by test_two_ranks.py.
 
-Usage: two_ranks.py FOLDER PORT. Both ranks are forked off this process, so that the libraries are imported once. Each
+Usage: two_ranks.py FOLDER. Both ranks are forked off this process, so that the libraries are imported once. Each
 writes FOLDER/rank{0,1}.safetensors (keys "case/parameter") and FOLDER/rank{0,1}.json.
 """
 
 import json
 import os
 import signal
-import sys
-import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -55,6 +53,7 @@ from holdfast.parameters import (
 )
 from holdfast.trainer import DefenseTrainer
 from methods import METHODS, first_update
+from ranks import fork_two
 
 BATCH = golden_batch("safe")
 
@@ -367,20 +366,4 @@ def work(folder, rank):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, port = Path(sys.argv[1]), sys.argv[2]
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in place.items()})
-            try:
-                work(folder, rank)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)  # gloo then fails on the other rank as well
-        children.append(child)
-    if any(os.waitpid(child, 0)[1] for child in children):
-        raise SystemExit("a rank failed")
+    fork_two(work)
