@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from holdfast.cli.workers import last_line
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError, TrainingError
 from holdfast.files import run_record, write_json
+from holdfast.interruption import on_sigterm
 from holdfast.models import load_model_and_tokenizer
 
 #: What an attacker that ended with its defender leaves.
@@ -173,17 +175,17 @@ def supervise(argv: Sequence[str], options: ParallelArguments, config: ParallelP
     """
     jobs = _jobs(argv, options, config)
     defender = jobs[0]
-    with _stopped(jobs), _told_to_stop() as told, _display(jobs) as show:
+    told = threading.Event()
+    with _stopped(jobs), on_sigterm(told.set), _display(jobs) as show:
         for job in jobs:
             job.start()
-        while defender.code() != 0 and not told:
-            time.sleep(0.5)
+        while defender.code() != 0 and not told.wait(0.5):
             show()
             for job in jobs:
                 if job.code():
                     _revive(job, options.max_restarts, Path(config.output_dir) if job is defender else None)
     folder = Path(config.output_dir)
-    if not told and (folder / MARKER).is_file():
+    if not told.is_set() and (folder / MARKER).is_file():
         announce(folder, "model.safetensors", MARKER, "vectors.jsonl")
     else:
         kept = last_checkpoint(folder)
@@ -279,17 +281,6 @@ def _stopped(jobs: Sequence[_Job]) -> Iterator[None]:
                 time.sleep(0.2)
         for job in jobs:
             job.stop()
-
-
-@contextmanager
-def _told_to_stop() -> Iterator[list[int]]:
-    """A list that is empty until SIGTERM comes."""
-    told: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
-    try:
-        yield told
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
