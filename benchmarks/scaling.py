@@ -120,9 +120,10 @@ def host_table() -> str:
     for model in MODELS:
         nodes = math.ceil(model.least(DEFENDING) / NODE)
         on_disk = 5 * model.version  # the weights twice, as safetensors and for FSDP; two moments; δ
-        sizes = (NODE * model.version, NODE * model.version, 3 * model.version / nodes, on_disk)
+        sizes = (NODE * model.version, model.version, 3 * model.version / nodes, on_disk)
         rows.append((model.name, nodes, *(gb(size) for size in sizes), seconds(on_disk / STORAGE)))
-    heads = ("nodes", "loading", "δ in a checkpoint", "copies for the exchange", "a checkpoint on disk", "written in")
+    copies = ("loading", "δ in a checkpoint, on the first node", "copies for the exchange")
+    heads = ("nodes", *copies, "a checkpoint on disk", "written in")
     return table(("GB of a node of the defender's", *heads), rows)
 
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError  # what torch raises; nothing is unpickled here
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from holdfast.errors import InputError
-from holdfast.files import write_json
+from holdfast.files import flush, write_json
 from holdfast.parameters import ParameterVector, shard_like
 
 VALUES, VECTORS = "holdfast_state.json", "holdfast_state.safetensors"
@@ -38,7 +37,8 @@ def save_state(
 ) -> None:
     """Write a method's state into a checkpoint folder.
 
-    Called on every rank, since shards have to be gathered; one tensor at a time is whole, and only on the CPU.
+    Called on every rank, since shards have to be gathered; one tensor at a time is whole, and only on the CPU;
+    the rank that writes keeps them all there.
 
     Args:
         checkpoint: The folder, which exists.
@@ -48,11 +48,12 @@ def save_state(
         write: Whether this rank is the one that writes.
     """
     vectors = {name: value for name, value in state.items() if isinstance(value, ParameterVector)}
-    tensors = {
-        f"{name}/{parameter}": _whole(tensor)
-        for name, vector in vectors.items()
-        for parameter, tensor in vector.items()
-    }
+    tensors = {}
+    for name, vector in vectors.items():
+        for parameter, tensor in vector.items():
+            whole = _whole(tensor)
+            if write:
+                tensors[f"{name}/{parameter}"] = whole
     if not write:
         return
     if tensors:
@@ -70,14 +71,16 @@ def load_state(checkpoint: str | Path, parameters: Mapping[str, Tensor], *, meth
     """
     saved = _read(checkpoint, method)
     state: dict[str, Any] = dict(saved["values"])
-    tensors = load_file(Path(checkpoint, VECTORS)) if saved["vectors"] else {}
     for name in saved["vectors"]:
-        vector = {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
-        if vector.keys() != parameters.keys():
-            raise InputError(
-                f"the {name} in {checkpoint} belongs to another model or another set of trained parameters"
+        with safe_open(Path(checkpoint, VECTORS), framework="pt") as file:  # one tensor at a time is whole
+            known = {key.removeprefix(f"{name}/") for key in file.keys() if key.startswith(f"{name}/")}  # noqa: SIM118
+            if known != parameters.keys():
+                raise InputError(
+                    f"the {name} in {checkpoint} belongs to another model or another set of trained parameters"
+                )
+            state[name] = ParameterVector(
+                {key: shard_like(parameters[key], file.get_tensor(f"{name}/{key}")) for key in parameters}
             )
-        state[name] = ParameterVector({key: shard_like(parameters[key], vector[key]) for key in parameters})
     return state
 
 
@@ -119,7 +122,7 @@ def reading(checkpoint: str | Path) -> Iterator[None]:
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise InputError(
             f"{checkpoint} cannot be read: a pickle in it is damaged, or holds more than tensors and numbers"
         ) from error
@@ -160,11 +163,11 @@ def publish(checkpoint: Path, place: Path) -> None:
     checkpoint that the run went on from.
     """
     for path in [*checkpoint.rglob("*"), checkpoint]:
-        _flush(path)
+        flush(path)
     if place.exists():
         place.replace(checkpoint.with_name("replaced"))
     checkpoint.replace(place)
-    _flush(place.parent)
+    flush(place.parent)
     discard_unfinished(place.parent)
 
 
@@ -188,14 +191,6 @@ def discard(output_dir: str | Path, checkpoints: Iterable[Path]) -> None:
     for checkpoint in checkpoints:
         checkpoint.replace(unfinished_folder(output_dir) / checkpoint.name)
     discard_unfinished(output_dir)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _whole(tensor: Tensor) -> Tensor:
