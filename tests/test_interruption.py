@@ -1,6 +1,9 @@
 """SIGTERM: the run saves a checkpoint and stops, and goes on to the bits of a run that was never asked to."""
 
+import multiprocessing
+import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +97,26 @@ def assert_goes_on_to(expected, method, folder, **changes):
 def test_stopped_run_ends_as_one_that_went_through(whole, tmp_path, method):
     assert stopped(run_to_resume(method, str(tmp_path), [At(5)])) == 5
     assert_goes_on_to(whole(method), method, tmp_path)
+
+
+class ToAllProcesses(At):
+    """SIGTERM to this process and its data loader's workers, as a scheduler sends it; not from their parent."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step + 1 == self.update:
+            workers = [str(process.pid) for process in multiprocessing.active_children()]
+            assert workers
+            subprocess.run(["kill", "-TERM", str(os.getpid()), *workers], check=True)
+
+
+def test_workers_go_on_until_the_run_is_left(whole, tmp_path):
+    changes = {"dataloader_num_workers": 1}
+    assert stopped(run_to_resume("sft", str(tmp_path), [ToAllProcesses(2)], **changes)) == 2
+    assert_goes_on_to(whole("sft"), "sft", tmp_path, **changes)
+    for process in multiprocessing.active_children():
+        process.terminate()
+        process.join(10)
+        assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("step", [1, ATTACK_STEPS])

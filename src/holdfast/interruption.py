@@ -7,6 +7,7 @@ not look up during a simulated attack, which is by far the longest part of a run
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -41,6 +42,24 @@ def on_sigterm(ask: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: something other than Python had set it
+
+
+def work_until_the_parent_ends_it(begin: Callable[[int], None] | None, worker: int) -> None:
+    """Begin the work of a data loader's worker, to which SIGTERM means something only if its parent sends it.
+
+    Schedulers send it to every process of a job, and the run still needs its workers for the update that it is in.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_parent, daemon=True).start()
+    if begin is not None:
+        begin(worker)
+
+
+def _await_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.utils.data import DataLoader
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
@@ -26,7 +28,7 @@ from holdfast.checkpoint import (
 from holdfast.data.batches import BatchStream
 from holdfast.data.completions import CompletionTrainer
 from holdfast.errors import InputError, Stopped
-from holdfast.interruption import Abandoned, RandomState
+from holdfast.interruption import Abandoned, RandomState, work_until_the_parent_ends_it
 from holdfast.parameters import trainable_parameters
 
 
@@ -111,6 +113,13 @@ class ResumableTrainer(CompletionTrainer):
         """
         if self._is_asked_to_stop():
             raise Abandoned
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The base trainer's. SIGTERM often comes to all processes of a job; the workers leave it to this one."""
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        own = getattr(loader, "base_dataloader", loader)  # accelerate has wrapped it
+        own.worker_init_fn = partial(work_until_the_parent_ends_it, own.worker_init_fn)
+        return loader
 
     def _is_asked_to_stop(self) -> bool:
         """Whether any rank was; all of them have to agree on where to stop."""

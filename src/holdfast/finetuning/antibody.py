@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -135,7 +135,7 @@ class AntibodyTrainer(DefenseTrainer):
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last or len(self.train_dataset) % self._rows_at_once == 1
         try:
-            return cast("DataLoader[Any]", super().get_train_dataloader())
+            return super().get_train_dataloader()
         finally:
             self.args.dataloader_drop_last = drop_last  # held-out rows have no weights
 
