@@ -7,6 +7,7 @@ number;
 A job's faults, by kind:
     attack:N    it is killed in the N-th step that it makes as an attacker
     step:N      it is killed in the middle of update N of the defender, after half of the weights moved
+    displaced:N it is killed in the defender's N-th attacked pass, its weights being displaced
     publish:N   it is killed while it publishes for the N-th time, all files being written but nothing visible
     slow:S      every update of the defender takes S seconds more, so that attackers can keep up
     clock:N     its clock jumps an hour back when it has been asked for the N-th time
@@ -24,6 +25,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -35,6 +37,7 @@ from transformers import TrainerCallback
 
 import holdfast.cli.align
 from holdfast import cli
+from holdfast.alignment import patcher
 from holdfast.alignment.parallel import PatcherDefenderTrainer
 from holdfast.alignment.parallel_attacker import PatcherAttackerTrainer
 from holdfast.exchange import Exchange, exchange
@@ -104,6 +107,16 @@ def install(faults: dict[str, float], truth: Path) -> None:
     if "attack" in faults:
         step = PatcherAttackerTrainer.training_step
         PatcherAttackerTrainer.training_step = calls(step, faults["attack"], die)
+    if "displaced" in faults:
+        inside, reach = patcher.displaced, calls(lambda: None, faults["displaced"], die)
+
+        @contextmanager
+        def displaced(*args):
+            with inside(*args):
+                reach()
+                yield
+
+        patcher.displaced = displaced
     if "publish" in faults:
         exchange.make_visible = calls(exchange.make_visible, faults["publish"], die)
     if "clock" in faults:

@@ -46,6 +46,7 @@ def test_attacker_is_killed(run: Run, place: dict[str, float]) -> None:
     "place",
     [
         pytest.param({"step": 11}, id="mid-step"),
+        pytest.param({"displaced": 6}, id="mid-attack", marks=matrix),
         pytest.param({"publish": 5}, id="mid-publish", marks=matrix),
         pytest.param({"step": 2}, id="before-the-first-checkpoint", marks=matrix),
     ],
