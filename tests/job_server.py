@@ -12,6 +12,7 @@ A job's faults, by kind:
     slow:S      every update of the defender takes S seconds more, so that attackers can keep up
     clock:N     its clock jumps an hour back when it has been asked for the N-th time
     freeze:N    before update N of the defender it waits until the file TRUTH/go is there
+    shards:1    none: its ranks shard the model, as on GPUs
 
 Every attacker keeps a copy of what it publishes in the folder `truth`, beside the exchange and out of reach of faults;
 the defender's process ends with exit code 99 should it ever load something else.
@@ -33,6 +34,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import holdfast.cli.align
@@ -41,6 +43,7 @@ from holdfast.alignment import patcher
 from holdfast.alignment.parallel import PatcherDefenderTrainer
 from holdfast.alignment.parallel_attacker import PatcherAttackerTrainer
 from holdfast.exchange import Exchange, exchange
+from ranks import shard_on_cpu
 
 assert holdfast.cli.align  # what every job needs is imported here
 
@@ -82,6 +85,10 @@ def calls(function, number, then):
     return counted
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def install(faults: dict[str, float], truth: Path) -> None:
     begin, load, publish, clock = PatcherDefenderTrainer.train, Exchange.load, Exchange.publish, time.time
 
@@ -91,7 +98,7 @@ def install(faults: dict[str, float], truth: Path) -> None:
 
     def noted(self, weights, **kwargs):
         if self.origin != "defender":
-            copy = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
+            copy = {name: whole(tensor).clone().contiguous() for name, tensor in weights.items()}
             save_file(copy, truth / f"{self.origin}-{uuid4().hex}.safetensors")
         return publish(self, weights, **kwargs)
 
@@ -99,7 +106,8 @@ def install(faults: dict[str, float], truth: Path) -> None:
         found = load(self, version, like)
         if found is not None and version.origin != "defender":
             copies = [load_file(path) for path in truth.glob(f"{version.origin}-*.safetensors")]
-            if not any(all(torch.equal(found[name], copy[name]) for name in found) for copy in copies):
+            loaded = {name: whole(tensor) for name, tensor in found.items()}
+            if not any(all(torch.equal(loaded[name], copy[name]) for name in loaded) for copy in copies):
                 os._exit(99)
         return found
 
@@ -135,6 +143,8 @@ def run(words: list[str], log: str, faults: dict[str, float], truth: str, enviro
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(out, descriptor)
+    if "shards" in faults:
+        shard_on_cpu()
     install(faults, Path(truth))
     return cli.main(words)
 

@@ -104,6 +104,8 @@ class Run:
         }
         flags = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
         self.started += 1
+        if "shards" in faults:
+            words = (*words, "--fsdp", "--fsdp_config", '{"version": 2, "state_dict_type": "FULL_STATE_DICT"}')
         argv = ["align", "patcher", *flags, *self.words, *words]
         jobs = []
         for rank, environment in enumerate(environments(ranks)):

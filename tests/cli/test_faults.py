@@ -32,6 +32,17 @@ def test_nothing_fails(run: Run, defenders: int, attackers: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("defenders", "attackers"), [(2, 1), pytest.param(1, 2, marks=matrix), pytest.param(2, 2, marks=matrix)]
+)
+def test_nothing_fails_with_shards(run: Run, defenders: int, attackers: int) -> None:
+    """A job of several ranks is one of FSDP2."""
+    defender = run.start_ranks("defender", defenders, slow=0.3, **{"shards": 1} if defenders > 1 else {})
+    attacker = run.start_ranks("attacker", attackers, **{"shards": 1} if attackers > 1 else {})
+    run.check(*defender, *attacker)
+    assert len(run.vectors) >= 3
+
+
+@pytest.mark.parametrize(
     "place",
     [pytest.param({"attack": 4}, id="mid-attack"), pytest.param({"publish": 2}, id="mid-publish", marks=matrix)],
 )

@@ -26,6 +26,7 @@ class Arguments:
     keywords: dict[str, Any] | str | None = None
     strategy: str = field(default="steps", metadata={"choices": ["no", "steps"]})
     optim: str = "adamw"
+    shards: str | None = field(default=None, metadata={"nargs": "?", "const": True})  # as transformers' `fsdp`
 
 
 def parse(recipe: Path | None, *argv: str) -> Arguments:
@@ -54,6 +55,8 @@ def recipe(tmp_path: Path) -> Path:
         ("fast: no", "fast", False),
         ("mixed: true", "mixed", True),
         ("mixed: null", "mixed", None),
+        ("shards: true", "shards", True),
+        ("shards: false", "shards", None),
         ("names: [a, b]", "names", ["a", "b"]),
         ("names: a", "names", ["a"]),
         ("counts: [0, 2, 5]", "counts", [0, 2, 5]),

@@ -187,6 +187,8 @@ def _words(path: Path, flag: str, action: argparse.Action, value: Any) -> list[s
         return [] if action.default is None else [f"{flag}=none"]
     if action.nargs == 0:
         raise InputError(f"{path}: write {action.dest}: false instead of the key {flag[2:]!r}")
+    if isinstance(value, bool) and action.const is True and action.type is str:
+        return [flag] if value else []  # `fsdp` also takes words, and would take "true" for one
     if action.nargs == "+":
         return [flag, *(_word(path, flag, item) for item in (value if isinstance(value, list) else [value]))]
     if isinstance(value, Mapping):
