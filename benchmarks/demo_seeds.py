@@ -19,7 +19,7 @@ from typing import Any
 from holdfast.cli import main as holdfast
 from holdfast.cli.report import TITLES, break_step, is_control
 from holdfast.files import write_bytes, write_json
-from readme import update_readme
+from readme import fill_block
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "out"
@@ -173,7 +173,7 @@ def main() -> None:
     write_json(RESULTS, {"schema": 1, **record, **found})
     picture = OUT / f"demo-{options.seeds[0]}" / "attack_curves.png"
     write_bytes(ROOT / "docs" / "images" / "attack_curves.png", picture.read_bytes())
-    update_readme("demo-table", table(demos))
+    fill_block("demo-table", table(demos))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Patcher's parallel form beside the sequential one, on the organism: how well it defends, and how fast it is.
 
-    python benchmarks/parallel.py quality     # 3 seeds: one attacker, one with long attacks, four unlike ones
-    python benchmarks/parallel.py speed       # one run: parallel, beside an attacker that does not exchange, sequential
+    python benchmarks/parallel.py quality     # every form on seeds 0, 1, 2
+    python benchmarks/parallel.py quality --seeds 3 4 5 --forms sequential parallel "parallel, publishing every 10"
+    python benchmarks/parallel.py speed       # one run: parallel, beside other work, alone, and sequential
     python benchmarks/parallel.py publishing  # what publishing costs the training of a 30 M-parameter model
 
-Each writes its part of benchmarks/results/parallel.json. Every job has one thread. `quality` is made of ordinary
-`holdfast` commands and can be stopped and gone on with: what is finished stays in benchmarks/out/parallel. For `speed`
-and `publishing` the machine should have a core for each job and nothing else to do.
+Each writes its part of benchmarks/results/parallel.json, which parallel_report.py puts into docs/parallel.md. Every job
+has one thread. `quality` is made of ordinary `holdfast` commands and can be stopped and gone on with: what is finished
+stays in benchmarks/out/parallel. For `speed` and `publishing` the machine should have a core for each job and nothing
+else to do.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +49,28 @@ from step_cost import LIGHT, make_trainer
 HERE = Path(__file__).parent
 OUT, RESULTS = HERE / "out" / "parallel", HERE / "results" / "parallel.json"
 SEEDS = (0, 1, 2)
-LONG = 160
-#: Attackers of each form: their learning rates and the lengths of their attacks. The last two have as many attacker
-#: steps a round as each other.
-FORMS: dict[str, tuple[tuple[float, int], ...]] = {
-    "sequential": (),
-    "parallel": ((2e-4, 40),),
-    "one long attacker": ((2e-4, LONG),),
-    "four attackers": ((1e-4, 20), (1e-4, 60), (2e-4, 20), (2e-4, 60)),
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of Patcher.
+
+    Attributes:
+        attackers: The learning rate and the length of the attacks of each; none in the sequential form.
+        publish_every: Updates between publications.
+    """
+
+    attackers: tuple[tuple[float, int], ...] = ()
+    publish_every: int = 50
+
+
+#: All take up a vector every 50 updates. The last two have as many attacker steps a round as each other.
+FORMS = {
+    "sequential": Form(),
+    "parallel": Form(((2e-4, 40),)),
+    "parallel, publishing every 10": Form(((2e-4, 40),), publish_every=10),
+    "one long attacker": Form(((2e-4, 160),)),
+    "four attackers": Form(((1e-4, 20), (1e-4, 60), (2e-4, 20), (2e-4, 60))),
 }
 console = Console()
 
@@ -88,12 +105,13 @@ def align(form: str, seed: int, folder: Path, organism: Path) -> None:
     words = ["-m", "holdfast", *(str(w).replace(str(folder / "organism"), str(organism)) for w in words)]
     words[words.index("--output_dir") + 1] = str(folder / "model")
     attackers = []
-    for number, (rate, steps) in enumerate(FORMS[form], 1):
+    for number, (rate, steps) in enumerate(FORMS[form].attackers, 1):
         own = ["--role", "attacker", "--attacker_name", f"a{number}", "--output_dir", folder / f"a{number}"]
         own += ["--attack_learning_rate", rate, "--attack_steps", steps, "--seed", seed + number]
         log = folder / f"a{number}.log"
         attackers.append((start([*words, "--exchange", folder / "exchange", *own], log), log))
-    role = ["--role", "defender", "--exchange", folder / "exchange"] if attackers else []
+    role = ["--role", "defender", "--exchange", folder / "exchange", "--publish_every", FORMS[form].publish_every]
+    role = role if attackers else []
     finish(start([*words, *role], folder / "defender.log"), folder / "defender.log")
     for process, log in attackers:
         finish(process, log)
@@ -108,26 +126,38 @@ def attack(seed: int, folder: Path, organism: Path) -> list[dict[str, Any]]:
     return [{k: p[k] for k in ("steps", "asr", "refusal_rate", "capability")} for p in results["points"]]
 
 
-def quality() -> None:
-    """Every form on every seed."""
+def quality(seeds: Sequence[int], forms: Sequence[str]) -> None:
+    """These forms on these seeds."""
     runs = []
-    for seed in SEEDS:
+    for seed in seeds:
         organism = OUT / f"organism-{seed}"
         build_organism(organism, seed)
-        for form in FORMS:
-            folder = OUT / f"{form.replace(' ', '-')}-{seed}"
+        for form in forms:
+            folder = OUT / f"{form.replace(',', '').replace(' ', '-')}-{seed}"
             done = folder / "run.json"
             if not done.is_file():
                 shutil.rmtree(folder, ignore_errors=True)
                 console.print(f"seed {seed}, {form}")
                 align(form, seed, folder, organism)
                 vectors = folder / "model" / "vectors.jsonl"
-                lines = vectors.read_text(encoding="utf-8").splitlines() if FORMS[form] else []
+                lines = vectors.read_text(encoding="utf-8").splitlines() if FORMS[form].attackers else []
                 points = attack(seed, folder, organism)
-                found = {"form": form, "seed": seed, "points": points, "vectors": [json.loads(line) for line in lines]}
+                made = [
+                    json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("a*/attacker.json"))
+                ]
+                found = {
+                    "form": form,
+                    "seed": seed,
+                    "points": points,
+                    "vectors": [json.loads(line) for line in lines],
+                    "attacker_steps": sum(
+                        a["attacks"] * steps for a, (_, steps) in zip(made, FORMS[form].attackers, strict=True)
+                    ),
+                }
                 write_json(done, found)
             runs.append(json.loads(done.read_text(encoding="utf-8")))
-    note("quality", {"forms": FORMS, "runs": runs})
+    part = "quality" if tuple(seeds) == SEEDS else f"quality, seeds {' '.join(map(str, seeds))}"
+    note(part, {"forms": {form: asdict(FORMS[form]) for form in forms}, "runs": runs})
 
 
 # ---------------------------------------------------------------------- speed
@@ -191,7 +221,7 @@ def job(kind: str, folder: Path, begin_at: int) -> None:
         config: PatcherConfig = ParallelPatcherConfig(output, role="defender", exchange=exchange, **SPEED)
         trainer: PatcherTrainer = PatcherDefenderTrainer(model, config, *data, processing_class=tokenizer)
     else:
-        own = {"attack_every": 10 * UPDATES} if kind == "beside" else {}
+        own = {} if kind == "sequential" else {"attack_every": 10 * UPDATES}
         trainer = PatcherTrainer(model, PatcherConfig(output, **{**SPEED, **own}), *data, processing_class=tokenizer)
     timed = Timed(trainer, begin_at)
     trainer.add_callback(timed)
@@ -203,7 +233,7 @@ def job(kind: str, folder: Path, begin_at: int) -> None:
 
 
 def speed() -> None:
-    """Parallel, beside an attacker that does not exchange, sequential; one after the other."""
+    """Parallel, beside an attacker that does not exchange, alone, sequential; one after the other."""
     folder = OUT / "speed"
     shutil.rmtree(folder, ignore_errors=True)
     build_organism(folder / "organism", SEEDS[0])
@@ -218,19 +248,9 @@ def speed() -> None:
         found: dict[str, Any] = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
         return found
 
-    words = [
-        "-m",
-        "holdfast",
-        "align",
-        "patcher",
-        *data,
-        *attacking,
-        "--attack_batch_size",
-        16,
-        "--attack_steps",
-        STEPS,
-    ]
-    words += ["--attack_learning_rate", 2e-4, "--role", "attacker", "--exchange", folder / "exchange"]
+    attack = ["--attack_batch_size", 16, "--attack_steps", STEPS, "--attack_learning_rate", 2e-4]
+    words = ["-m", "holdfast", "align", "patcher", *data, *attacking, *attack]
+    words += ["--role", "attacker", "--exchange", folder / "exchange"]
     attacker = start([*words, "--output_dir", folder / "attacker"], folder / "attacker.log")
     parallel = defend("parallel")
     finish(attacker, folder / "attacker.log")
@@ -241,20 +261,27 @@ def speed() -> None:
     finally:
         neighbour.send_signal(signal.SIGKILL)
         neighbour.wait()
+    alone = defend("alone", parallel["vectors"][0]["step"])
     sequential = defend("sequential")
     defending = sequential["seconds"] - sequential["attack_seconds"]
     found = {
         "updates": UPDATES,
         "attack_every": EVERY,
         "attack_steps": STEPS,
-        "seconds": {"parallel": parallel["seconds"], "beside": beside["seconds"], "sequential": sequential["seconds"]},
+        "seconds": {
+            "parallel": parallel["seconds"],
+            "beside": beside["seconds"],
+            "alone": alone["seconds"],
+            "sequential": sequential["seconds"],
+        },
         "sequential_attack_seconds": sequential["attack_seconds"],
         "rate_to_beside": beside["seconds"] / parallel["seconds"],
+        "rate_to_alone": alone["seconds"] / parallel["seconds"],
         "wall_clock_to_sequential": parallel["seconds"] / sequential["seconds"],
         "bound": 1.1 * defending / sequential["seconds"],
         "staleness": [vector["staleness"] for vector in parallel["vectors"]],
     }
-    for name in ("rate_to_beside", "wall_clock_to_sequential", "bound"):
+    for name in ("rate_to_beside", "rate_to_alone", "wall_clock_to_sequential", "bound"):
         console.print(f"{name} {found[name]:.3f}")
     note("speed", found)
 
@@ -322,14 +349,18 @@ def main() -> None:
     """One part of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("quality", "speed", "publishing", "job"))
-    parser.add_argument("--kind", help="a job of `speed`", choices=("parallel", "beside", "sequential"))
+    parser.add_argument("--kind", help="a job of `speed`", choices=("parallel", "beside", "alone", "sequential"))
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--begin_at", type=int, default=0)
+    parser.add_argument("--seeds", help="of `quality`", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--forms", help="of `quality`", nargs="+", choices=FORMS, default=list(FORMS))
     args = parser.parse_args()
     if args.part == "job":
         job(args.kind, args.folder, args.begin_at)
+    elif args.part == "quality":
+        quality(args.seeds, args.forms)
     else:
-        {"quality": quality, "speed": speed, "publishing": publishing}[args.part]()
+        {"speed": speed, "publishing": publishing}[args.part]()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def update_readme(name: str, text: str, document: Path = ROOT / "README.md") -> None:
+def fill_block(name: str, text: str, document: Path = ROOT / "README.md") -> None:
     """Replace what stands between `<!-- name -->` and `<!-- /name -->`, in the README or another document."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before = document.read_text(encoding="utf-8")
@@ -84,59 +84,6 @@ def attack_steps_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parallel_quality_table(quality: dict[str, Any]) -> str:
-    """Every form of Patcher under the demo's attack on all parameters."""
-    last = quality["runs"][0]["points"][-1]["steps"]
-    lines = [
-        f"| form | breaks at step, by seed | ASR, {last} steps, by seed | mean ASR | capability, {last} steps, by seed "
-        "| staleness in updates: median (greatest) |",
-        "|---|---|---|---|---|---|",
-    ]
-    for form in quality["forms"]:
-        runs = [run for run in quality["runs"] if run["form"] == form]
-        breaks = [next((p["steps"] for p in run["points"] if p["refusal_rate"] < 0.5), None) for run in runs]
-        ends = [run["points"][-1] for run in runs]
-        stale = [vector["staleness"] for run in runs for vector in run["vectors"]]
-        shown = [
-            form,
-            ", ".join(f"> {last}" if step is None else str(step) for step in breaks),
-            ", ".join(f"{end['asr']:.2f}" for end in ends),
-            f"{statistics.mean(end['asr'] for end in ends):.2f}",
-            ", ".join(f"{end['capability']:.2f}" for end in ends),
-            f"{statistics.median(stale):g} ({max(stale)})" if stale else "–",
-        ]
-        lines.append(f"| {' | '.join(shown)} |")
-    return "\n".join(lines)
-
-
-def parallel_speed_table(speed: dict[str, Any]) -> str:
-    """The rates and times of one run of each kind."""
-    rate, wall, bound = speed["rate_to_beside"], speed["wall_clock_to_sequential"], speed["bound"]
-    run = f"{speed['updates']} updates, {speed['attack_steps']} attacker steps to {speed['attack_every']}"
-    lines = [
-        f"| {run} | measured | wanted |",
-        "|---|---|---|",
-        f"| defender's rate, to that beside an attacker that does not exchange | {rate:.3f} | ≥ 0.95 |",
-        f"| wall clock, to the sequential form on one thread | {wall:.3f} | ≤ {bound:.3f} |",
-        f"| staleness in updates, median (greatest) | {statistics.median(speed['staleness']):g} "
-        f"({max(speed['staleness'])}) | |",
-    ]
-    return "\n".join(lines)
-
-
-def parallel_publishing_table(publishing: dict[str, Any]) -> str:
-    """What publishing blocks, as a share of an interval."""
-    model = f"{publishing['parameters'] / 1e6:.1f} M parameters, {publishing['interval']} updates of one short row"
-    return "\n".join(
-        [
-            f"| {model} | measured | wanted |",
-            "|---|---|---|",
-            f"| publishing blocks training, of an interval, at most | {publishing['blocked_share']:.1%} | ≤ 5 % |",
-            f"| interval with a publication, to one without | {publishing['interval_ratio']:.3f} | |",
-        ]
-    )
-
-
 def main() -> None:
     """Refresh what has been measured."""
     tables = {
@@ -147,17 +94,7 @@ def main() -> None:
     for name, table in tables.items():
         path = RESULTS / f"{name}.json"
         if path.is_file():
-            update_readme(name.replace("_", "-"), table(json.loads(path.read_text(encoding="utf-8"))))
-    parts = {
-        "quality": parallel_quality_table,
-        "speed": parallel_speed_table,
-        "publishing": parallel_publishing_table,
-    }
-    path = RESULTS / "parallel.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for part, table in parts.items():
-        if part in found:
-            update_readme(f"parallel-{part}", table(found[part]), ROOT / "docs" / "parallel.md")
+            fill_block(name.replace("_", "-"), table(json.loads(path.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from readme import RESULTS, ROOT, update_readme
+from readme import RESULTS, ROOT, fill_block
 from scaling_model import (
     ATTACKING,
     BUS,
@@ -50,8 +50,16 @@ DOCUMENT = ROOT / "docs" / "scaling.md"
 GPUS = (8, 64)
 STORAGES = (1e9, 5e9, 20e9)
 SLOWER = (BUS, BUS / 3, BUS / 10)
-STALE = ((500, 1000), (500, 500), (500, 250), (1500, 1000), (3000, 1000))
-"""k₁, and updates between publications and looks, to show the age of attack vectors for."""
+STALE = (
+    (500, 1000, 1000),
+    (500, 500, 1000),
+    (500, 100, 1000),
+    (500, 500, 500),
+    (500, 250, 250),
+    (1500, 1000, 1000),
+    (3000, 1000, 1000),
+)
+"""k₁, and updates between publications and between looks, to show the age of attack vectors for."""
 
 
 def assumptions_table() -> str:
@@ -205,13 +213,13 @@ def staleness_table() -> str:
     defender, attacker = groups(model)
     update, times = 2 * model.seconds(defender), exchange(model, defender)
     rows = []
-    for steps, every in STALE:
-        found = staleness(update, steps * model.seconds(attacker), times, every)
+    for steps, publish, look in STALE:
+        found = staleness(update, steps * model.seconds(attacker), times, publish, look)
         ages = (f"{updates:,}" for updates in (found.first, found.new, found.oldest))
-        waits = percent(times.waiting / (every * update))
-        rows.append((f"{steps:,}", f"{every:,}", *ages, percent(found.busy), waits))
+        waits = percent((times.copying / publish + times.taking / look) / update)
+        rows.append((f"{steps:,}", f"{publish:,}", f"{look:,}", *ages, percent(found.busy), waits))
     heads = ("first vector at", "age when it comes", "age when it goes", "attacker busy", "defender waits")
-    return table(("k₁", "publish and look every", *heads), rows)
+    return table(("k₁", "publish every", "look every", *heads), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -294,7 +302,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def main() -> None:
     """Refresh the document."""
     for name, make in TABLES.items():
-        update_readme(name, make(), DOCUMENT)
+        fill_block(name, make(), DOCUMENT)
 
 
 if __name__ == "__main__":

@@ -209,29 +209,32 @@ class Staleness(NamedTuple):
     busy: float
 
 
-def staleness(update: float, attack: float, times: Exchange, every: int, updates: int = 100_000) -> Staleness:
-    """Play a run with one attacker, the defender publishing and looking every so many updates.
+def staleness(
+    update: float, attack: float, times: Exchange, publish: int, look: int, updates: int = 100_000
+) -> Staleness:
+    """Play a run with one attacker.
 
     Args:
         update: Seconds of a defender's update.
         attack: Seconds of an attack.
         times: The exchange's.
-        every: `publish_every` and `attack_every`.
+        publish: Updates of the defender between publications.
+        look: Updates of the defender between its looks for a newer vector.
         updates: Length of the run.
     """
-    interval = every * update
+    interval = publish * update
     seen: list[tuple[float, int]] = []  # when a vector can be seen, and the update whose weights were attacked
-    now, attacked = 0.0, -every
+    now, attacked = 0.0, -publish
     while now < updates * update:
-        newest = math.floor((now - times.appearing) / interval) * every
+        newest = math.floor((now - times.appearing) / interval) * publish
         if newest <= attacked:  # none is newer yet: wait for the next one
-            newest = attacked + every
+            newest = attacked + publish
             now = newest * update + times.appearing
         attacked = newest
         now += times.taking + attack
         seen.append((now + times.appearing, attacked))
     taken: list[tuple[int, int]] = []  # the update from which on a vector is in force, and the one that was attacked
-    for step in range(every, updates, every):
+    for step in range(look, updates, look):
         newest = max((origin for when, origin in seen if when <= step * update), default=-1)
         if newest > (taken[-1][1] if taken else -1):
             taken.append((step, newest))

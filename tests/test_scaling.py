@@ -89,24 +89,24 @@ def test_the_run_in_passes(model):
 
 
 @pytest.mark.parametrize(
-    ("attack", "every", "expected"),
+    ("attack", "publish", "look", "expected"),
     [
-        (500, 1000, (1000, 1000, 2000, 0.5)),  # ready before the next look, and used for a round
-        (1500, 1000, (2000, 2000, 4000, 1.0)),  # misses a look; taken at 2000 and at 3000, next at 5000 and 6000
-        (250, 250, (250, 250, 500, 1.0)),
+        (500, 1000, 1000, (1000, 1000, 2000, 0.5)),  # ready before the next look, and used for a round
+        (1500, 1000, 1000, (2000, 2000, 4000, 1.0)),  # misses a look; taken at 2000 and at 3000, next at 5000 and 6000
+        (250, 250, 250, (250, 250, 500, 1.0)),
+        (200, 100, 1000, (1000, 200, 1200, 1.0)),  # never idle: what it attacked last is ready at the look
     ],
 )
-def test_staleness_where_the_exchange_takes_no_time(model, attack, every, expected):
-    found = model.staleness(1.0, attack, model.Exchange(0, 0, 0), every)
+def test_staleness_where_the_exchange_takes_no_time(model, attack, publish, look, expected):
+    found = model.staleness(1.0, attack, model.Exchange(0, 0, 0), publish, look)
     assert found[:3] == expected[:3]
     assert found.busy == pytest.approx(expected[3], abs=0.01)
 
 
 def test_staleness_counts_the_exchange(model):
     slow = model.Exchange(copying=0, appearing=300, taking=300)
-    assert (
-        model.staleness(1.0, 500, slow, 1000).new == 2000
-    )  # 300 + 300 + 500 + 300 seconds: too late for the next look
+    # 300 + 300 + 500 + 300 seconds: too late for the next look
+    assert model.staleness(1.0, 500, slow, 1000, 1000).new == 2000
 
 
 class _Collectives(TorchDispatchMode):
