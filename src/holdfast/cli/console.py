@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,11 +36,11 @@ _SHOWN = (
 
 
 def set_up_logging() -> None:
-    """Send Holdfast's own messages to standard error, and from the libraries only warnings."""
+    """Send Holdfast's own messages to standard error; of libraries, and of ranks but the first, only warnings."""
     logger = logging.getLogger("holdfast")
     if not logger.handlers:
         logger.addHandler(RichHandler(console=stderr, show_time=False, show_path=False, show_level=False))
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.INFO if _is_first_rank() else logging.WARNING)
         logger.propagate = False
     # Of TRL's own defaults and calls, which a user of a command can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
@@ -49,13 +50,19 @@ def set_up_logging() -> None:
 
 
 def say(message: str) -> None:
-    """Tell what happens now, on standard error."""
-    stderr.print(message, markup=False)
+    """Tell what happens now, on standard error; of several ranks, the first one does."""
+    if _is_first_rank():
+        stderr.print(message, markup=False)
 
 
 def warn(message: str) -> None:
-    """Tell what the user should know before trusting the result, on standard error."""
-    stderr.print(f"warning: {message}", markup=False, style="yellow")
+    """Tell what the user should know before trusting the result, on standard error; of several ranks, the first one."""
+    if _is_first_rank():
+        stderr.print(f"warning: {message}", markup=False, style="yellow")
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # torchrun sets it, long before there is a process group
 
 
 class ProgressReport(TrainerCallback):
