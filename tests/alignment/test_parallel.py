@@ -17,6 +17,8 @@ from holdfast.errors import InputError, TrainingError
 from holdfast.exchange import Exchange, fingerprint_of
 from holdfast.trainer import DefenseTrainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 
 @pytest.fixture
 def settings(settings, tmp_path):
