@@ -335,6 +335,15 @@ def test_attacker_gives_up_when_nothing_new_comes(settings):
     other.exchange.close()
 
 
+def test_attacker_that_comes_too_late_leaves_at_once(settings):
+    other = Defender(settings)
+    other.exchange.finish()
+    trainer = attacker(settings)
+    trainer.train()
+    assert trainer.attacks == 0
+    other.exchange.close()
+
+
 def test_attacker_without_a_defender_gives_up(settings):
     with pytest.raises(TrainingError, match="no defender has opened the exchange"):
         attacker(settings, exchange_timeout=0.1).train()
@@ -404,5 +413,5 @@ def test_attacker_that_trains_something_else(settings):
 def test_exchange_of_another_run(settings, tmp_path):
     trainer = defender(settings)
     trainer.train()
-    with pytest.raises(InputError, match="belongs to the run"):
-        defender({**settings, "output_dir": str(tmp_path / "other")}).train()
+    with pytest.raises(InputError, match="belongs to the run"):  # before anything of its own is touched
+        defender({**settings, "output_dir": str(tmp_path / "other")})

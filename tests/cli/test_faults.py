@@ -80,6 +80,15 @@ def test_both_are_killed(run: Run) -> None:
     assert len(run.vectors) >= 2
 
 
+def test_defender_that_no_attacker_joins(run: Run) -> None:
+    """It never waits; that it was SFT must be said."""
+    defender = run.start("defender")
+    assert defender.wait() == 0
+    assert "no attack vector came in force: this model was aligned with plain SFT" in " ".join(defender.said().split())
+    assert run.vectors == []
+    assert run.start("attacker").wait() == 0  # it is too late, and leaves
+
+
 def test_attacker_gives_up_when_its_defender_is_gone(run: Run) -> None:
     attacker = run.start("attacker")
     assert run.start("defender", slow=0.1, step=5).wait() == -signal.SIGKILL

@@ -77,8 +77,38 @@ def test_devices_that_cannot_be_used(
 
 
 @pytest.fixture
-def started(patcher: list[str], tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run of one defender and two attackers, long enough to be disturbed."""
+def exchange(model_dir: Path, tmp_path: Path) -> Path:
+    """The exchange that a finished run into tmp_path/hardened has left."""
+    from holdfast.exchange import DEFENDER, Exchange, fingerprint_of
+    from holdfast.models import load_model_and_tokenizer
+
+    folder, run = tmp_path / "hardened" / "exchange", str(tmp_path / "hardened")
+    fingerprint = fingerprint_of(*load_model_and_tokenizer(str(model_dir)))
+    with Exchange(folder, origin=DEFENDER, run=run, fingerprint=fingerprint) as left:
+        left.finish()
+    return folder
+
+
+@pytest.mark.parametrize("role", ["defender", "attacker"])
+def test_refused_job_leaves_everything_as_it_was(
+    patcher: list[str], role: str, exchange: Path, tmp_path: Path, refused: Refused
+) -> None:
+    content = json.loads((exchange / "exchange.json").read_text())
+    (exchange / "exchange.json").write_text(json.dumps({**content, "fingerprint": {"model": "another"}}))
+    checkpoint = tmp_path / "other" / "checkpoint-7"
+    checkpoint.mkdir(parents=True)
+    words = ["--role", role, "--exchange", str(exchange), "--overwrite_output_dir"]
+    expected = "belongs to the run" if role == "defender" else "was not opened with the same model"
+    assert expected in refused(*patcher, *words, "--output_dir", str(tmp_path / "other"))
+    assert checkpoint.is_dir()
+    assert (exchange / "finished.json").is_file()
+    refused(*patcher, *words, "--output_dir", str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def started(patcher: list[str], exchange: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run of one defender and two attackers, long enough to be disturbed; attackers may find the old run's end."""
     settings = {
         "max_steps": 400,
         "save_steps": 20,
@@ -117,8 +147,8 @@ def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
 def test_jobs_that_die_are_started_again(started: subprocess.Popen[str], tmp_path: Path) -> None:
     output = tmp_path / "hardened"
     wait_for(lambda: list(output.glob("checkpoint-*")))
+    wait_for(lambda: sorted(jobs_of(started)) == ["attacker-1", "attacker-2", "defender"])
     before = jobs_of(started)
-    assert sorted(before) == ["attacker-1", "attacker-2", "defender"]
     os.kill(before["attacker-1"], signal.SIGKILL)
     os.kill(before["defender"], signal.SIGKILL)
     _, said = started.communicate(timeout=180)

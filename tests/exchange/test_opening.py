@@ -28,6 +28,13 @@ def test_defender_opens_its_own_exchange_again(join, defender):
     assert (defender.folder / "exchange.json").read_bytes() == before
 
 
+def test_refused_defender_leaves_the_exchange_as_it_was(join, defender, attacker):
+    defender.finish()
+    refusal(join, run="runs/two")
+    refusal(join, fingerprint={**FITTING, "model": "other"})
+    assert attacker.is_finished()
+
+
 def test_attacker_joins_whatever_run_is_there(join, defender):
     assert join("attacker").run == "runs/one"
 

@@ -45,7 +45,7 @@ from transformers.trainer_utils import TrainOutput
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
 from holdfast.config import require_positive
 from holdfast.errors import InputError
-from holdfast.exchange import DEFENDER, Exchange, Version, fingerprint_of
+from holdfast.exchange import DEFENDER, Exchange, Version, fingerprint_of, run_of
 from holdfast.parameters import ParameterVector, norm, trainable_parameters
 from holdfast.trainer import Window
 
@@ -104,6 +104,9 @@ class PatcherDefenderTrainer(PatcherTrainer):
     Attributes:
         vectors: One entry for every vector that came in force: `step`, `origin`, `version`, `attacked_step`,
             `staleness`, `norm` and the attacker's own `first_loss` and `last_loss`.
+
+    Raises:
+        InputError: The exchange belongs to another run or another model.
     """
 
     config_class = ParallelPatcherConfig
@@ -119,6 +122,8 @@ class PatcherDefenderTrainer(PatcherTrainer):
         super().__init__(model, args, train_dataset, attack_dataset, **kwargs)
         if self.args.exchange is None:
             raise InputError("--role defender needs --exchange, the folder in which defender and attackers meet")
+        if Exchange.is_open(self.args.exchange):  # refused while nothing has been done yet
+            run_of(Path(self.args.exchange), DEFENDER, self._run, fingerprint_of(self.model, self.processing_class))
         self.vectors: list[dict[str, Any]] = []
         self._used: dict[str, int] = {}
         # Weights are told apart by who published them, this process or one whose checkpoint it goes on from. Of the
@@ -131,18 +136,23 @@ class PatcherDefenderTrainer(PatcherTrainer):
         """Train as `DefenseTrainer` does, with the exchange open. When the run is finished, the attackers are told.
 
         Raises:
-            InputError: The exchange belongs to another run or another model, or cannot be written.
+            InputError: The exchange cannot be written, or has come to be another's.
         """
         with Exchange(
             self.args.exchange,
             origin=DEFENDER,
-            run=str(Path(self.args.output_dir).resolve()),
+            run=self._run,
             fingerprint=fingerprint_of(self.model, self.processing_class),
         ) as self._exchange:
             output = super().train(resume_from_checkpoint, **kwargs)
             if self.state.global_step >= self.state.max_steps:
                 self._exchange.finish()
         return output
+
+    @property
+    def _run(self) -> str:
+        """What the run is called in its exchange."""
+        return str(Path(self.args.output_dir).resolve())
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """Publish and look where it is time to, then Patcher's gradient."""

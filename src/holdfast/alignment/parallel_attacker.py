@@ -86,7 +86,10 @@ class PatcherAttackerTrainer(DefenseTrainer):
             fingerprint = fingerprint_of(self.model, self.processing_class, below_adapter(self.model))
             self._merges = True
         with Exchange(folder, origin=self.args.attacker_name, run=None, fingerprint=fingerprint) as self._exchange:
-            return super().train(*args, **kwargs)
+            try:
+                return super().train(*args, **kwargs)
+            except _NothingToAttackError:
+                return TrainOutput(0, 0.0, {})
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """g(θ; H): the attacker's own."""
@@ -176,6 +179,10 @@ class PatcherAttackerTrainer(DefenseTrainer):
             time.sleep(POLL_SECONDS)
 
 
+class _NothingToAttackError(Exception):
+    """The defender's run was over before the first attack."""
+
+
 class _Rounds(TrainerCallback):
     """Begins and ends attacks between the updates of the training loop."""
 
@@ -184,7 +191,8 @@ class _Rounds(TrainerCallback):
 
     def on_train_begin(self, args: ParallelPatcherConfig, state: Any, control: TrainerControl, **_: Any) -> None:
         """Begin the first attack."""
-        self._trainer.begin_round()
+        if not self._trainer.begin_round():
+            raise _NothingToAttackError  # here the loop cannot be told to stop
 
     def on_step_end(self, args: ParallelPatcherConfig, state: Any, control: TrainerControl, **_: Any) -> None:
         """End an attack that is long enough, and begin the next."""

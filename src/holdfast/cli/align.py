@@ -12,7 +12,7 @@ from holdfast.alignment.patcher import PatcherTrainer
 from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
 from holdfast.cli import parallel, training
 from holdfast.cli.arguments import AlignData, AttackedAlignData
-from holdfast.cli.console import set_up_logging
+from holdfast.cli.console import set_up_logging, warn
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.training import Method
 from holdfast.config import DefenseConfig
@@ -57,5 +57,7 @@ def run(method: str, argv: list[str]) -> int:
 
 def _write_vectors(trainer: PatcherDefenderTrainer, folder: Path) -> list[str]:
     """Where every attack vector came from."""
+    if not trainer.vectors:
+        warn("no attack vector came in force: this model was aligned with plain SFT")
     write_jsonl(folder / "vectors.jsonl", trainer.vectors)
     return ["vectors.jsonl"]

@@ -29,6 +29,7 @@ from holdfast.cli.training import MARKER
 from holdfast.cli.workers import last_line
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError, TrainingError
+from holdfast.exchange import is_finished
 from holdfast.files import run_record, write_json
 from holdfast.interruption import on_sigterm
 from holdfast.models import load_model_and_tokenizer
@@ -84,12 +85,12 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
             trainer = PatcherAttackerTrainer(
                 model, config, rows, processing_class=tokenizer, peft_config=get_peft_config(model_args)
             )
-    # They count steps towards an end that there is not; the trainer tells of every attack instead.
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    say(f"attacking what is published in {config.exchange} with {len(rows)} rows of {data.attack_data}")
-    started = time.monotonic()
-    trainer.train()
+        # They count steps towards an end that there is not; the trainer tells of every attack instead.
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        say(f"attacking what is published in {config.exchange} with {len(rows)} rows of {data.attack_data}")
+        started = time.monotonic()
+        trainer.train()
     if trainer.is_world_process_zero():
         record = {
             **run_record(config, config.seed),
@@ -174,7 +175,7 @@ def supervise(argv: Sequence[str], options: ParallelArguments, config: ParallelP
         TrainingError: The defender failed, or died more often than `--max_restarts`.
     """
     jobs = _jobs(argv, options, config)
-    defender = jobs[0]
+    defender, folder = jobs[0], Path(config.output_dir)
     told = threading.Event()
     with _stopped(jobs), on_sigterm(told.set), _display(jobs) as show:
         for job in jobs:
@@ -183,8 +184,9 @@ def supervise(argv: Sequence[str], options: ParallelArguments, config: ParallelP
             show()
             for job in jobs:
                 if job.code():
-                    _revive(job, options.max_restarts, Path(config.output_dir) if job is defender else None)
-    folder = Path(config.output_dir)
+                    _revive(job, options.max_restarts, folder if job is defender else None)
+                elif job.code() == 0 and job is not defender and not is_finished(_exchange(config)):
+                    job.start()  # it was told so by what another run had left, before this defender opened the exchange
     if not told.is_set() and (folder / MARKER).is_file():
         announce(folder, "model.safetensors", MARKER, "vectors.jsonl")
     else:
@@ -216,15 +218,14 @@ def _revive(job: _Job, limit: int, checkpoints: Path | None) -> None:
 def _jobs(argv: Sequence[str], options: ParallelArguments, config: ParallelPatcherConfig) -> list[_Job]:
     """The defender and the attackers."""
     folder = Path(config.output_dir)
-    exchange = config.exchange or str(folder / "exchange")
     names = ["defender", *(f"attacker-{number}" for number in range(1, options.attackers + 1))]
     jobs = []
     for index, (name, devices) in enumerate(zip(names, _devices(options), strict=True)):
         role = "attacker" if index else "defender"
-        own = {"--parallel": "false", "--role": role, "--exchange": exchange}
+        own = {"--parallel": "false", "--role": role, "--exchange": _exchange(config)}
         if index:
             output, seed = str(folder / "attackers" / name), str(config.seed + index)
-            own |= {"--attacker_name": name, "--output_dir": output, "--seed": seed}
+            own |= {"--attacker_name": name, "--output_dir": output, "--seed": seed, "--overwrite_output_dir": "true"}
         launcher = [sys.executable, "-m"]
         if len(devices) > 1:
             launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={len(devices)}", "-m"]
@@ -232,6 +233,10 @@ def _jobs(argv: Sequence[str], options: ParallelArguments, config: ParallelPatch
         environment = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {"OMP_NUM_THREADS": "1"}
         jobs.append(_Job(name, words, environment, folder / "logs" / f"{name}.log"))
     return jobs
+
+
+def _exchange(config: ParallelPatcherConfig) -> str:
+    return config.exchange or str(Path(config.output_dir, "exchange"))
 
 
 def _devices(options: ParallelArguments) -> list[list[str]]:

@@ -2,7 +2,7 @@
 
 from holdfast.exchange.exchange import DEFENDER, Exchange, ExchangeError
 from holdfast.exchange.fingerprint import fingerprint_of
-from holdfast.exchange.opening import opened_with
+from holdfast.exchange.opening import is_finished, opened_with, run_of
 from holdfast.exchange.versions import Version
 
-__all__ = ["DEFENDER", "Exchange", "ExchangeError", "Version", "fingerprint_of", "opened_with"]
+__all__ = ["DEFENDER", "Exchange", "ExchangeError", "Version", "fingerprint_of", "is_finished", "opened_with", "run_of"]

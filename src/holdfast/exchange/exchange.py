@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from holdfast.errors import InputError, TrainingError
 from holdfast.exchange.leases import LEASES, Leases
-from holdfast.exchange.opening import EXCHANGE, claim, run_of
+from holdfast.exchange.opening import EXCHANGE, FINISHED, claim, is_finished, run_of
 from holdfast.exchange.storage import Reader, Writer, stager
 from holdfast.exchange.versions import (
     BadVersionError,
@@ -41,7 +41,7 @@ from holdfast.parameters import ParameterVector
 
 logger = logging.getLogger(__name__)
 
-DEFENDER, FINISHED = "defender", "finished.json"
+DEFENDER = "defender"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _Found = TypeVar("_Found")
 
@@ -222,7 +222,7 @@ class Exchange:
 
     def is_finished(self) -> bool:
         """Whether the defender's run is over."""
-        return self._from_first((self.folder / FINISHED).is_file)
+        return self._from_first(partial(is_finished, self.folder))
 
     def close(self) -> None:
         """Wait for what is being written and release the leases. Nothing can be published afterwards."""
@@ -269,8 +269,9 @@ class Exchange:
         try:
             if run is not None:
                 claim(self.folder, run, self.fingerprint)
-                (self.folder / FINISHED).unlink(missing_ok=True)
             found = run_of(self.folder, self.origin, run, self.fingerprint)
+            if run is not None:
+                (self.folder / FINISHED).unlink(missing_ok=True)
             self._own.mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=self._own):
                 pass

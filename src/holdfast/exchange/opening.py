@@ -1,4 +1,4 @@
-"""Whose exchange a folder is: `exchange.json`, written once by the defender and read by everyone."""
+"""Whose exchange a folder is: `exchange.json`, written once by the defender and read by everyone; and its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from uuid import uuid4
 from holdfast.errors import InputError
 from holdfast.files import write_json
 
-EXCHANGE, FORMAT = "exchange.json", 1
+EXCHANGE, FINISHED, FORMAT = "exchange.json", "finished.json", 1
 
 
 def claim(folder: Path, run: str, fingerprint: Mapping[str, str]) -> None:
@@ -70,6 +70,11 @@ def opened_with(folder: str | Path) -> dict[str, str]:
         InputError: There is no exchange, or none that this version of Holdfast can read.
     """
     return dict(_read(Path(folder))["fingerprint"])
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether the run that opened an exchange last is over."""
+    return Path(folder, FINISHED).is_file()
 
 
 def first_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str | None:
