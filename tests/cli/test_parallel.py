@@ -131,7 +131,12 @@ def jobs_of(process: subprocess.Popen[str]) -> dict[str, int]:
     """The numbers of a supervisor's processes, by name."""
     found = {}
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        try:
+            words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        except FileNotFoundError:
+            continue
+        if "--role" not in words:  # it has just begun, or just ended
+            continue
         name = words[words.index("--attacker_name") + 1] if "--attacker_name" in words else "defender"
         found[name] = int(child)
     return found
