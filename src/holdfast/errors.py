@@ -17,15 +17,15 @@ class TrainingError(RuntimeError):
 
 
 class Stopped(SystemExit):
-    """Training was asked to stop, and a checkpoint to go on from is written.
+    """Training was asked to stop, and a checkpoint to go on from is written where a run has one.
 
     A `SystemExit`, since whoever asked wants the process to end: no `except Exception` holds it up, and a script that
     does not catch it ends with the message and status 1, for its work is not done. The command line exits with code 0.
 
     Attributes:
-        checkpoint: The checkpoint's folder.
+        checkpoint: The checkpoint's folder; None of an attacker's job, which has nothing to go on from.
     """
 
-    def __init__(self, message: str, checkpoint: str) -> None:
+    def __init__(self, message: str, checkpoint: str | None) -> None:
         super().__init__(message)
         self.checkpoint = checkpoint

@@ -3,6 +3,7 @@
 import copy
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from helpers import relative_distance, same_bits, tiny_llama, weights, word_rows
 from holdfast.alignment.parallel import ParallelPatcherConfig, PatcherDefenderTrainer
 from holdfast.alignment.parallel_attacker import PatcherAttackerTrainer
 from holdfast.config import DefenseConfig
-from holdfast.errors import InputError, TrainingError
+from holdfast.errors import InputError, Stopped, TrainingError
 from holdfast.exchange import Exchange, fingerprint_of
 from holdfast.trainer import DefenseTrainer
 
@@ -332,6 +333,30 @@ def test_attacker_gives_up_when_nothing_new_comes(settings):
     with pytest.raises(TrainingError, match=r"published nothing new in .* for 0.1 seconds \(--exchange_timeout\)"):
         trainer.train()
     assert trainer.attacks == 1
+    other.exchange.close()
+
+
+def test_attacker_that_is_asked_to_stop(settings):
+    """In an attack, between two of them, and before there is anything to attack."""
+    first = attacker(settings)
+    first.ask_to_stop()
+    with pytest.raises(Stopped, match="after 0 attacks"):
+        first.train()
+    other = Defender(settings)
+
+    class Ask(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == self.step:
+                self.trainer.ask_to_stop()
+
+    for step, attacks in ((1, 0), (2, 1)):  # the defender's weights are enough for one attack of two steps
+        ask = Ask()
+        ask.step, ask.trainer = step, attacker(settings, attack_steps=2)
+        ask.trainer.callback_handler.callbacks.insert(0, ask)
+        with pytest.raises(Stopped, match=f"after {attacks} attacks") as caught:
+            ask.trainer.train()
+        assert caught.value.checkpoint is None
+        assert not list(Path(settings["output_dir"]).glob("checkpoint-*"))
     other.exchange.close()
 
 

@@ -7,6 +7,7 @@ should or with one clear sentence.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,16 @@ def test_attacker_is_killed(run: Run, place: dict[str, float]) -> None:
     assert run.start("attacker", **place).wait() == -signal.SIGKILL
     run.check(defender, run.start("attacker"))
     assert len({found["version"] for found in run.vectors}) >= 2
+
+
+def test_attacker_is_told_to_stop(run: Run) -> None:
+    defender = run.start("defender", slow=0.2)
+    attacker = run.start("attacker")
+    run.wait_for(lambda: run.versions("attacker"))
+    os.kill(attacker.number, signal.SIGTERM)
+    assert attacker.wait() == 0
+    assert "begins with the newest weights" in attacker.sentence()
+    run.check(defender)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from datasets import Dataset
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 from transformers.trainer_utils import TrainOutput
 
 from holdfast.alignment.parallel import ParallelPatcherConfig
-from holdfast.errors import InputError, TrainingError
+from holdfast.errors import InputError, Stopped, TrainingError
 from holdfast.exchange import DEFENDER, Exchange, Version, fingerprint_of, opened_with
 from holdfast.models import below_adapter
 from holdfast.parameters import ParameterVector, local, trainable_parameters
@@ -77,6 +77,7 @@ class PatcherAttackerTrainer(DefenseTrainer):
 
         Raises:
             InputError: The exchange is not that of a defender with this model, tokenizer and trained parameters.
+            Stopped: The job was asked to stop; an attack that it was in is lost.
             TrainingError: Nothing new came for `exchange_timeout` seconds, or the exchange is gone.
         """
         folder = self.args.exchange
@@ -166,6 +167,13 @@ class PatcherAttackerTrainer(DefenseTrainer):
             self.model.zero_grad()
             return 0.0
 
+    def _stop(self) -> NoReturn:
+        """Leave the training loop, without the checkpoint that other runs go on from."""
+        raise Stopped(
+            f"asked to stop after {self.attacks} attacks; started again, this attacker begins with the newest weights",
+            None,
+        )
+
     def _wait_until(self, is_over: Callable[[], bool], complaint: str) -> None:
         """Wait until it is over on every rank; rank 0's clock decides for how long."""
         started = time.monotonic()
@@ -174,6 +182,8 @@ class PatcherAttackerTrainer(DefenseTrainer):
             over, waited = self.accelerator.gather(here).double().unbind(1)
             if over.all():
                 return
+            if self._is_asked_to_stop():
+                self._stop()
             if waited[0].item() > self.args.exchange_timeout:
                 raise TrainingError(f"{complaint} for {self.args.exchange_timeout:g} seconds (--exchange_timeout)")
             time.sleep(POLL_SECONDS)

@@ -73,6 +73,7 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
 
     Raises:
         InputError: The input cannot be used, or the exchange is that of another model.
+        Stopped: SIGTERM came; nothing is written.
         TrainingError: Nothing new came for `--exchange_timeout` seconds.
     """
     source, folder = model_args.model_name_or_path, Path(config.output_dir)
@@ -90,7 +91,8 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
         trainer.remove_callback(PrinterCallback)
         say(f"attacking what is published in {config.exchange} with {len(rows)} rows of {data.attack_data}")
         started = time.monotonic()
-        trainer.train()
+        with on_sigterm(trainer.ask_to_stop):
+            trainer.train()
     if trainer.is_world_process_zero():
         record = {
             **run_record(config, config.seed),
@@ -186,7 +188,7 @@ def supervise(argv: Sequence[str], options: ParallelArguments, config: ParallelP
                 if job.code():
                     _revive(job, options.max_restarts, folder if job is defender else None)
                 elif job.code() == 0 and job is not defender and not is_finished(_exchange(config)):
-                    job.start()  # it was told so by what another run had left, before this defender opened the exchange
+                    job.start()  # it was told to stop, or found the end of a run before this one and left
     if not told.is_set() and (folder / MARKER).is_file():
         announce(folder, "model.safetensors", MARKER, "vectors.jsonl")
     else:
