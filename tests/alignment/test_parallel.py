@@ -142,6 +142,7 @@ def test_publications_have_their_own_rhythm(settings):
     trainer = defender(settings, callbacks=[Note()], publish_every=3)
     trainer.train()
     assert published == [(1, 0), (2, 3), (3, 6)]
+    assert [entry["step"] for entry in trainer.state.log_history if "publish_seconds" in entry] == [1, 4, 7]
 
 
 def test_weights_of_a_run_before_are_not_used(settings):

@@ -94,12 +94,12 @@ def test_publishing_does_not_wait_for_the_writing(defender, attacker, held):
     assert value(attacker, attacker.newest("defender")) == [1.0] * 3
 
 
-def test_publishing_waits_for_the_version_before_and_says_how_long(defender, attacker, held):
+def test_publishing_waits_for_the_version_before(defender, attacker, held):
     defender.publish({"w": torch.ones(3)}, step=0)
-    assert defender.waited < 0.1
     threading.Timer(0.3, held.set).start()
+    began = time.perf_counter()
     defender.publish({"w": torch.full((3,), 2.0)}, step=1)
-    assert defender.waited > 0.2
+    assert time.perf_counter() - began > 0.2
     assert "000001" in versions(defender)
     defender.wait()
     assert versions(defender) == ["000001", "000002"]

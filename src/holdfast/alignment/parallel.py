@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,8 +99,9 @@ class PatcherDefenderTrainer(PatcherTrainer):
     """The defender of a parallel run. Used as `PatcherTrainer` is, with `exchange` in its configuration.
 
     Each vector that comes in force is logged as `attack_vector_norm` and `attack_staleness` (updates) and noted, with
-    its origin, in `vectors`. Beyond SFT it holds two buffers of the trained parameters' size, as `PatcherTrainer` while
-    defending; while a version is loaded a third one, before any gradient is there.
+    its origin, in `vectors`. Each publication is logged as `publish_seconds`, for which training stood still. Beyond
+    SFT it holds two buffers of the trained parameters' size, as `PatcherTrainer` while defending; while a version is
+    loaded a third one, before any gradient is there.
 
     Attributes:
         vectors: One entry for every vector that came in force: `step`, `origin`, `version`, `attacked_step`,
@@ -159,8 +161,9 @@ class PatcherDefenderTrainer(PatcherTrainer):
         step = self.state.global_step
         if self._exchange is not None:
             if step % (self.args.publish_every or self.args.attack_every) == 0:
-                facts = {"lineage": self._lineage}
+                began, facts = time.perf_counter(), {"lineage": self._lineage}
                 self._exchange.publish(trainable_parameters(self.model), step=step, facts=facts)
+                self.log_metric("publish_seconds", time.perf_counter() - began)
             if step > 0 and step % self.args.attack_every == 0:
                 self._take_newest(self._exchange)
         return super().defended_gradient(model, window)

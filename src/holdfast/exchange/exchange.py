@@ -6,7 +6,6 @@ import logging
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -80,7 +79,6 @@ class Exchange:
 
     Attributes:
         failures: How many versions could not be published.
-        waited: Seconds that publishing has waited for the version before.
     """
 
     def __init__(
@@ -93,7 +91,7 @@ class Exchange:
         lease_seconds: float = 600.0,
     ) -> None:
         self.folder, self.origin, self.fingerprint = Path(folder), origin, dict(fingerprint)
-        self.failures, self.waited = 0, 0.0
+        self.failures = 0
         self._opens = run is not None
         # Groups of its own: training's may be unable to send objects, and writing goes on in the background.
         distributed = dist.is_initialized()
@@ -119,8 +117,8 @@ class Exchange:
         """Make these weights the newest version of this job's, in the background.
 
         Training waits for the weights to be copied to the CPU, and nothing else, unless the version before is still
-        being written: versions are not skipped, so that one is waited for, and `waited` tells how long. A copy of this
-        rank's share stays on the CPU, and while it is written up to two more.
+        being written: versions are not skipped, so that one is waited for. A copy of this rank's share stays on the
+        CPU, and while it is written up to two more.
 
         Args:
             weights: Plain tensors that are the same on all ranks, or DTensors, whose shards each rank writes.
@@ -131,9 +129,7 @@ class Exchange:
             ExchangeError: This is an attacker, and the exchange is gone.
         """
         self._require_open()
-        began = time.perf_counter()
         self.wait()
-        self.waited += time.perf_counter() - began
         self._published += 1
         temporary = self._own / f".{self._token}-{self._published}"  # ranks agree on it without asking each other
         saved = state_dict_saver.async_save(
