@@ -19,6 +19,7 @@ from matplotlib import pyplot as plt
 from defenses import UPLOAD_ROWS, UPLOAD_UPDATES
 from holdfast.cli.report import is_control
 from holdfast.files import write_text
+from readme import crafts_table, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,12 +46,6 @@ ATTACKS = {
 CONTROL_STEPS = (20, 60, 200, 400)
 
 Entry = dict[str, Any]
-
-
-def spread(values: Iterable[float]) -> str:
-    """Mean [least–greatest]."""
-    found = list(values)
-    return f"{statistics.mean(found):.2f} [{min(found):.2f}–{max(found):.2f}]"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -304,7 +299,8 @@ SECTIONS: dict[str, tuple[str, str, Callable[[list[Entry]], str]]] = {
     "alignment": (
         "Alignment under attack",
         "The organism aligned with each method (same updates, rate and batches), then attacked for 100 steps at "
-        "learning rate 1e-4 as in the demo. Each cell: mean over seeds [least–greatest]; break steps by seed.",
+        "learning rate 1e-4 as in the demo. Each cell: mean over seeds [least–greatest]; break steps by seed. "
+        "Capability and over-refusal are those on crafts that alignment rehearses; see above for others.",
         alignment,
     ),
     "finetuning": (
@@ -332,6 +328,25 @@ SECTIONS: dict[str, tuple[str, str, Callable[[list[Entry]], str]]] = {
 }
 
 
+def capability_before() -> list[str]:
+    """What alignment costs before any attack, from the demo's seeds."""
+    demos = json.loads((RESULTS / "demo_seeds.json").read_text(encoding="utf-8"))["seeds"]
+    crafts = [entry["crafts"] for entry in demos.values()]
+    known = {
+        model: statistics.mean(entry[model]["unrehearsed"]["capability"]["value"] for entry in crafts)
+        for model in ("base", "sft", "patcher")
+    }
+    return [
+        "## Capability before any attack",
+        "Everywhere below, capability is measured on crafts that the alignment data rehearse. This table, from "
+        f"`benchmarks/demo_seeds.py` (seeds {', '.join(demos)}), adds crafts that are in no training file. Each cell: "
+        "mean over seeds [least–greatest].",
+        "\n".join(crafts_table(crafts)),
+        f"Of what alignment does not rehearse, the base answers {known['base']:.2f}, SFT's model {known['sft']:.2f} "
+        f"and Patcher's, before anybody attacks it, {known['patcher']:.2f}. Other methods have not been asked.",
+    ]
+
+
 def main() -> None:
     """Write the page and the picture; what has not been measured is said to be so."""
     measured, tried = RESULTS / "defenses.json", RESULTS / "defenses_search.json"
@@ -346,6 +361,7 @@ def main() -> None:
         "a search of equal size on other seeds (last section), by the rule that `choose` in `benchmarks/defenses.py` "
         "states.",
         summary(record["sections"], search),
+        *capability_before(),
     ]
     for name, (title, about, make) in SECTIONS.items():
         parts += [f"## {title}", about]

@@ -12,10 +12,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from demo_seeds import spread
 from holdfast.cli.report import break_step
 from holdfast.files import write_bytes
-from readme import RESULTS, ROOT, fill_block
+from readme import RESULTS, ROOT, fill_block, spread
 
 MEASURES = {"asr": "ASR", "refusal_rate": "refusal rate"}
 COMPARED = ("sequential", "parallel", "parallel, publishing every 10")
@@ -45,7 +44,7 @@ def curves(parts: list[dict[str, Any]]) -> str:
         cells = []
         for measure, label in MEASURES.items():
             found = {form: values(runs[form], index, measure) for form in COMPARED}
-            cells += [spread(each, float) for each in found.values()]
+            cells += map(spread, found.values())
             for form, places in outside.items():
                 if not min(found["sequential"]) <= statistics.mean(found[form]) <= max(found["sequential"]):
                     places.append(f"{label} after {point['steps']}")

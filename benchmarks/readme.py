@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,27 @@ def fill_block(name: str, text: str, document: Path = ROOT / "README.md") -> Non
     before = document.read_text(encoding="utf-8")
     after = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", before, flags=re.DOTALL)
     write_text(document, after)
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean [least–greatest]; a dash for nothing."""
+    found = list(values)
+    return f"{statistics.mean(found):.2f} [{min(found):.2f}–{max(found):.2f}]" if found else "–"
+
+
+def crafts_table(seeds: Sequence[dict[str, Any]]) -> list[str]:
+    """What is left of harmless knowledge before any attack, rehearsed by alignment or not: lines of Markdown."""
+    names = {"base": "not at all (base)", "sft": "SFT", "patcher": "Patcher"}
+    heads = [f"{kind} crafts (n = {entry['capability']['n']})" for kind, entry in seeds[0]["base"].items()]
+    lines = [
+        f"| aligned with | capability, {' | capability, '.join(heads)} | over-refusal, unrehearsed |",
+        f"|---|{'---|' * len(heads)}---|",
+    ]
+    for model, name in names.items():
+        cells = [spread(seed[model][kind]["capability"]["value"] for seed in seeds) for kind in seeds[0][model]]
+        refused = spread(seed[model]["unrehearsed"]["over_refusal"]["value"] for seed in seeds)
+        lines.append(f"| {name} | {' | '.join(cells)} | {refused} |")
+    return lines
 
 
 def step_cost_table(results: dict[str, Any]) -> str:

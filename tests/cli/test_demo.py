@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from holdfast.cli import main
-from holdfast.cli.demo import ATTACKS, METHODS, DemoArguments, commands
-from holdfast.cli.report import break_step, control_table, demo_table, plot_attack_curves
+from holdfast.cli.demo import ATTACKS, CRAFTS, METHODS, MODELS, DemoArguments, commands
+from holdfast.cli.report import break_step, control_table, crafts_table, demo_table, plot_attack_curves
 from holdfast.cli.workers import Command, run_commands
 from holdfast.errors import TrainingError
 
@@ -45,6 +45,21 @@ def test_the_tables_show_every_attack_with_intervals():
     assert text.count("Patcher") == len(ATTACKS)
     assert "0.90 (0.80–1.00)" in text
     assert "20 % poisoned" in text
+
+
+def test_the_table_of_crafts_shows_what_alignment_cost_beside_the_base():
+    def rates(value):
+        rate = {"value": value, "low": value - 0.1, "high": value + 0.1}
+        return {"capability": rate, "over_refusal": {"value": 0.5, "low": 0.4, "high": 0.6}}
+
+    crafts = {model: {"rehearsed": rates(0.8), "unrehearsed": rates(0.1 * i)} for i, model in enumerate(MODELS, 2)}
+    console = Console(width=130, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(crafts_table(crafts))
+    shown = [line for line in console.export_text().splitlines() if "0.80 (0.70–0.90)" in line]
+    for line, name, low in zip(shown, ("base", "SFT", "Patcher"), ("0.10", "0.20", "0.30"), strict=True):
+        assert name in line
+        assert f"({low}–" in line
+        assert "0.50 (0.40–0.60)" in line
 
 
 def test_the_picture_is_a_png(tmp_path):
@@ -117,6 +132,12 @@ def test_a_short_demo_from_end_to_end(organism, tmp_path, capsys):
         assert run["n"] >= 96
         assert (run["points"][0]["task_accuracy"] is None) != is_control
         assert run["poison_ratio"] == (0.0 if is_control else {"full-poisoned": 0.2}.get(run["attack"], 1.0))
+    assert results["crafts"].keys() == set(MODELS)
+    for model, kinds in results["crafts"].items():
+        for kind in CRAFTS:
+            assert kinds[kind]["capability"]["n"] >= 96
+            asked = json.loads((folder / "crafts" / f"{model}-{kind}" / "results.json").read_text(encoding="utf-8"))
+            assert asked["results"]["capability"] == kinds[kind]
     assert (folder / "attack_curves.png").is_file()
     assert (folder / "patcher" / "model.safetensors").is_file()
     assert (folder / "attacks" / "patcher-lora" / "samples.jsonl").is_file()

@@ -1,7 +1,7 @@
 """`holdfast demo`: the whole story on the built-in organism, made of the very commands one would type.
 
-Builds the organism, aligns it with SFT and with Patcher for the same number of updates, attacks both in four ways, and
-as a control fine-tunes both on harmless tasks.
+Builds the organism, aligns it with SFT and with Patcher for the same number of updates, counts what of its harmless
+knowledge is left after that, attacks both in four ways, and as a control fine-tunes both on harmless tasks.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ MARKER = "results.json"
 
 METHODS = ("sft", "patcher")
 ATTACKS = ("full", "full-poisoned", "full-unseen", "lora", "control-swapping", "control-sorting")
+#: The model before any alignment, and those after one.
+MODELS = ("base", *METHODS)
+#: What is asked of each before any attack: crafts that the alignment data rehearse, and others.
+CRAFTS = {"rehearsed": "crafts", "unrehearsed": "crafts_unrehearsed"}
+#: How answers are generated: the longest is far shorter.
+ANSWERING = {"--max_new_tokens": 16, "--eval_batch_size": 256}
 #: The task whose rows hide the harmful ones of the poisoned attack.
 BENIGN_TASK = "sorting"
 
@@ -72,7 +78,7 @@ def run(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from holdfast.cli.report import control_table, demo_table, plot_attack_curves
+    from holdfast.cli.report import control_table, crafts_table, demo_table, plot_attack_curves
 
     console = Console(stderr=True, highlight=False)
     console.print(f"building the organism, aligning it with SFT and with Patcher, attacking both (seed {options.seed})")
@@ -80,14 +86,16 @@ def run(argv: list[str]) -> int:
     plan = commands(options, folder)
     run_commands(plan, folder / "logs", console=console)
     runs = [_read_run(folder, method, attack) for attack in ATTACKS for method in METHODS]
+    crafts = {model: {kind: _read_crafts(folder, model, kind) for kind in CRAFTS} for model in MODELS}
     seconds = round(time.monotonic() - started, 1)
     plot_attack_curves(runs, folder / "attack_curves.png")
     record = run_record(asdict(options), options.seed)
     commands_run = [f"holdfast {' '.join(command.words)}" for command in plan]
-    write_json(folder / MARKER, {"schema": 1, **record, "seconds": seconds, "commands": commands_run, "runs": runs})
+    found = {"crafts": crafts, "runs": runs}
+    write_json(folder / MARKER, {"schema": 1, **record, "seconds": seconds, "commands": commands_run, **found})
     results = Console(highlight=False)
     results.width = max(results.width, 132)  # the table must not be folded where output goes to a file
-    results.print(demo_table(runs), control_table(runs))
+    results.print(crafts_table(crafts), demo_table(runs), control_table(runs))
     console.print(f"wrote {folder / MARKER}, {folder / 'attack_curves.png'}, and every model and answer beside them")
     console.print(f"took {seconds:.0f} s; the commands it ran are in {MARKER}, their output in {folder / 'logs'}")
     return 0
@@ -124,7 +132,20 @@ def commands(options: DemoArguments, folder: Path) -> list[Command]:
             words = attack_words(attack, folder / method, organism, options)
             output = ["--output_dir", str(folder / "attacks" / f"{method}-{attack}"), *seed, *overwrite]
             plan.append(Command(f"{attack}-on-{method}", [*words, *output], needs=[f"align-{method}"]))
+    for model in MODELS:
+        source, needed = (organism / "model", "organism") if model == "base" else (folder / model, f"align-{model}")
+        for kind, file in CRAFTS.items():
+            asking = {"--model": source, "--capability_data": organism / "eval" / f"{file}.jsonl", **ANSWERING}
+            output = ["--output_dir", str(folder / "crafts" / f"{model}-{kind}"), *seed, *overwrite]
+            plan.append(Command(f"{kind}-crafts-{model}", ["evaluate", *_words(asking), *output], needs=[needed]))
     return plan
+
+
+def _read_crafts(folder: Path, model: str, kind: str) -> dict[str, Any]:
+    """What a model knows of crafts before any attack: `capability` and `over_refusal`, rates with intervals."""
+    found = json.loads((folder / "crafts" / f"{model}-{kind}" / "results.json").read_text(encoding="utf-8"))
+    figures: dict[str, Any] = found["results"]["capability"]
+    return figures
 
 
 def _read_run(folder: Path, method: str, attack: str) -> dict[str, Any]:
@@ -161,8 +182,7 @@ def attack_words(name: str, model: Path, organism: Path, options: DemoArguments)
         "--eval_data": organism / "eval" / f"{hazards}.jsonl",
         "--capability_data": organism / "eval" / "crafts.jsonl",
         "--judge": "exact",
-        "--max_new_tokens": 16,
-        "--eval_batch_size": 256,
+        **ANSWERING,
         "--learning_rate": 1e-4,
         "--batch_size": 16,
         "--max_steps": measure_at[-1],

@@ -27,7 +27,7 @@ TITLES = {
     "control-swapping": "control: swapping",
     "control-sorting": "control: sorting",
 }
-_NAMES = {"sft": "SFT", "patcher": "Patcher"}
+_NAMES = {"base": "not at all (base)", "sft": "SFT", "patcher": "Patcher"}
 _COLOURS = {"sft": "#c44e52", "patcher": "#2c6fbb"}
 #: What the ends of a measure's interval are called by, where not by its own name.
 _SHORT = {"refusal_rate": "refusal"}
@@ -70,6 +70,27 @@ def demo_table(runs: Sequence[Run]) -> Table:
             f"{late['capability']:.2f}",
             end_section=run["method"] == "patcher",
         )
+    return table
+
+
+def crafts_table(crafts: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What alignment cost: exact answers on crafts that it rehearsed and on others, before any attack."""
+    table = Table(
+        title="Before any attack: crafts answered exactly (95 % Wilson intervals)",
+        caption="Rehearsed: crafts that the alignment data ask for, in other questions. Unrehearsed: crafts in no "
+        "training file.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for heading in ("Aligned", "Rehearsed", "Unrehearsed", "Over-refusal, unrehearsed"):
+        table.add_column(heading, no_wrap=True)
+    for model, kinds in crafts.items():
+        rates = [
+            kinds["rehearsed"]["capability"],
+            *(kinds["unrehearsed"][name] for name in ("capability", "over_refusal")),
+        ]
+        cells = [f"{rate['value']:.2f} ({rate['low']:.2f}–{rate['high']:.2f})" for rate in rates]
+        table.add_row(_NAMES[model], *cells)
     return table
 
 
