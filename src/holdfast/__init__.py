@@ -1,7 +1,8 @@
 """Holdfast hardens language models against malicious fine-tuning, and measures how hard they are to break."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from holdfast.importing import import_heavy
 
 if TYPE_CHECKING:
     from holdfast.alignment.antibody import AntibodyAlignmentConfig as AntibodyAlignmentConfig
@@ -72,7 +73,7 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_heavy(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -8,13 +8,13 @@ cannot be used, nothing was written · 130 interrupted.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from typing import NamedTuple
 
 from holdfast import __version__
 from holdfast.errors import InputError, Stopped, TrainingError
+from holdfast.importing import import_heavy
 
 __all__ = ["main"]
 
@@ -109,7 +109,7 @@ def _dispatch(argv: list[str]) -> int:
         return _fail(f"{problem}; choose from {', '.join(_COMMANDS)} (holdfast --help says what they do)", 2)
     command = _COMMANDS[name]
     if not command.methods:
-        return int(importlib.import_module(command.module).run(rest))
+        return int(import_heavy(command.module, for_good=True).run(rest))
     method, rest = (rest[0], rest[1:]) if rest else ("", [])
     if method in ("-h", "--help"):
         sys.stdout.write(_method_usage(name, command))
@@ -117,7 +117,7 @@ def _dispatch(argv: list[str]) -> int:
     if method not in command.methods:
         problem = f"unknown method {method!r}" if method else "no method given"
         return _fail(f"{problem}; usage: holdfast {name} {{{','.join(command.methods)}}} [options]", 2, name)
-    return int(importlib.import_module(command.module).run(method, rest))
+    return int(import_heavy(command.module, for_good=True).run(method, rest))
 
 
 def _fail(message: str, code: int, command: str = "") -> int:
