@@ -85,8 +85,8 @@ def parameter_table() -> str:
     rows = []
     for name, buffers, work in METHODS:
         state, (kept, ratio) = SFT + WEIGHT * buffers, measured(name)
-        rows.append((name, state, state // 2, buffers, number(kept), f"{work / FULL:.2f}", number(ratio)))
-    heads = ("bytes, float32", "bytes, bf16", "buffers", "buffers, *measured*", "update", "update, *measured*")
+        rows.append((name, state, buffers, number(kept), f"{work / FULL:.2f}", number(ratio)))
+    heads = ("bytes", "buffers", "buffers, *measured*", "update", "update, *measured*")
     return table(("method", *heads), rows)
 
 

@@ -20,7 +20,9 @@ from holdfast.parameters import (
     norm,
     put_gradient,
     restore,
+    share_moved,
     snapshot,
+    snapshot_on_host,
     take_gradient,
     trainable_parameters,
 )
@@ -97,6 +99,40 @@ def test_adding_what_was_subtracted_scaled_to_unit_length(seed):
     v = vector(seed)
     v *= 1 / norm(v)
     assert norm(v) == pytest.approx(1, rel=1e-12)
+
+
+@given(seeds, st.data())
+def test_share_moved_counts_the_entries_that_differ(seed, data):
+    """By hand on one flat vector, on one tensor without an entry, and with a nan, which differs from everything."""
+    before = vector(seed, torch.float32)
+    before["none"] = torch.empty(0, 3)
+    after = copy(before)
+    size = len(flat(before))
+    chosen = data.draw(st.sets(st.integers(0, size - 1)))
+    by = data.draw(st.sampled_from([1e-3, -8.0, math.nan]))
+    positions, start = {}, 0
+    for name, tensor in after.items():
+        for index in range(tensor.numel()):
+            positions[start + index] = (name, index)
+        start += tensor.numel()
+    for position in chosen:
+        name, index = positions[position]
+        after[name].view(-1)[index] += by
+    assert share_moved(after, before) == pytest.approx(len(chosen) / size)
+    assert share_moved(before, before) == 0
+
+
+def test_share_moved_is_of_entries_as_they_are_stored():
+    """A step below half of a weight's last digit is none in bf16."""
+    model = nn.Linear(64, 64, bias=False).bfloat16()
+    nn.init.uniform_(model.weight, 0.05, 0.1)
+    origin = snapshot_on_host(model)
+    with torch.no_grad():
+        model.weight.add_(1e-5)
+    assert share_moved(trainable_parameters(model), origin) == 0
+    with torch.no_grad():
+        model.weight[:16].add_(1e-2)
+    assert share_moved(trainable_parameters(model), origin) == 0.25
 
 
 def test_low_precision_is_summed_in_float32():

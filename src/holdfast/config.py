@@ -17,8 +17,9 @@ from holdfast.errors import InputError
 class DefenseConfig(SFTConfig):
     """Configuration of every Holdfast trainer: TRL's `SFTConfig` and what follows.
 
-    Where no accelerator is found, CPU and float32 are chosen; `bf16=True` then means bf16 autocast on the CPU. The loss
-    always falls on assistant tokens only.
+    Where no accelerator is found, CPU and float32 are chosen; `bf16=True` then means bf16 autocast on the CPU. Weights
+    that are trained are float32 in any case, and those of a model that comes in half precision are computed on in bf16
+    (`holdfast.precision`). The loss always falls on assistant tokens only.
 
     Args:
         system_prompt: A system line for every conversation that has none.
@@ -31,6 +32,7 @@ class DefenseConfig(SFTConfig):
 
     if TYPE_CHECKING:  # fields of SFTConfig that are set here
         bf16: bool | None
+        mixed_precision: str
         completion_only_loss: bool | None
         use_cpu: bool
 
@@ -70,6 +72,7 @@ class DefenseConfig(SFTConfig):
         if isinstance(self.chat_template_kwargs, str):
             self.chat_template_kwargs = json_object("chat_template_kwargs", self.chat_template_kwargs)
         self.completion_only_loss = True
+        self.bf16_was_ruled_out = self.bf16 is False
         if self.use_cpu or not torch.accelerator.is_available():
             self.use_cpu = True
             self.bf16 = bool(self.bf16)

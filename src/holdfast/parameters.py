@@ -127,6 +127,31 @@ def displacement(model: nn.Module, origin: ParameterVector) -> ParameterVector:
 
 
 @torch.no_grad()
+def snapshot_on_host(model: nn.Module) -> ParameterVector:
+    """A copy of this rank's share of the trainable parameters in host memory, to compare with later (`share_moved`)."""
+    return ParameterVector({name: local(p).to("cpu", copy=True) for name, p in trainable_parameters(model).items()})
+
+
+@torch.no_grad()
+def share_moved(parameters: Mapping[str, Tensor], origin: Mapping[str, Tensor]) -> float:
+    """The share of entries whose value is not the one that `origin` has, over all entries of all shards.
+
+    In low precision a step below half of a weight's last digit does not move it, however many follow: the share tells
+    what a rate and a count of steps cannot.
+
+    Args:
+        parameters: One tensor per name, each as it is stored.
+        origin: What each held before, whole or this rank's share as `snapshot_on_host` has it, on whatever device. One
+            tensor at a time is brought to its parameter's.
+    """
+    moved = {
+        name: (tensor, torch.count_nonzero(local(tensor) != local(origin[name]).to(tensor.device)))
+        for name, tensor in parameters.items()
+    }
+    return _total(moved) / max(sum(tensor.numel() for tensor in parameters.values()), 1)
+
+
+@torch.no_grad()
 def shift(model: nn.Module, direction: Mapping[str, Tensor], scale: float = 1.0) -> None:
     """Move the trainable parameters for good: θ ← θ + scale · direction. See `displaced`."""
     parameters = trainable_parameters(model)

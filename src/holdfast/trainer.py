@@ -28,6 +28,7 @@ from holdfast.data.completions import require_rows
 from holdfast.errors import InputError, TrainingError
 from holdfast.models import load_model, load_tokenizer
 from holdfast.parameters import ParameterVector, put_gradient, take_gradient
+from holdfast.precision import compute_in_bf16, keep_in_float32
 from holdfast.resuming import ResumableTrainer
 
 _NO_SHARDING = "--fsdp was asked for, but this run would not shard: start it with torchrun on GPUs"
@@ -57,7 +58,7 @@ class DefenseTrainer(ResumableTrainer):
     `param.grad`.
 
     Args:
-        model: A model, a folder, an adapter folder or a Hub id.
+        model: A model, a folder, an adapter folder or a Hub id. Trained weights of a lower precision become float32.
         args: The configuration; by default one writing to `holdfast-output`.
         train_dataset: Rows in any format of `holdfast.data.formats`.
         processing_class: The tokenizer; by default the model's own.
@@ -97,11 +98,13 @@ class DefenseTrainer(ResumableTrainer):
             processing_class = processing_class if processing_class is not None else load_tokenizer(model)
             model = load_model(model, trainable=True, **(args.model_init_kwargs or {}))
             args.model_init_kwargs = None
+        compute_in_bf16(model, args)
         self._quiet = False
         self._window: Window | None = None
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
         )
+        keep_in_float32(self.model)
         # SFTTrainer computes the loss from the token count itself, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
         self._refuse_unsupported_parallelism()

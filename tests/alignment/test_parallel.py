@@ -16,6 +16,7 @@ from holdfast.alignment.parallel_attacker import PatcherAttackerTrainer
 from holdfast.config import DefenseConfig
 from holdfast.errors import InputError, Stopped, TrainingError
 from holdfast.exchange import Exchange, fingerprint_of
+from holdfast.parameters import share_moved
 from holdfast.trainer import DefenseTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -72,7 +73,7 @@ class Attackers(TrainerCallback):
             job = self.jobs.setdefault(origin, joined(self.settings, origin))
             version = job.newest("defender")
             attacked = job.load(version, dict(model.named_parameters()))
-            facts = {"first_loss": 2.0, "last_loss": 1.0, **version.facts, **changes}
+            facts = {"first_loss": 2.0, "last_loss": 1.0, "weights_moved": 0.75, **version.facts, **changes}
             job.publish(shifted(attacked, by), step=version.step, facts=facts)
             job.wait()
 
@@ -117,9 +118,10 @@ def test_vector_leads_from_todays_weights_to_the_attacked_ones(settings):
         "staleness": 2,
         "first_loss": 2.0,
         "last_loss": 1.0,
+        "weights_moved": 0.75,
     }
     logged = [entry for entry in trainer.state.log_history if "attack_staleness" in entry]
-    assert [(entry["step"], entry["attack_staleness"]) for entry in logged] == [(5, 2.0)]
+    assert [(e["step"], e["attack_staleness"], e["attack_weights_moved"]) for e in logged] == [(5, 2.0, 0.75)]
 
 
 def test_attackers_are_taken_in_turn(settings):
@@ -258,6 +260,7 @@ def test_attacker_publishes_where_its_attack_led(settings):
     assert relative_distance(found, other.weights(1)) > 1e-4
     assert version.facts["first_loss"] == pytest.approx(losses[0], rel=1e-5)
     assert version.facts["last_loss"] == pytest.approx(losses[2], rel=1e-5)
+    assert version.facts["weights_moved"] == share_moved(found, other.weights(1)) > 0.5
 
 
 def test_every_attack_starts_from_the_newest_weights_with_a_fresh_optimizer(settings):
@@ -278,10 +281,13 @@ def test_every_attack_starts_from_the_newest_weights_with_a_fresh_optimizer(sett
     assert relative_distance(found, attack_once(batches[2:], other.weights(7))[0]) < 1e-6
 
 
-def test_lora_attacker_is_merged(settings):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_attacker_is_merged(settings, dtype):
+    """And publishes the rest to the bit as the defender did, whatever precision its own model came in."""
     other = Defender(settings)
     adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    trainer = attacker(settings, peft_config=adapter, attack_steps=2, attack_learning_rate=1e-2)
+    rates = {"attack_steps": 2, "attack_learning_rate": 1e-2}
+    trainer = attacker(settings, model=tiny_llama().to(dtype), peft_config=adapter, **rates)
     finished_after(trainer, other.exchange, 2)
     _, found = other.attacked()
     moved = {name for name, tensor in found.items() if not torch.equal(tensor, other.weights()[name])}

@@ -150,3 +150,13 @@ def test_labels_that_cannot_be_measured_by(
 ) -> None:
     data = write_rows("labels.jsonl", [{"prompt": "How?", "completion": "Salt.", "bad": label} for label in labels])
     assert expected in refused(*audit, "--data", data, "--label_column", "bad")
+
+
+def test_model_in_bf16_is_audited_as_it_is(audit: list[str], tmp_path: Path) -> None:
+    """In bf16, and by the same margins as far as that goes."""
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        assert main([*audit, "--dtype", dtype, "--output_dir", str(tmp_path / dtype)]) == 0
+        found.append([row["r"] for row in results(tmp_path / dtype)[0]])
+    assert found[0] != found[1]
+    assert found[0] == pytest.approx(found[1], abs=0.05)

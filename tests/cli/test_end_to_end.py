@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from helpers import read_json, read_lines
 from holdfast.cli import main
@@ -62,6 +64,9 @@ def test_align_attack_evaluate(
         assert points[-1]["attacker_loss"] > 0
         assert points[-1]["n"] == 3
         assert points[-1]["task_accuracy"] is None
+        assert [point["weights_moved"] > 0.5 for point in points] == [False, True, True]
+        assert results["weights_moved"] == points[-1]["weights_moved"]
+        assert results["precision"] == {"loaded": "float32", "trained": "float32", "computed": "float32"}
         assert isinstance(results["attack"], dict)
         assert (results["attack"]["rows"], results["attack"]["harmful_rows"]) == (4, 2)
         samples = read_lines(folder / "samples.jsonl")
@@ -110,6 +115,32 @@ def test_lora_alignment_and_an_attack_on_the_adapter(
     assert main(["attack", "lora", *attack, "--output_dir", str(attacked)]) == 0
     # The adapter was merged into its base before the attack, so only the whole model says what was attacked.
     assert (attacked / "model" / "model.safetensors").is_file()
+
+
+def test_model_in_bf16_is_trained_in_float32(
+    model_dir: Path, train_data: str, attack_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether by --dtype or because the checkpoint is."""
+    small = [*TINY, "--learning_rate", "1e-5"]
+    aligned, attacked = tmp_path / "aligned", tmp_path / "attacked"
+    words = ["--model", str(model_dir), "--train_data", train_data, *small, "--output_dir", str(aligned)]
+    assert main(["align", "sft", *words, "--dtype", "bfloat16"]) == 0
+    told = "weights are bfloat16: they are computed on in bf16; what is trained is kept and saved in float32"
+    assert " ".join(capsys.readouterr().err.split()).count(told) == 1
+    precision = {"loaded": "bfloat16", "trained": "float32", "computed": "bfloat16"}
+    assert read_json(aligned / "holdfast.json")["precision"] == precision
+    assert {tensor.dtype for tensor in load_file(aligned / "model.safetensors").values()} == {torch.float32}
+
+    model = AutoModelForCausalLM.from_pretrained(aligned, dtype=torch.bfloat16)
+    model.save_pretrained(model_dir)
+    words = ["--model", str(model_dir), "--attack_data", attack_data, *small, "--output_dir", str(attacked)]
+    assert main(["attack", "full", *words, "--dtype", "auto"]) == 0
+    assert " ".join(capsys.readouterr().err.split()).count(told) == 1
+    results = read_json(attacked / "results.json")
+    assert results["precision"] == precision
+    assert results["weights_moved"] > 0.5
+    assert main(["attack", "full", *words, "--dtype", "auto", "--bf16", "false", "--overwrite_output_dir"]) == 2
+    assert "--bf16 false cannot be used with weights in bfloat16" in capsys.readouterr().err
 
 
 def test_config_file_and_override(model_dir: Path, train_data: str, tmp_path: Path) -> None:

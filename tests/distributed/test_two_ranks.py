@@ -148,6 +148,13 @@ def test_norms_and_dots_of_shards_are_those_of_the_whole(ranks, mesh):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
+def test_share_of_entries_that_moved_is_that_of_the_whole(ranks, mesh):
+    on_host, as_it_lies, whole = ranks.values[0][mesh]["moved"]
+    assert on_host == as_it_lies == whole == ranks.values[1][mesh]["moved"][0]
+    assert 0.4 < whole < 0.6
+
+
+@pytest.mark.parametrize("mesh", MESHES)
 def test_displaced_shards_are_used_and_restored(ranks, mesh):
     """Also right after a forward pass that left gathered weights behind."""
     for values in (found[mesh] for found in ranks.values):

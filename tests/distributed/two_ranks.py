@@ -47,7 +47,10 @@ from holdfast.parameters import (
     norm,
     restore,
     shard_like,
+    share_moved,
+    shift,
     snapshot,
+    snapshot_on_host,
     take_gradient,
     trainable_parameters,
 )
@@ -309,6 +312,18 @@ def on_mesh(notes, case, mesh):
     model_of_delta = golden_model()
     restore(model_of_delta, delta)
     values["restore"] = mean_loss(model, no_grad=True).item(), mean_loss(model_of_delta, no_grad=True).item()
+
+    # What share of the entries has moved, from a copy of this rank's share on the host, and from one as it lies.
+    kept, as_it_lies = snapshot_on_host(model), snapshot(model)
+    up = {name: tensor.clamp(min=0) for name, tensor in delta.items()}
+    shift(model, {name: shard_like(p, up[name]) for name, p in trainable_parameters(model).items()})
+    before = snapshot(model_of_delta)
+    shift(model_of_delta, up)
+    values["moved"] = [
+        share_moved(trainable_parameters(model), kept),
+        share_moved(trainable_parameters(model), as_it_lies),
+        share_moved(trainable_parameters(model_of_delta), before),
+    ]
 
     # The method's state in a checkpoint.
     folder = notes.folder / case.replace(" ", "-")

@@ -98,14 +98,14 @@ class ParallelPatcherConfig(PatcherConfig):
 class PatcherDefenderTrainer(PatcherTrainer):
     """The defender of a parallel run. Used as `PatcherTrainer` is, with `exchange` in its configuration.
 
-    Each vector that comes in force is logged as `attack_vector_norm` and `attack_staleness` (updates) and noted, with
-    its origin, in `vectors`. Each publication is logged as `publish_seconds`, for which training stood still. Beyond
-    SFT it holds two buffers of the trained parameters' size, as `PatcherTrainer` while defending; while a version is
-    loaded a third one, before any gradient is there.
+    Each vector that comes in force is logged as `attack_vector_norm`, `attack_weights_moved` (the share that its attack
+    moved) and `attack_staleness` (updates) and noted, with its origin, in `vectors`. Each publication is logged as
+    `publish_seconds`, for which training stood still. Beyond SFT it holds two buffers of the trained parameters' size,
+    as `PatcherTrainer` while defending; while a version is loaded a third one, before any gradient is there.
 
     Attributes:
         vectors: One entry for every vector that came in force: `step`, `origin`, `version`, `attacked_step`,
-            `staleness`, `norm` and the attacker's own `first_loss` and `last_loss`.
+            `staleness`, `norm` and the attacker's own `first_loss`, `last_loss` and `weights_moved`.
 
     Raises:
         InputError: The exchange belongs to another run or another model.
@@ -220,8 +220,10 @@ class PatcherDefenderTrainer(PatcherTrainer):
             "norm": length,
             "first_loss": version.facts["first_loss"],
             "last_loss": version.facts["last_loss"],
+            "weights_moved": version.facts["weights_moved"],
         }
         self.vectors.append(found)
         self.log_metric("attack_vector_norm", length)
+        self.log_metric("attack_weights_moved", found["weights_moved"])
         self.log_metric("attack_staleness", found["staleness"])
         return True

@@ -19,10 +19,12 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 from transformers.trainer_utils import TrainOutput
 
 from holdfast.alignment.parallel import ParallelPatcherConfig
+from holdfast.attacks.simulated import hardly_moved
 from holdfast.errors import InputError, Stopped, TrainingError
 from holdfast.exchange import DEFENDER, Exchange, Version, fingerprint_of, opened_with
 from holdfast.models import below_adapter
-from holdfast.parameters import ParameterVector, local, trainable_parameters
+from holdfast.parameters import ParameterVector, local, share_moved, trainable_parameters
+from holdfast.precision import keep_in_float32
 from holdfast.trainer import DefenseTrainer, Window
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,8 @@ class PatcherAttackerTrainer(DefenseTrainer):
     weights. An attack whose loss is not finite is not published.
 
     With a LoRA adapter on a model whose defender trains it in full, every attack starts from a fresh adapter and the
-    merged weights are published.
+    merged weights are published. With each goes the share of its weights that the attack moved; to tell it, a copy of
+    those it began with lies in host memory.
 
     Args:
         model: As for `DefenseTrainer`; the model that the defender started from, whose weights are not used.
@@ -69,6 +72,7 @@ class PatcherAttackerTrainer(DefenseTrainer):
         self._exchange: Exchange | None = None
         self._attacked: Version | None = None
         self._losses: list[float] = []
+        self._origin = ParameterVector()
         self._merges = False
         self.add_callback(_Rounds(self))
 
@@ -86,6 +90,7 @@ class PatcherAttackerTrainer(DefenseTrainer):
         if isinstance(self.model, PeftModel) and opened_with(folder) != fingerprint:
             fingerprint = fingerprint_of(self.model, self.processing_class, below_adapter(self.model))
             self._merges = True
+            keep_in_float32(self.model, frozen=True)  # half precision would round what the defender published
         with Exchange(folder, origin=self.args.attacker_name, run=None, fingerprint=fingerprint) as self._exchange:
             try:
                 return super().train(*args, **kwargs)
@@ -124,6 +129,7 @@ class PatcherAttackerTrainer(DefenseTrainer):
         with torch.no_grad():
             for name, parameter in self._exchanged().items():
                 local(parameter).copy_(local(weights[name]))
+        self._origin = ParameterVector({name: local(tensor).cpu() for name, tensor in weights.items()})
         if self._merges:
             _reset_adapter(self.model)
         self.optimizer.state.clear()
@@ -138,21 +144,26 @@ class PatcherAttackerTrainer(DefenseTrainer):
         if not all(math.isfinite(loss) for loss in self._losses):
             logger.warning("an attack is discarded: its loss went from %s to %s", first, last)
             return
-        facts = {"first_loss": first, "last_loss": last, "lineage": self._attacked.facts["lineage"]}
         if self._merges:
             self.model.merge_adapter()
+        moved = share_moved(self._exchanged(), self._origin)
+        facts = {"first_loss": first, "last_loss": last, "weights_moved": moved}
+        facts["lineage"] = self._attacked.facts["lineage"]
         self._exchange.publish(self._exchanged(), step=self._attacked.step, facts=facts)
         if self._merges:
             self.model.unmerge_adapter()  # by rounding not the weights that it was; the next attack loads its own
         self.attacks += 1
         logger.info(
-            "attack %d, on the weights of step %d: loss %.4g to %.4g in %d steps",
+            "attack %d, on the weights of step %d: loss %.4g to %.4g in %d steps, %.1f%% of the weights moved",
             self.attacks,
             self._attacked.step,
             first,
             last,
             len(self._losses),
+            100 * moved,
         )
+        if few := hardly_moved(moved):
+            logger.warning("attack %d %s", self.attacks, few)
 
     def _exchanged(self) -> dict[str, Tensor]:
         """The parameters that are loaded and published: those that are trained, or those below an adapter to merge."""
@@ -223,6 +234,7 @@ def _as_attacker(args: ParallelPatcherConfig) -> ParallelPatcherConfig:
         "warmup_steps": 0,
         "optim": "adamw_torch_fused",
         "max_steps": sys.maxsize,
+        "bf16": False if args.bf16_was_ruled_out else args.bf16 or None,
         "save_strategy": "no",
         "eval_strategy": "no",
     }

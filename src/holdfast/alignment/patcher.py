@@ -89,7 +89,8 @@ class PatcherTrainer(DefenseTrainer):
     """Align with Patcher, in its sequential form: attacker and defender take turns on the same devices.
 
     Each update logs `safe_loss` L(θ; B), `attacked_loss` L(θ + δ; B) and their `loss_gap`; each simulated attack
-    `attacker_first_loss`, `attacker_last_loss` and `attack_vector_norm`. Beyond SFT it holds two buffers of the trained
+    `attacker_first_loss`, `attacker_last_loss`, `attack_vector_norm` and `attack_weights_moved`, the share of the
+    weights that it moved. Beyond SFT it holds two buffers of the trained
     parameters' size while defending (δ, and the saved weights or the gradient under attack) and three during an attack.
 
     Args:
@@ -179,6 +180,7 @@ class PatcherTrainer(DefenseTrainer):
         self.log_metric("attacker_first_loss", found.first_loss)
         self.log_metric("attacker_last_loss", found.last_loss)
         self.log_metric("attack_vector_norm", found.norm)
+        self.log_metric("attack_weights_moved", found.weights_moved)
 
     def method_state(self) -> dict[str, Any]:
         """The vector in force, and whether it was set by hand; none, if a run is stopped while it looks for another."""

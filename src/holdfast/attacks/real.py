@@ -7,6 +7,7 @@ takes the steps of the simulated one (`holdfast.attacks.simulated`): same loss, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,12 +26,16 @@ from transformers import (
 )
 from transformers.training_args import OptimizerNames
 
+from holdfast.attacks.simulated import hardly_moved
 from holdfast.config import DefenseConfig
 from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluation
 from holdfast.models import load_model, load_tokenizer
-from holdfast.parameters import ParameterVector
+from holdfast.parameters import ParameterVector, share_moved, snapshot_on_host, trainable_parameters
+from holdfast.precision import compute_in_bf16, keep_in_float32
 from holdfast.trainer import DefenseTrainer, Window
+
+logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[PreTrainedModel, PreTrainedTokenizerBase], Evaluation]
 
@@ -97,8 +102,11 @@ class AttackTrainer(DefenseTrainer):
 
     Attributes:
         measurements: One dictionary per measured step: `steps`, `attacker_loss` (of that step's batch, before its
-            update; None at step 0) and the figures of `Evaluation.flat`.
+            update; None at step 0), `weights_moved` (share of the trained weights) and the figures of
+            `Evaluation.flat`.
         evaluations: The evaluations behind them, by step.
+        weights_moved: The share of the trained weights that differ from what they were before the attack, once it is
+            over. Until then a copy of those lies in host memory.
     """
 
     _tag_names = ["holdfast", "attacked"]
@@ -115,17 +123,22 @@ class AttackTrainer(DefenseTrainer):
         evaluator: Evaluate | None = None,
         **kwargs: Any,
     ) -> None:
+        args = args if args is not None else self.config_class(output_dir="holdfast-output")
         if isinstance(model, str):
             processing_class = processing_class if processing_class is not None else load_tokenizer(model)
-            model = load_model(model)
+            model = load_model(model, **(args.model_init_kwargs or {}))
+            args.model_init_kwargs = None
         if isinstance(model, PeftModel):
+            compute_in_bf16(model, args)
+            keep_in_float32(model, frozen=True)  # a half precision base would take the adapter up rounded
             model = model.merge_and_unload().requires_grad_(True)
         super().__init__(model, args, train_dataset, processing_class, **kwargs)
         self.measurements: list[dict[str, Any]] = []
         self.evaluations: dict[int, Evaluation] = {}
+        self.weights_moved: float | None = None
+        self._origin = ParameterVector()
         self._last_loss: Tensor | None = None
-        if evaluator is not None:
-            self.add_callback(_Measure(self, evaluator))
+        self.add_callback(_Measure(self, evaluator))
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """g(θ; B): the attacker's own."""
@@ -136,24 +149,42 @@ class AttackTrainer(DefenseTrainer):
         """All of them, as with torch's AdamW and the simulated attacker; transformers spares norms and biases."""
         return [name for name, _ in model.named_parameters()]
 
+    def begin(self) -> None:
+        """Remember the weights as they are, to tell later what share of them was moved."""
+        self._origin = snapshot_on_host(self.model)
+
+    def end(self) -> None:
+        """Note the share of the weights that the attack has moved, and warn of a small one."""
+        self.weights_moved, self._origin = self._share_moved(), ParameterVector()
+        if few := hardly_moved(self.weights_moved):
+            logger.warning("the attack %s", few)
+
     def measure(self, evaluator: Evaluate) -> None:
         """Evaluate the model as it stands and note what came out."""
-        evaluation = evaluator(self.model, self.processing_class)
+        with self.accelerator.autocast():  # an adapter in float32 may stand on a base in bf16
+            evaluation = evaluator(self.model, self.processing_class)
         loss = None if self._last_loss is None else self.accelerator.gather(self._last_loss.reshape(1)).mean().item()
         steps = self.state.global_step
         self.evaluations[steps] = evaluation
-        self.measurements.append({"steps": steps, "attacker_loss": loss, **evaluation.flat()})
+        moved = {"attacker_loss": loss, "weights_moved": self._share_moved()}
+        self.measurements.append({"steps": steps, **moved, **evaluation.flat()})
+
+    def _share_moved(self) -> float:
+        return share_moved(trainable_parameters(self.model), self._origin)
 
 
 class _Measure(TrainerCallback):
-    def __init__(self, trainer: AttackTrainer, evaluator: Evaluate) -> None:
+    def __init__(self, trainer: AttackTrainer, evaluator: Evaluate | None) -> None:
         self.trainer = trainer
         self.evaluator = evaluator
 
     def on_train_begin(self, args: AttackConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step in args.measure_at:
-            self.trainer.measure(self.evaluator)
+        self.trainer.begin()
+        self.on_step_end(args, state, control)
 
     def on_step_end(self, args: AttackConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step in args.measure_at:
+        if self.evaluator is not None and state.global_step in args.measure_at:
             self.trainer.measure(self.evaluator)
+
+    def on_train_end(self, args: AttackConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.end()

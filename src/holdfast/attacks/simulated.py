@@ -6,6 +6,7 @@ through the same `DefenseTrainer.backward`; there they are kept.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +15,21 @@ import torch
 from tqdm.auto import tqdm
 
 from holdfast.data.batches import Batch
-from holdfast.parameters import ParameterVector, displacement, norm, restore, snapshot, trainable_parameters
+from holdfast.parameters import (
+    ParameterVector,
+    displacement,
+    norm,
+    restore,
+    share_moved,
+    snapshot,
+    trainable_parameters,
+)
 from holdfast.trainer import DefenseTrainer
+
+logger = logging.getLogger(__name__)
+
+HARDLY = 0.5
+"""Fewer weights than this share moved by an attack are worth a warning; in float32 nearly all of them move."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class SimulatedAttack:
         first_loss: The attacker's loss L(θ; B₁) before its first step.
         last_loss: Its loss on its last batch, before its last step.
         norm: ‖δ‖.
+        weights_moved: The share of the trained weights that δ changes.
         discarded: Why there is no vector, or None.
     """
 
@@ -34,6 +49,7 @@ class SimulatedAttack:
     first_loss: float
     last_loss: float
     norm: float
+    weights_moved: float
     discarded: str | None = None
 
 
@@ -98,9 +114,22 @@ def simulate_attack(
     del optimizer
     if not finished:
         reason = f"the attacker's loss at its step {len(losses)} is {losses[-1]}"
-        return SimulatedAttack(None, losses[0], losses[-1], math.nan, reason)
+        return SimulatedAttack(None, losses[0], losses[-1], math.nan, math.nan, reason)
+    moved = share_moved(trainable_parameters(trainer.model), origin)
     vector = displacement(trainer.model, origin)
     length = norm(vector)
     if not math.isfinite(length):
-        return SimulatedAttack(None, losses[0], losses[-1], length, "its vector is not finite")
-    return SimulatedAttack(vector, losses[0], losses[-1], length)
+        return SimulatedAttack(None, losses[0], losses[-1], length, moved, "its vector is not finite")
+    if few := hardly_moved(moved):
+        logger.warning("the simulated attack after update %d %s", trainer.state.global_step, few)
+    return SimulatedAttack(vector, losses[0], losses[-1], length, moved)
+
+
+def hardly_moved(share: float) -> str | None:
+    """What to say of an attack that moved a suspiciously small share of the weights that it trains; else None."""
+    if share >= HARDLY:
+        return None
+    return (
+        f"moved {share:.2%} of the weights that it trains: its rate is too small for their precision, or little of the "
+        "model took part, and a defense looks stronger against it than it is"
+    )

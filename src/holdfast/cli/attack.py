@@ -24,6 +24,7 @@ from holdfast.cli.runs import (
     last_log,
     model_keywords,
     output_dir,
+    precision_record,
     refusals,
     train,
 )
@@ -79,6 +80,7 @@ def run(method: str, argv: list[str]) -> int:
         )
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
+        loaded = model.dtype
         rows = _attack_rows(data, tokenizer, seed=config.seed)
         overlapping = _overlap(rows, evaluator)
         is_adapter = isinstance(model, PeftModel)
@@ -127,11 +129,14 @@ def run(method: str, argv: list[str]) -> int:
         },
         "evaluation": asdict(measure) if evaluator is not None else None,
         "judge": judge_record(evaluator),
+        "precision": precision_record(loaded, config),
+        "weights_moved": trainer.weights_moved,
         "seconds": round(time.monotonic() - started, 3),
         "log": last_log(trainer.state.log_history),
         "points": trainer.measurements,
     }
     write_json(folder / MARKER, record)
+    say(f"the attack moved {trainer.weights_moved:.2%} of the weights that it trained")
     if evaluator is not None:
         stdout.print(attack_table(trainer.measurements, evaluator, title=f"{source} under attack ({method})"))
     announce(folder, MARKER, "samples.jsonl", "model")

@@ -20,6 +20,7 @@ from holdfast.evaluation.scores import detection
 from holdfast.files import run_record, write_json, write_jsonl
 from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
 from holdfast.models import load_model_and_tokenizer
+from holdfast.precision import half_precision_of
 
 #: What a finished audit has; written last.
 MARKER = "results.json"
@@ -56,6 +57,7 @@ def run(argv: list[str]) -> int:
         labels = _labels(upload, options)
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
+        model.requires_grad_(False)  # nothing is trained, so half precision weights may stay what they are
         config = AntibodyConfig(
             output_dir=options.output_dir,
             refusal=options.refusal,
@@ -66,7 +68,7 @@ def run(argv: list[str]) -> int:
             system_prompt=options.system_prompt,
             chat_template_kwargs=options.chat_template_kwargs,
             gradient_checkpointing=False,
-            bf16=False,
+            bf16=half_precision_of(model) is not None,
             report_to="none",
             seed=options.seed,
         )

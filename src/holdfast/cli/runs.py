@@ -15,6 +15,7 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 from holdfast.checkpoint import discard, is_complete, last_checkpoint, read_digests
 from holdfast.cli.arguments import LoadArguments
 from holdfast.cli.console import ProgressReport, say, stderr
+from holdfast.config import DefenseConfig
 from holdfast.errors import InputError, Stopped
 from holdfast.files import claim_output_dir
 
@@ -211,6 +212,12 @@ def load_keywords(load: LoadArguments) -> dict[str, Any]:
     """Take the keywords of `from_pretrained` out of the flags of a command that does not train."""
     keywords = {"revision": load.model_revision, "dtype": load.dtype, "attn_implementation": load.attn_implementation}
     return {name: value for name, value in keywords.items() if value is not None}
+
+
+def precision_record(loaded: torch.dtype, config: DefenseConfig) -> dict[str, str]:
+    """Say in which precision a model came, and was trained (and is saved) and computed on; see `holdfast.precision`."""
+    computed = "bfloat16" if config.bf16 else "float32"
+    return {"loaded": str(loaded).removeprefix("torch."), "trained": "float32", "computed": computed}
 
 
 def device() -> torch.device:

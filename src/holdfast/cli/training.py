@@ -23,6 +23,7 @@ from holdfast.cli.runs import (
     last_log,
     model_keywords,
     output_dir,
+    precision_record,
     refusals,
     refuse_changed_data,
     starting_checkpoint,
@@ -106,6 +107,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
             refuse_changed_data(checkpoint, sources, digests, method=method.trainer.__name__)
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
+        loaded = model.dtype
         peft_config = get_peft_config(model_args)
         if peft_config is not None and isinstance(model, PeftModel):
             raise InputError(f"--use_peft: {source} is an adapter already, and it is this adapter that is trained")
@@ -131,6 +133,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
                 "command": command,
                 "model": source,
                 "data": given,
+                "precision": precision_record(loaded, config),
                 "resumed_from": checkpoint,
                 "seconds": round(time.monotonic() - started, 3),
                 "log": last_log(trainer.state.log_history),

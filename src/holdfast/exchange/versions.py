@@ -22,7 +22,7 @@ from holdfast.hub import reason
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST, FORMAT = "manifest.json", 2
 KEPT = 3
 _FIELDS = {"number": int, "origin": str, "step": int, "run": str, "fingerprint": dict, "facts": dict, "files": dict}
 
