@@ -38,9 +38,9 @@ def test_path_that_is_neither_there_nor_on_the_hub(patcher: list[str], flag: str
     [
         (b'{"question": "a", "reply": "b"}\n', "question"),
         (b"", "is empty"),
-        (b'{"prompt": "a", "completion": "b"}\n[1]\n', "row 2"),
+        (b'{"prompt": "a", "completion": "b"}\n[1]\n', "line 2"),
         (b'{"prompt": "a", "completion": "caf\xe9"}\n', "not valid UTF-8"),
-        (b'{"prompt": "a"\n', "row 1: not valid JSON"),
+        (b'{"prompt": "a"\n', "line 1 is not valid JSON"),
     ],
     ids=["column", "empty", "not-an-object", "utf-8", "json"],
 )
@@ -318,5 +318,5 @@ def test_old_results_survive_a_refused_overwrite(
     (tmp_path / "broken.jsonl").write_text("not json")
     words = [*attack, "--attack_data", str(tmp_path / "broken.jsonl"), "--overwrite_output_dir"]
     assert main([*words, "--output_dir", str(done)]) == 2
-    assert "row 1" in capsys.readouterr().err
+    assert "line 1" in capsys.readouterr().err
     assert (done / "results.json").read_text() == '{"schema": 1}'

@@ -1,11 +1,17 @@
 """Rows from files: every accepted format, and one clear sentence for everything else."""
 
+import codecs
+import gzip
 import json
+import tempfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from holdfast.data import load
 from holdfast.data.load import PROMPT_COLUMNS, TRAIN_COLUMNS, load_rows
@@ -126,7 +132,7 @@ def test_a_folder_is_refused(tmp_path):
 
 def test_an_unknown_extension_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    assert "unknown extension; expected one of .json, .jsonl, .parquet, .csv" in refused(tmp_path / "a.txt")
+    assert "unknown extension; expected one of .json, .jsonl, .parquet, .csv, .tsv" in refused(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet"])
@@ -150,7 +156,7 @@ def test_invalid_utf8_is_refused_with_its_place(tmp_path, name):
 
 
 def test_an_invalid_line_is_refused_by_number(tmp_path):
-    assert "a.jsonl, row 2: not valid JSON" in refused(jsonl(tmp_path / "a.jsonl", ROWS[0], '{"prompt": \n'))
+    assert "a.jsonl, line 2 is not valid JSON" in refused(jsonl(tmp_path / "a.jsonl", ROWS[0], '{"prompt": \n'))
 
 
 def test_invalid_json_is_refused(tmp_path):
@@ -162,7 +168,7 @@ def test_invalid_json_is_refused(tmp_path):
     ("row", "kind"), [("[1]\n", "a list"), ('"x"\n', "text"), ("3\n", "a number"), ("null\n", "null")]
 )
 def test_a_row_that_is_not_an_object_is_refused(tmp_path, row, kind):
-    assert f"row 2 is {kind}; expected an object" in refused(jsonl(tmp_path / "a.jsonl", ROWS[0], row))
+    assert f"line 2 is {kind}; expected an object" in refused(jsonl(tmp_path / "a.jsonl", ROWS[0], row))
 
 
 def test_a_missing_column_is_refused_and_those_there_named(tmp_path):
@@ -180,7 +186,8 @@ def test_a_row_of_another_type_is_refused_by_number(tmp_path, position):
     rows = [{"prompt": "x", "completion": "y"} for _ in range(5)]
     rows[position] = {"prompt": MESSAGES, "completion": "y"}
     # The first row sets the type, so it is the second that differs from a first one that is wrong.
-    assert f"row {max(position, 1) + 1} has other types" in refused(jsonl(tmp_path / "a.jsonl", *rows))
+    message = refused(jsonl(tmp_path / "a.jsonl", *rows))
+    assert f"row {max(position, 1) + 1}: 'prompt' is {'a list' if position else 'text'}, but" in message
 
 
 def test_text_is_no_number(tmp_path):
@@ -193,6 +200,9 @@ def test_text_is_no_number(tmp_path):
     [
         ([], "has no messages"),
         ([{"role": "user"}], "has a message without a text 'content'"),
+        ([{"role": "assistant", "content": None}], "has a message without a text 'content'"),
+        ([{"role": "assistant", "content": " \n"}], "has an empty answer"),
+        ("x", "is text; expected messages"),
         ([{"content": "x"}], "has a message without a text 'role'"),
         (["x"], "holds text where a message is expected"),
     ],
@@ -217,3 +227,113 @@ def test_a_null_in_parquet_is_refused_by_number(tmp_path):
     table = pa.table({"prompt": ["x", "y"], "completion": ["x", None]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert "row 2: 'completion' is missing" in refused(tmp_path / "a.parquet")
+
+
+# ---------------------------------------------------------------------- one row, in every way it may lie in a file
+
+ROW = {"prompt": 'how, why; "when"\n\u2028', "completion": "é 42"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps({"data": [ROW, ROW], "version": 1}, indent=1)),
+        ("a.json", json.dumps(ROW) + "\n" + json.dumps(ROW)),
+        ("a.jsonl", json.dumps([ROW, ROW])),
+        ("a.csv", 'prompt;completion\n"how, why; ""when""\n\u2028";é 42\n"how, why; ""when""\n\u2028";é 42\n'),
+        ("a.tsv", 'prompt\tcompletion\n"how, why; ""when""\n\u2028"\té 42\n"how, why; ""when""\n\u2028"\té 42\n'),
+    ],
+    ids=["under-a-key", "lines-in-json", "list-in-jsonl", "semicolons", "tabs"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_of_any_kind_and_encoding(tmp_path, name, content, encoding, packed):
+    path = tmp_path / (f"{name}.gz" if packed else name)
+    path.write_bytes(gzip.compress(content.encode(encoding)) if packed else content.encode(encoding))
+    assert load_rows(str(path), flag="--train_data", columns=TRAIN_COLUMNS).to_list() == [ROW, ROW]
+
+
+@pytest.mark.parametrize("row", [ROW, {"messages": [*MESSAGES, {"role": "assistant", "content": "hi"}]}])
+def test_one_object_is_one_row(tmp_path, row):
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=2))
+    assert load_rows(str(tmp_path / "a.json"), flag="--train_data", columns=TRAIN_COLUMNS).to_list() == [row]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", b"prompt,completion,prompt\nx,y,z\n", "has the column 'prompt' twice"),
+        ("a.csv", b"prompt,completion\nx,y\nx,\n", "row 2: 'completion' is empty"),
+        ("a.csv", "prompt,completion\nx,y\n".encode("utf-16-le"), "holds null characters"),
+        ("a.csv", codecs.BOM_UTF16_LE + b"\x00\xd8x", "is not valid UTF-16"),
+        ("a.jsonl", b'{"prompt": "x", "response": " \\n"}', "row 1: 'response' is empty"),
+        ("a.jsonl", b'{"prompt": "x", "completion": "\\ud83d"}\n', "row 1: 'completion' is not Unicode text"),
+        ("a.jsonl", b'\n{"prompt": 1}\n{"prompt": 18446744073709551616}\n', "line 3 is not valid JSON (the number"),
+        ("a.json", b'{"prompt": "x",\n"completion": }', "is not valid JSON (Expecting value: line 2"),
+        ("a.json", b"[" * 100_000, "is not valid JSON (it is nested too deeply)"),
+        ("a.json", b'{"train": [{"prompt": "x"}], "test": []}', "its columns are 'train', 'test'"),
+        ("a.jsonl.gz", b'{"prompt": "x", "completion": "y"}', "is not a valid gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x", "completion": "y"}')[:-9], "is not a valid gzip file"),
+        ("a.parquet.gz", b"x", "unknown extension"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    assert expected in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", ["C:\\data\\rows.jsonl", "C:\\rows", "C:/rows", "data\\rows.jsonl"])
+def test_a_path_of_windows_is_not_looked_up(monkeypatch, source):
+    monkeypatch.setattr(load, "unreachable", lambda name, kind: pytest.fail(f"looked up {name}"))
+    assert f"{source} is neither a file nor a data set on the Hub; no such file" in refused(source)
+
+
+def test_conversations_with_roles_are_accepted(tmp_path):
+    row = {"conversations": [*MESSAGES, {"role": "assistant", "content": "hi"}]}
+    assert load_rows(jsonl(tmp_path / "a.jsonl", row), flag="--train_data", columns=TRAIN_COLUMNS).to_list() == [row]
+
+
+def call(**arguments):
+    return {"type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def test_tool_calls_keep_their_own_keys_and_types(tmp_path):
+    """Arrow has one type for a column, with the keys of all rows and one type for each."""
+    calls = [[call(city="Oslo")], [call(n=1)], [call(n=2.5), call(n=None, text="42")], [call(n=[1, "a", {}])], []]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "42"},
+                {"role": "assistant", "content": None, "tool_calls": called} if called else MESSAGES[0],
+                {"role": "tool", "name": "f", "content": "7"},
+                {"role": "assistant", "content": "true", "weight": 1},
+            ],
+            "tools": [{"name": "f", "parameters": {f"p{number}": {}}}] if number else None,
+        }
+        for number, called in enumerate(calls)
+    ]
+    read = load_rows(jsonl(tmp_path / "a.jsonl", *rows), flag="--train_data", columns=TRAIN_COLUMNS)
+    assert json.dumps(read.to_list()) == json.dumps(rows)
+    assert json.dumps(list(read["messages"])) == json.dumps([row["messages"] for row in rows])
+
+
+VALUES = st.recursive(
+    # The library that reads JSON out of Arrow is a bit off in the last digit of a float.
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.integers(-999, 999).map(lambda n: n / 2)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.dictionaries(st.text(max_size=2), VALUES), min_size=1, max_size=4))
+def test_json_comes_back_as_it_was_given(objects):
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [{"value": value} for value in objects]
+        Path(folder, "a.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+        read = load_rows(f"{folder}/a.json", flag="--data").to_list()
+    assert json.dumps(read) == json.dumps(rows)

@@ -70,7 +70,7 @@ class AlignData(TrainingData):
     train_data: str = field(
         metadata={
             "help": "Alignment data: refusals to harmful prompts, and helpful answers to benign ones if you like. "
-            "A .json, .jsonl, .parquet or .csv file, or a dataset of the Hub (NAME or NAME:SPLIT)."
+            "A .json, .jsonl, .csv or .tsv file, also as .gz, a .parquet file, or a dataset of the Hub (NAME or NAME:SPLIT)."
         }
     )
 
@@ -91,8 +91,8 @@ class FinetuneData(TrainingData):
 
     train_data: str = field(
         metadata={
-            "help": "The user's data, whatever it holds. A .json, .jsonl, .parquet or .csv file, or a dataset of the "
-            "Hub (NAME or NAME:SPLIT)."
+            "help": "The user's data, whatever it holds. A .json, .jsonl, .csv or .tsv file, also as .gz, a .parquet "
+            "file, or a dataset of the Hub (NAME or NAME:SPLIT)."
         }
     )
 
