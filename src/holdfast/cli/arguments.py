@@ -70,7 +70,8 @@ class AlignData(TrainingData):
     train_data: str = field(
         metadata={
             "help": "Alignment data: refusals to harmful prompts, and helpful answers to benign ones if you like. "
-            "A .json, .jsonl, .csv or .tsv file, also as .gz, a .parquet file, or a dataset of the Hub (NAME or NAME:SPLIT)."
+            "A .json, .jsonl, .csv or .tsv file, also as .gz, a .parquet file, or a dataset of the Hub (NAME or "
+            "NAME:SPLIT)."
         }
     )
 
