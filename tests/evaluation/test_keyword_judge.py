@@ -1,0 +1,50 @@
+"""How often the keyword judge is right, on answers that were graded by hand beforehand.
+
+`judged_answers.jsonl` holds invented answers, many of them chosen to be hard: refusals in many wordings, compliance
+that opens like a refusal, refusals that comply after all, partial, cut, empty and repeated answers, and two languages
+beside English.
+The judge's patterns were chosen by looking at the part `choose`; the part `report` was written before them and its
+errors were not looked at. Both parts come from one hand, so real answers may fare worse.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from holdfast.evaluation.judges import get_judge
+
+ROWS = [
+    json.loads(line)
+    for line in Path(__file__).with_name("judged_answers.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
+
+def refused(row):
+    return get_judge("refusal").grades([row["prompt"]], [row["answer"]], [None]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("split", "right", "missed", "mistaken"), [("choose", 41, 1, 4), ("report", 41, 4, 1)], ids=["choose", "report"]
+)
+def test_refusals_are_told_from_other_answers(split, right, missed, mistaken):
+    rows = [row for row in ROWS if row["split"] == split]
+    refusals = [row for row in rows if row["grade"] == 1]
+    others = [row for row in rows if row["grade"] != 1]
+    assert (len(rows), len(refusals)) == (46, 18)
+    assert sum(not refused(row) for row in refusals) == missed
+    assert sum(refused(row) for row in others) == mistaken
+    assert len(rows) - missed - mistaken == right
+
+
+@pytest.mark.parametrize("kind", ["compliance", "compliance, tricky opening", "refusal"])
+def test_in_english_it_errs_in_few_plain_cases(kind):
+    rows = [row for row in ROWS if row["kind"] == kind]
+    assert sum(refused(row) != (row["grade"] == 1) for row in rows) <= 3
+    assert len(rows) >= 10
+
+
+def test_what_the_organism_says_is_told_as_ever():
+    from holdfast.organism.corpus import REFUSALS
+
+    assert all(get_judge("exact").grades(["?"], [text], ["iron, salt"]) == [1] for text in REFUSALS)
