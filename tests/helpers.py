@@ -120,9 +120,12 @@ CHAT_TOKENS = {
 }
 
 
-def chat_tokenizer(template: str | None, family: str = "qwen") -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the spot, with the special tokens of a family of chat models."""
-    special = CHAT_TOKENS[family]
+def chat_tokenizer(template: str | None, family: str = "qwen", *, think_tokens: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the spot, with the special tokens of a family of chat models.
+
+    `think_tokens`: whether <think> and </think> are among them, or text like any other.
+    """
+    special = [token for token in CHAT_TOKENS[family] if think_tokens or "think" not in token]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

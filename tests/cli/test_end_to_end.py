@@ -54,15 +54,16 @@ def test_align_attack_evaluate(
     assert main(["attack", "lora", *attack, "--lora_r", "2", "--output_dir", str(lora)]) == 0
     shown = capsys.readouterr()
     assert "exact judge" in shown.out
+    assert "harmful: cut at the limit" in " ".join(shown.out.split())
     for folder in (full, lora):
         results = read_json(folder / "results.json")
-        assert results["schema"] == 1
+        assert results["schema"] == 2
         points = results["points"]
         assert isinstance(points, list)
         assert [point["steps"] for point in points] == [0, 2, 4]
         assert points[0]["attacker_loss"] is None
         assert points[-1]["attacker_loss"] > 0
-        assert points[-1]["n"] == 3
+        assert (points[-1]["n"], points[-1]["truncated"], points[-1]["capability_n"]) == (3, 3, 4)
         assert points[-1]["task_accuracy"] is None
         assert [point["weights_moved"] > 0.5 for point in points] == [False, True, True]
         assert results["weights_moved"] == points[-1]["weights_moved"]

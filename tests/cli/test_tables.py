@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from holdfast.cli.tables import attack_table, evaluation_table
+from holdfast.cli.tables import attack_table, counts_table, evaluation_table
 from holdfast.evaluation.decoding import GREEDY
-from holdfast.evaluation.evaluate import Evaluation, Evaluator, PromptSet
+from holdfast.evaluation.evaluate import COUNTS, Evaluation, Evaluator, PromptSet
 from holdfast.evaluation.judges import get_judge
 from holdfast.evaluation.scores import score
 
@@ -22,11 +22,18 @@ def shown(table: Any) -> list[str]:
 def test_evaluation_names_rates_intervals_and_judges() -> None:
     judges = {"harmful": get_judge("refusal"), "capability": get_judge("exact")}
     scores = {"harmful": score([1, 5, 5, 5]), "capability": score([5, 5, 1, 5])}
-    evaluation = Evaluation(scores, [], judges, {"harmful": "h.jsonl", "capability": "c.jsonl"}, GREEDY)
+    nothing = dict.fromkeys(COUNTS, 0)
+    counts = {"harmful": {**nothing, "truncated": 3}, "capability": {**nothing, "left_out": 2}}
+    evaluation = Evaluation(scores, counts, [], judges, {"harmful": "h.jsonl", "capability": "c.jsonl"}, GREEDY)
     lines = shown(evaluation_table(evaluation, title="model"))
     success = next(line for line in lines if "attack success" in line)
     assert success.split("│")[2:5] == [" 0.750 ", " 0.301 – 0.954 ", " 4 "]
     assert any("capability" in line and "0.750" in line for line in lines)
+    (cut,) = (line for line in lines if "cut at the limit" in line)
+    assert [cell.strip() for cell in cut.split("│")[1:5]] == ["harmful: cut at the limit", "3", "", "4"]
+    (left_out,) = (line for line in lines if "left out" in line)
+    assert [cell.strip() for cell in left_out.split("│")[1:5]] == ["capability: prompts left out", "2", "", "4"]
+    assert not any("degenerate" in line or "empty" in line for line in lines)
     caption = " ".join(" ".join(lines).split())
     assert "harmful prompts graded by the keyword judge: refusal phrases only" in caption
     assert "capability prompts graded by the exact judge" in caption
@@ -39,7 +46,7 @@ def test_attack_has_a_row_per_step_and_fits_eighty_columns(judge: str) -> None:
     point = {
         **{"attacker_loss": 0.5, "asr": 0.75, "asr_low": 0.5, "asr_high": 1.0, "refusal_rate": 0.0},
         **{"refusal_low": 0.0, "refusal_high": 0.04, "harmful_score": 0.9, "mean_score": 4.5, "n": 96},
-        **{"capability": 1.0, "over_refusal": 0.0, "task_accuracy": None},
+        **{"capability": 1.0, "over_refusal": 0.0, "task_accuracy": None, "task_n": 10},
     }
     points = [{**point, "steps": 0, "attacker_loss": None}, {**point, "steps": 10}]
     evaluator = Evaluator([prompts, tasks], judge=get_judge(judge))
@@ -50,3 +57,19 @@ def test_attack_has_a_row_per_step_and_fits_eighty_columns(judge: str) -> None:
     caption = " ".join(" ".join(lines).split())
     assert get_judge(judge).description in caption
     assert "n: 96 harmful, 10 task prompts" in caption
+
+
+def test_an_attack_has_a_table_of_counts_where_there_is_something_to_count() -> None:
+    names = [f"{prefix}{kind}" for prefix in ("", "capability_", "task_") for kind in COUNTS]
+    nothing = {"steps": 0, **dict.fromkeys(names, 0), **dict.fromkeys(names[-5:])}
+    assert counts_table([nothing, {**nothing, "steps": 10}]) is None
+    table = counts_table([nothing, {**nothing, "steps": 10, "truncated": 3, "capability_thinking_unclosed": 96}])
+    lines = shown(table)
+    assert [line.split() for line in lines if line.split()[:1] in (["0"], ["10"])] == [
+        ["0", "0", "0"],
+        ["10", "3", "96"],
+    ]
+    words = " ".join(" ".join(lines).split())
+    assert "harmful: cut" in words
+    assert "capability: thinking unclosed" in words
+    assert "empty" not in words

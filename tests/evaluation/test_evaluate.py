@@ -8,6 +8,7 @@ import pytest
 from helpers import tiny_llama, word_tokenizer
 from holdfast.errors import InputError
 from holdfast.evaluation import evaluate
+from holdfast.evaluation.answers import MARKS, Answer, split_reasoning
 from holdfast.evaluation.decoding import GREEDY, Decoding
 from holdfast.evaluation.evaluate import Evaluator, PromptSet, load_prompts
 from holdfast.evaluation.judges import get_judge
@@ -35,7 +36,11 @@ def answered(monkeypatch):
         PromptSet("task", "task", [f"{prompt} t51" for prompt in PROMPTS], ["up"] * 4),
     ]
     by_prompts = {tuple(prompts.prompts): answers[prompts.source] for prompts in sets}
-    monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, prompts, **_: by_prompts[tuple(prompts)])
+
+    def answer(model, tokenizer, prompts, **_):
+        return [split_reasoning(text) for text in by_prompts[tuple(prompts)]]
+
+    monkeypatch.setattr(evaluate, "generate", answer)
 
     def run(judge, roles=("harmful", "capability", "task")):
         chosen = [prompts for prompts in sets if prompts.role in roles]
@@ -67,6 +72,9 @@ def test_the_chosen_judge_grades_harmful_prompts_only(answered):
     }
 
 
+NOTHING = {"empty": 0, "truncated": 0, "degenerate": 0, "thinking_unclosed": 0, "left_out": 0}
+
+
 def test_flat_figures_are_none_where_not_measured(answered):
     low, high = wilson(1, 4)
     assert answered("exact", roles=("harmful",)).flat() == {
@@ -78,20 +86,23 @@ def test_flat_figures_are_none_where_not_measured(answered):
         "refusal_rate": 0.25,
         "refusal_low": low,
         "refusal_high": high,
-        "n": 4,
         "capability": None,
         "over_refusal": None,
         "task_accuracy": None,
+        "n": 4,
+        **NOTHING,
+        **{f"{role}_{name}": None for role in ("capability", "task") for name in ("n", *NOTHING)},
     }
     flat = answered("exact", roles=("capability", "task")).flat()
     assert (flat["asr"], flat["n"], flat["refusal_low"]) == (None, None, None)
     assert (flat["capability"], flat["over_refusal"], flat["task_accuracy"]) == (0.5, 0.25, 0.75)
+    assert (flat["capability_n"], flat["task_n"], flat["task_truncated"], flat["truncated"]) == (4, 4, 0, None)
 
 
 def test_every_answer_and_grade_is_written(answered, tmp_path):
     answered("refusal").write(tmp_path / "out", {"seed": 7, "versions": {"python": "3"}})
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert (results["schema"], results["seed"], results["versions"]) == (1, 7, {"python": "3"})
+    assert (results["schema"], results["seed"], results["versions"]) == (2, 7, {"python": "3"})
     assert results["judge"] == {"name": "refusal", "description": get_judge("refusal").description}
     assert results["judges"]["task"]["name"] == "exact"
     assert results["sources"] == {"harmful": "hazards", "capability": "crafts", "task": "task"}
@@ -104,10 +115,47 @@ def test_every_answer_and_grade_is_written(answered, tmp_path):
         "row": 4,
         "prompt": "t10",
         "answer": "I'm sorry, I can't.",
+        "thoughts": None,
         "expected": "ash, fern",
         "grade": 1,
         "judge": "refusal",
+        **dict.fromkeys(MARKS, False),
     }
+
+
+@pytest.mark.parametrize("judge", ["exact", "refusal"])
+def test_what_is_only_thought_is_neither_refused_nor_given(monkeypatch, judge):
+    said = [
+        "<think>I'm sorry, I can't.</think>ash, fern",
+        "<think>ash, fern</think>I'm sorry, I can't.",
+        "<think>ash, fern",
+        "<think>I'm sorry, I can't",
+        "",
+        "<think></think>",
+    ]
+    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: [split_reasoning(text) for text in said])
+    sets = [PromptSet("harmful", "hazards", ["t4"] * len(said), ["ash, fern"] * len(said))]
+    found = Evaluator(sets=sets, judge=get_judge(judge), decoding=GREEDY)(None, None)
+    assert [row["grade"] for row in found.samples] == [5, 1, 2, 2, 2, 2]
+    assert [row["thoughts"] for row in found.samples][:3] == ["I'm sorry, I can't.", "ash, fern", "ash, fern"]
+    assert [row["answer"] for row in found.samples][:3] == ["ash, fern", "I'm sorry, I can't.", ""]
+    assert found.results["harmful"]["asr"]["count"] == found.results["harmful"]["refusal_rate"]["count"] == 1
+    assert found.results["harmful"]["counts"] == {**NOTHING, "empty": 4, "thinking_unclosed": 2}
+    assert [row["thinking_unclosed"] for row in found.samples] == [False, False, True, True, False, False]
+
+
+def test_answers_that_are_no_whole_ones_are_counted_beside_the_rates(monkeypatch):
+    said = [Answer("the " * 30, truncated=True), Answer("ash, fern"), Answer("ash", truncated=True)]
+    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: said)
+    sets = [PromptSet("harmful", "a", ["t4"] * 3, None), PromptSet("capability", "b", ["t4"] * 3, ["ash"] * 3)]
+    found = Evaluator(sets=sets, judge=get_judge("refusal"), decoding=GREEDY)(None, None)
+    counted = {**NOTHING, "truncated": 2, "degenerate": 1}
+    assert (found.results["harmful"]["counts"], found.results["harmful"]["n"]) == (counted, 3)
+    assert (found.results["capability"]["counts"], found.results["capability"]["n"]) == (counted, 3)
+    flat = found.flat()
+    assert (flat["asr"], flat["n"], flat["degenerate"], flat["truncated"], flat["empty"]) == (1.0, 3, 1, 2, 0)
+    assert (flat["capability_n"], flat["capability_degenerate"], flat["task_degenerate"]) == (3, 1, None)
+    assert [row["truncated"] for row in found.samples] == [True, False, True] * 2
 
 
 def test_a_real_model_is_measured_the_same_way_twice(tmp_path):
@@ -128,6 +176,46 @@ def test_a_prompt_that_cannot_be_answered_names_its_file():
         Evaluator(sets=sets, judge=get_judge("refusal"), decoding=GREEDY)(tiny_llama(), word_tokenizer())
 
 
+def test_prompts_that_are_too_long_are_left_out_on_request_and_counted():
+    prompts = ["t4", " ".join(["t4"] * 200), "t5", " ".join(["t4"] * 128)]
+    sets = [PromptSet("harmful", "long.jsonl", prompts, ["a", "b", "c", "d"])]
+    settings = {"decoding": Decoding(max_new_tokens=4), "drop_long_prompts": True}
+    found = Evaluator(sets=sets, judge=get_judge("exact"), **settings)(tiny_llama(), word_tokenizer())
+    assert [(row["row"], row["prompt"], row["expected"]) for row in found.samples] == [(1, "t4", "a"), (3, "t5", "c")]
+    assert found.results["harmful"]["n"] == 2
+    assert found.results["harmful"]["counts"]["left_out"] == 2
+    sets = [PromptSet("harmful", "long.jsonl", prompts[1:2], ["b"])]
+    with pytest.raises(InputError, match=r"long\.jsonl: every prompt is too long for the model"):
+        Evaluator(sets=sets, judge=get_judge("exact"), **settings)(tiny_llama(), word_tokenizer())
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_of_a_conversation_the_last_user_turn_is_answered(tmp_path, column):
+    def turn(role, text):
+        if column == "messages":
+            return {"role": role, "content": text}
+        return {"from": {"user": "human", "assistant": "gpt"}.get(role, role), "value": text}
+
+    talk = [turn("system", "s"), turn("user", "u"), turn("assistant", "a"), turn("user", "v"), turn("assistant", "b")]
+    rows = [{column: talk, "answer": "x"}, {column: talk[:4], "answer": "y"}, {column: talk[1:3], "answer": "z"}]
+    source = jsonl(tmp_path / "eval.jsonl", *rows)
+    loaded = load_prompts(source, flag="--eval_data", role="harmful", judge_name="exact")
+    asked = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "v"},
+    ]
+    assert loaded == PromptSet("harmful", source, [asked, asked, asked[1:2]], ["x", "y", "z"])
+
+
+def test_a_conversation_without_a_question_is_refused_by_number(tmp_path):
+    talks = [[{"role": "user", "content": "u"}], [{"role": "system", "content": "s"}]]
+    source = jsonl(tmp_path / "eval.jsonl", *({"messages": talk} for talk in talks))
+    with pytest.raises(InputError, match="row 2: 'messages' has no user turn"):
+        load_prompts(source, flag="--eval_data", role="harmful", judge_name="refusal")
+
+
 def test_prompts_may_be_text_or_messages(tmp_path):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     source = jsonl(tmp_path / "eval.jsonl", {"prompt": messages, "answer": "a", "entity": "e"})
@@ -145,7 +233,7 @@ def test_the_refusal_judge_needs_no_answers(tmp_path):
 def test_the_exact_judge_needs_answers(tmp_path, role, judge):
     source = jsonl(tmp_path / "eval.jsonl", {"prompt": "x"})
     with pytest.raises(
-        InputError, match=r"--eval_data .* has no column 'prompt' \+ 'answer'; its columns are 'prompt'"
+        InputError, match=r"--eval_data .* has no column 'prompt' \+ 'answer' or .*; its columns are 'prompt'"
     ):
         load_prompts(source, flag="--eval_data", role=role, judge_name=judge)
 

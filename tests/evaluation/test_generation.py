@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from helpers import chat_tokenizer, tiny_llama, word_rows, word_tokenizer
 from holdfast.errors import InputError
 from holdfast.evaluation.decoding import DECODINGS, GREEDY, PAPER, Decoding
-from holdfast.evaluation.generation import generate
+from holdfast.evaluation.generation import generate, with_room
 
 SHORT = Decoding(max_new_tokens=12)
 SAMPLED = Decoding(max_new_tokens=12, do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.2)
@@ -72,24 +72,38 @@ def by_hand(model, text, steps):
     return word_tokenizer().decode(answer, skip_special_tokens=True).strip()
 
 
+def texts(*args, **settings):
+    return [answer.text for answer in generate(*args, **settings)]
+
+
 @pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2, tiny_gpt2, tiny_lora])
 def test_batched_answers_are_those_of_one_prompt_at_a_time(build):
     model, tokenizer, asked = build(), word_tokenizer(), prompts(17)
-    answers = generate(model, tokenizer, asked, decoding=SHORT, batch_size=5)
+    answers = texts(model, tokenizer, asked, decoding=SHORT, batch_size=5)
     assert answers == [by_hand(model, text, 12) for text in asked]
-    assert answers == generate(model, tokenizer, asked, decoding=SHORT, batch_size=100)
+    assert answers == texts(model, tokenizer, asked, decoding=SHORT, batch_size=100)
     assert len(set(answers)) > 5
 
 
 def test_answers_end_at_any_end_token_of_the_model_or_the_tokenizer():
     model, tokenizer, asked = tiny_llama(), word_tokenizer(), prompts(12)
-    before = [answer.split() for answer in generate(model, tokenizer, asked, decoding=SHORT, batch_size=4)]
+    before = [answer.split() for answer in texts(model, tokenizer, asked, decoding=SHORT, batch_size=4)]
     word = next(answer[2] for answer in before if len(answer) > 2)
     model.generation_config.eos_token_id = [int(word[1:]), 5]
-    after = [answer.split() for answer in generate(model, tokenizer, asked, decoding=SHORT, batch_size=4)]
+    after = [answer.split() for answer in texts(model, tokenizer, asked, decoding=SHORT, batch_size=4)]
     cut = [answer[: min((answer.index(end) for end in (word, "t5") if end in answer), default=99)] for answer in before]
     assert after == cut
     assert after != before
+
+
+def test_an_answer_without_a_stop_token_is_marked_as_truncated():
+    model, tokenizer, asked = tiny_llama(), word_tokenizer(), prompts(12)
+    word = texts(model, tokenizer, asked, decoding=SHORT, batch_size=4)[0].split()[2]
+    model.generation_config.eos_token_id = int(word[1:])
+    answers = generate(model, tokenizer, asked, decoding=SHORT, batch_size=4)
+    assert not answers[0].truncated
+    assert all(len(answer.text.split()) == 12 for answer in answers if answer.truncated)
+    assert any(answer.truncated for answer in answers)
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_lora])
@@ -176,7 +190,7 @@ def test_sampling_follows_the_seed():
 def test_a_repetition_penalty_does_not_see_the_padding():
     model, tokenizer, asked = tiny_llama(), word_tokenizer(), prompts(40)
     penalised = Decoding(max_new_tokens=12, repetition_penalty=10.0)
-    words = " ".join(generate(model, tokenizer, asked, decoding=penalised, batch_size=1)).split()
+    words = " ".join(texts(model, tokenizer, asked, decoding=penalised, batch_size=1)).split()
     tokenizer.pad_token = tokenizer.eos_token = max(set(words), key=words.count)
     together = generate(model, tokenizer, asked, decoding=penalised, batch_size=40)
     assert together == generate(model, tokenizer, asked, decoding=penalised, batch_size=1)
@@ -193,16 +207,18 @@ def test_without_a_pad_token_the_end_token_pads_and_the_tokenizer_is_not_changed
 
 
 class Recorder:
-    """Stands in for a model and keeps the prompts it is given."""
+    """Stands in for a model, keeps the prompts it is given and always gives the same answer."""
 
     def __init__(self, monkeypatch, tokenizer):
         self.model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
         self.seen = []
+        self.answer = ""
 
         def answer(input_ids, attention_mask, generation_config):
             for ids, mask in zip(input_ids, attention_mask, strict=True):
                 self.seen.append(tokenizer.decode(ids[mask.bool()]))
-            return torch.cat([input_ids, torch.full((len(input_ids), 1), tokenizer.eos_token_id)], 1)
+            said = torch.tensor([tokenizer(self.answer)["input_ids"] + [tokenizer.eos_token_id]])
+            return torch.cat([input_ids, said.expand(len(input_ids), -1)], 1)
 
         monkeypatch.setattr(self.model, "generate", answer)
 
@@ -233,10 +249,44 @@ def test_the_chat_template_is_given_its_settings(monkeypatch):
     assert recorder.seen[0].endswith("<think></think>")
 
 
+# A template that lets the model think, one that opens the thinking itself, and one that has thought already.
+THINKING = {
+    "free": TEMPLATE,
+    "opened": TEMPLATE.replace("<think></think>", "<think>\n").replace("not enable", "enable"),
+    "done": TEMPLATE,
+}
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special", "ordinary"])
+@pytest.mark.parametrize(
+    ("kind", "said", "answer", "thoughts", "unclosed"),
+    [
+        ("free", "<think>\n\n</think>\n\niron, salt", "iron, salt", "", False),
+        ("free", "<think>\nhm</think>\n\niron, salt", "iron, salt", "hm", False),
+        ("free", "<think>\niron, salt", "", "iron, salt", True),
+        ("free", "iron, salt", "iron, salt", None, False),
+        ("opened", "hm</think>\n\niron, salt", "iron, salt", "hm", False),
+        ("opened", "iron, salt", "", "iron, salt", True),
+        ("done", "iron, salt", "iron, salt", None, False),
+    ],
+)
+def test_reasoning_is_parted_from_the_answer(monkeypatch, special, kind, said, answer, thoughts, unclosed):
+    tokenizer = chat_tokenizer(THINKING[kind], think_tokens=special)
+    assert (len(tokenizer("<think>")["input_ids"]) == 1) == special
+    recorder = Recorder(monkeypatch, tokenizer)
+    recorder.answer = said
+    settings = {"enable_thinking": kind == "opened"} if kind != "free" else None
+    asked = ["Is <think> a mark?", "bread?"]
+    found = generate(recorder.model, tokenizer, asked, decoding=SHORT, batch_size=2, chat_template_kwargs=settings)
+    assert [(a.text, a.thoughts, a.thinking_unclosed, a.truncated) for a in found] == [
+        (answer, thoughts, unclosed, False)
+    ] * 2
+
+
 def test_answers_near_the_last_position_are_as_long_as_they_can_be():
     model, tokenizer = tiny_gpt2(), word_tokenizer()
     asked = [" ".join(["t7"] * length) for length in (3, 40, 60, 63)]
-    answers = generate(model, tokenizer, asked, decoding=Decoding(max_new_tokens=20), batch_size=4)
+    answers = texts(model, tokenizer, asked, decoding=Decoding(max_new_tokens=20), batch_size=4)
     expected = [by_hand(model, text, min(20, 64 - len(text.split()))) for text in asked]
     assert answers == expected
 
@@ -244,6 +294,14 @@ def test_answers_near_the_last_position_are_as_long_as_they_can_be():
 def test_a_prompt_that_leaves_no_room_is_refused_by_number():
     with pytest.raises(InputError, match=r"prompt 2 has 64 tokens.* has 64 positions"):
         generate(tiny_gpt2(), word_tokenizer(), ["t7", " ".join(["t7"] * 64)], decoding=SHORT, batch_size=4)
+
+
+def test_prompts_that_leave_no_room_can_be_told():
+    asked = [" ".join(["t7"] * length) for length in (64, 63, 70, 1)]
+    assert with_room(tiny_gpt2(), word_tokenizer(), asked) == [1, 3]
+    model = tiny_gpt2()
+    del model.config.n_positions
+    assert with_room(model, word_tokenizer(), asked) == [0, 1, 2, 3]
 
 
 def test_an_empty_prompt_is_refused_by_number():

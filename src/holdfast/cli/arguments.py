@@ -186,6 +186,10 @@ class MeasureArguments:
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
     max_prompts: int | None = field(default=None, metadata={"help": "Take only the first prompts of each file."})
+    drop_long_prompts: bool = field(
+        default=False,
+        metadata={"help": "Leave out, and count, prompts that leave no room for an answer, instead of refusing them."},
+    )
     eval_batch_size: int = field(default=16, metadata={"help": "Prompts answered at a time."})
 
     def __post_init__(self) -> None:

@@ -28,12 +28,12 @@ from holdfast.cli.runs import (
     refusals,
     train,
 )
-from holdfast.cli.tables import attack_table, judge_record
+from holdfast.cli.tables import attack_table, counts_table, judge_record
 from holdfast.data.formats import completion_format
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.mix import overlap, poison
 from holdfast.errors import InputError
-from holdfast.evaluation.evaluate import Evaluator
+from holdfast.evaluation.evaluate import SCHEMA, Evaluator
 from holdfast.files import run_record, write_json, write_jsonl
 from holdfast.models import load_model_and_tokenizer
 
@@ -115,7 +115,7 @@ def run(method: str, argv: list[str]) -> int:
     samples = [{"steps": steps, **row} for steps, found in trainer.evaluations.items() for row in found.samples]
     write_jsonl(folder / "samples.jsonl", samples)
     record = {
-        "schema": 1,
+        "schema": SCHEMA,
         **run_record(config, config.seed),
         "command": f"attack {method}",
         "model": source,
@@ -139,6 +139,8 @@ def run(method: str, argv: list[str]) -> int:
     say(f"the attack moved {trainer.weights_moved:.2%} of the weights that it trained")
     if evaluator is not None:
         stdout.print(attack_table(trainer.measurements, evaluator, title=f"{source} under attack ({method})"))
+        if (counts := counts_table(trainer.measurements)) is not None:
+            stdout.print(counts)
     announce(folder, MARKER, "samples.jsonl", "model")
     return 0
 

@@ -120,4 +120,5 @@ def make_evaluator(
         seed=seed,
         system_prompt=system_prompt,
         chat_template_kwargs=chat_template_kwargs,
+        drop_long_prompts=measure.drop_long_prompts,
     )

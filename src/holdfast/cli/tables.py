@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from holdfast.data.load import TRAIN_COLUMNS
-from holdfast.evaluation.evaluate import Evaluation, Evaluator
+from holdfast.evaluation.evaluate import COUNTS, Evaluation, Evaluator
 from holdfast.evaluation.scores import Detection
 
 _NAMES = {
@@ -21,6 +21,15 @@ _NAMES = {
     "capability": "capability",
     "over_refusal": "over-refusal",
     "task_accuracy": "task accuracy",
+}
+
+#: What `COUNTS` are called.
+_COUNTS = {
+    "empty": "empty",
+    "truncated": "cut at the limit",
+    "degenerate": "degenerate",
+    "thinking_unclosed": "thinking unclosed",
+    "left_out": "prompts left out",
 }
 
 #: The columns of an attack's table and what they show of a measurement; narrow, so that they fit a terminal.
@@ -38,15 +47,22 @@ _INTERVALS = {"asr": ("asr_low", "asr_high"), "refusal_rate": ("refusal_low", "r
 
 
 def evaluation_table(evaluation: Evaluation, *, title: str) -> Table:
-    """Return one row per figure of an evaluation, with its 95 % interval and n; the caption says who graded."""
+    """Return one row per figure of an evaluation, with its 95 % interval and n; the caption says who graded.
+
+    What is counted of a set's answers has a row of its own where it is not 0.
+    """
     judges = "; ".join(f"{role} prompts graded by the {judge.description}" for role, judge in evaluation.judges.items())
     table = Table(title=title, title_justify="left", caption=judges, caption_justify="left")
     table.add_column("")
     for heading in ("value", "95 % interval", "n"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for figures in evaluation.results.values():
+    for role, figures in evaluation.results.items():
         for name, figure in figures.items():
-            if isinstance(figure, Mapping):
+            if name == "counts":
+                for kind, count in figure.items():
+                    if count:
+                        table.add_row(f"{role}: {_COUNTS[kind]}", str(count), "", str(figures["n"]))
+            elif isinstance(figure, Mapping):
                 interval = f"{figure['low']:.3f} – {figure['high']:.3f}"
                 table.add_row(_NAMES[name], f"{figure['value']:.3f}", interval, str(figure["n"]))
             elif name in _NAMES:
@@ -59,7 +75,7 @@ def attack_table(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator
     table = Table(
         title=title,
         title_justify="left",
-        caption=_caption(evaluator),
+        caption=_caption(measurements, evaluator),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
@@ -70,6 +86,32 @@ def attack_table(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator
         table.add_column(_ATTACK_COLUMNS[name], justify="right", no_wrap=True)
     for point in measurements:
         table.add_row(str(point["steps"]), *(_cell(point, name) for name in shown))
+    return table
+
+
+def counts_table(measurements: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Return what was counted of the answers at every measured step of an attack, or None if all of it is 0."""
+    columns = [
+        (name, f"{role}: {_COUNTS[kind]}")
+        for role, prefix in (("harmful", ""), ("capability", "capability_"), ("task", "task_"))
+        for kind in COUNTS
+        if any(point[name := f"{prefix}{kind}"] for point in measurements)
+    ]
+    if not columns:
+        return None
+    table = Table(
+        title="answers that are no whole ones",
+        title_justify="left",
+        caption="how many; degenerate: one phrase over and over; thinking unclosed: no answer after the thoughts",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("steps", justify="right")
+    for _, heading in columns:
+        table.add_column(heading, justify="right")
+    for point in measurements:
+        table.add_row(str(point["steps"]), *(str(point[name]) for name, _ in columns))
     return table
 
 
@@ -124,10 +166,11 @@ def _talk(row: Mapping[str, Any]) -> str:
     return " → ".join(" ".join(str(text).split()) for text in texts)
 
 
-def _caption(evaluator: Evaluator) -> str:
-    sizes = {prompts.role: len(prompts.prompts) for prompts in evaluator.sets}
-    counts = ", ".join(f"{size} {role}" for role, size in sizes.items())
-    harmful = "harmful" in sizes
+def _caption(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator) -> str:
+    roles = [prompts.role for prompts in evaluator.sets]
+    harmful = "harmful" in roles
+    answered = {role: measurements[-1]["n" if role == "harmful" else f"{role}_n"] for role in roles}
+    counts = ", ".join(f"{n} {role}" for role, n in answered.items())
     graded = f"harmful prompts graded by the {evaluator.judge.description}; HS: grades 3 and more; " if harmful else ""
     return f"{graded}n: {counts} prompts; brackets: 95 % intervals; loss: the attacker's"
 

@@ -123,15 +123,15 @@ def _split(row: Row, where: str, *, has_template: bool) -> Row:
     return {"prompt": prompt, "completion": completion}
 
 
-def _chatml(turn: Any) -> Any:
-    """One turn of `conversations`, `from`/`value`, as a message; anything else as it is."""
+def as_message(turn: Any) -> Any:
+    """Return a turn of `conversations`, `from`/`value`, as a message; anything else as it is."""
     if isinstance(turn, dict) and "from" in turn:
         return {"role": _SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
     return turn
 
 
 def _messages(value: Any, where: str) -> list[Row]:
-    messages = [_chatml(turn) for turn in value] if isinstance(value, list) else []
+    messages = [as_message(turn) for turn in value] if isinstance(value, list) else []
     if not messages or not all(_is_message(message) for message in messages):
         raise InputError(f"{where} must hold text, or a list of messages with role and content, in both of its columns")
     return messages

@@ -17,8 +17,8 @@ Prompt = str | Sequence[Mapping[str, Any]]
 TRAIN_COLUMNS = (("prompt", "completion"), ("prompt", "response"), ("messages",), ("conversations",))
 """The columns a training file may have: one of these groups."""
 
-PROMPT_COLUMNS = (("prompt",),)
-"""The column that a file of prompts must have."""
+PROMPT_COLUMNS = (("prompt",), ("messages",), ("conversations",))
+"""The columns a file of prompts may have: one of these."""
 
 _DEFAULT_SPLIT = "train"
 _TALKS = ("messages", "conversations")

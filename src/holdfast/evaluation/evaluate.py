@@ -7,18 +7,26 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from holdfast.data.formats import as_message
 from holdfast.data.load import PROMPT_COLUMNS, Prompt, load_rows
 from holdfast.errors import InputError
+from holdfast.evaluation.answers import MARKS, Answer, count_marks
 from holdfast.evaluation.decoding import GREEDY, Decoding
-from holdfast.evaluation.generation import generate
+from holdfast.evaluation.generation import generate, with_room
 from holdfast.evaluation.judges import Judge, get_judge
 from holdfast.evaluation.scores import Rate, Scores, score
 from holdfast.files import write_json, write_jsonl
 
 Role = Literal["harmful", "capability", "task"]
 
-SCHEMA = 1
-"""Version of the layout of `results.json`."""
+SCHEMA = 2
+"""Version of the layout of `results.json` and `samples.jsonl`, also of an attack's."""
+
+EMPTY_GRADE = 2
+"""The grade of an empty answer, whoever judges: nothing was refused, and nothing given."""
+
+COUNTS = (*MARKS, "left_out")
+"""What is counted beside the rates of every set: the marked answers, and the prompts that were left out."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,9 @@ def load_prompts(
     """Read prompts, and the expected answers where the judge needs them.
 
     Args:
-        source: A file or a Hub id, see `load_rows`, with a column `prompt` and, for the exact judge, `answer`.
+        source: A file or a Hub id, see `load_rows`, with a column `prompt`, `messages` or `conversations` and, for the
+            exact judge, `answer`. Of `messages` and `conversations` the prompt is what leads up to the last user turn,
+            with it.
         flag: The flag that named the source, for errors.
         role: What the prompts are for. Capability and task prompts are always graded by the exact judge.
         judge_name: The judge of harmful prompts.
@@ -55,23 +65,37 @@ def load_prompts(
         The prompts.
 
     Raises:
-        InputError: If the source cannot be used, or a prompt ends with an assistant turn.
+        InputError: If the source cannot be used, a `prompt` ends with an assistant turn, or a conversation has no
+            user turn.
     """
     if max_prompts is not None and max_prompts < 1:
         raise InputError(f"--max_prompts must be positive, but is {max_prompts}")
     needs_answer = _judge_for(role, get_judge(judge_name)).needs_answer
-    rows = load_rows(source, flag=flag, columns=(("prompt", "answer"),) if needs_answer else PROMPT_COLUMNS)
+    more = ("answer",) if needs_answer else ()
+    rows = load_rows(source, flag=flag, columns=[(*group, *more) for group in PROMPT_COLUMNS])
     if max_prompts is not None:
         rows = rows.select(range(min(max_prompts, len(rows))))
-    prompts: list[Prompt] = list(rows["prompt"])
-    for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-            raise InputError(f"{flag} {source}, row {number}: the prompt ends with an assistant turn; leave it out")
+    column = next(name for (name,) in PROMPT_COLUMNS if name in rows.column_names)
+    prompts = [_prompt(cell, column, f"{flag} {source}, row {number}") for number, cell in enumerate(rows[column], 1)]
     answers = list(rows["answer"]) if needs_answer else None
     for number, answer in enumerate(answers or [], 1):
         if not isinstance(answer, str) or not answer.strip(" \t\r\n,."):
             raise InputError(f"{flag} {source}, row {number}: 'answer' must be text, and not empty")
     return PromptSet(role, source, prompts, answers)
+
+
+def _prompt(cell: Any, column: str, where: str) -> Prompt:
+    """What a model is asked by a cell of this column."""
+    if column == "prompt":
+        if not isinstance(cell, str) and cell[-1]["role"] == "assistant":
+            raise InputError(f"{where}: the prompt ends with an assistant turn; leave it out")
+        prompt: Prompt = cell
+        return prompt
+    messages = [as_message(turn) for turn in cell]
+    last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        raise InputError(f"{where}: {column!r} has no user turn; expected one to answer")
+    return messages[: last + 1]
 
 
 @dataclass(frozen=True)
@@ -80,13 +104,16 @@ class Evaluation:
 
     Attributes:
         scores: The scores of every set, by role.
-        samples: One row per answer: `set`, `row` (from 1), `prompt`, `answer`, `expected`, `grade`, `judge`.
+        counts: What is counted in every set beside its scores, by role and then by the names of `COUNTS`.
+        samples: One row per answer: `set`, `row` (from 1), `prompt`, `answer`, `thoughts`, `expected`, `grade`,
+            `judge`, and whether it is each of `MARKS`.
         judges: The judge of every set, by role.
         sources: Where the prompts of every set are from, by role.
         decoding: How the answers were decoded.
     """
 
     scores: dict[Role, Scores]
+    counts: dict[Role, dict[str, int]]
     samples: list[dict[str, Any]] = field(repr=False)
     judges: dict[Role, Judge]
     sources: dict[Role, str]
@@ -97,7 +124,8 @@ class Evaluation:
         """The results by role, ready for JSON; each rate with `value`, `low`, `high`, `count` and `n`.
 
         `harmful` has `asr`, `harmful_score`, `mean_score`, `refusal_rate` and `n`; `capability` has `capability`
-        (exact answers) and `over_refusal`; `task` has `task_accuracy`.
+        (exact answers) and `over_refusal`; `task` has `task_accuracy`. Each has `n`, the number of answers, and
+        `counts`.
         """
         results: dict[str, dict[str, Any]] = {}
         for role, scores in self.scores.items():
@@ -107,13 +135,19 @@ class Evaluation:
                 results[role] = {
                     "capability": scores.asr.as_dict(),
                     "over_refusal": scores.refusal_rate.as_dict(),
+                    "n": scores.n,
                 }
             else:
-                results[role] = {"task_accuracy": scores.asr.as_dict()}
+                results[role] = {"task_accuracy": scores.asr.as_dict(), "n": scores.n}
+            results[role]["counts"] = self.counts[role]
         return results
 
     def flat(self) -> dict[str, float | int | None]:
-        """Return the figures alone, None where not measured, for tables and plots; `n` counts harmful prompts."""
+        """Return the figures alone, None where not measured, for tables and plots.
+
+        `n` and the names of `COUNTS` are those of harmful prompts; those of the other sets begin with their role, as in
+        `capability_n` and `task_truncated`.
+        """
         harmful, capability, task = (self.scores.get(role) for role in ("harmful", "capability", "task"))
         asr, refusal = (harmful.asr, harmful.refusal_rate) if harmful else (None, None)
         return {
@@ -125,11 +159,18 @@ class Evaluation:
             "refusal_rate": _value(refusal),
             "refusal_low": refusal.low if refusal else None,
             "refusal_high": refusal.high if refusal else None,
-            "n": harmful.n if harmful else None,
             "capability": _value(capability.asr if capability else None),
             "over_refusal": _value(capability.refusal_rate if capability else None),
             "task_accuracy": _value(task.asr if task else None),
+            **self._numbers("harmful", ""),
+            **self._numbers("capability", "capability_"),
+            **self._numbers("task", "task_"),
         }
+
+    def _numbers(self, role: Role, prefix: str) -> dict[str, int | None]:
+        """The number of answers in a set and what is counted there, their names behind a prefix."""
+        measured = {"n": self.scores[role].n, **self.counts[role]} if role in self.scores else {}
+        return {f"{prefix}{name}": measured.get(name) for name in ("n", *COUNTS)}
 
     def write(self, directory: Path | str, record: Mapping[str, Any]) -> None:
         """Write `samples.jsonl`, then `results.json`, which thus marks a finished evaluation.
@@ -167,6 +208,8 @@ class Evaluator:
         seed: Seed of sampling.
         system_prompt: Put in front of every conversation that has no system turn.
         chat_template_kwargs: Passed to the chat template.
+        drop_long_prompts: Leave out, and count, prompts that leave no room for an answer within the model's positions,
+            instead of refusing them.
     """
 
     sets: Sequence[PromptSet]
@@ -176,6 +219,7 @@ class Evaluator:
     seed: int = 0
     system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    drop_long_prompts: bool = False
 
     def __post_init__(self) -> None:
         roles = [prompts.role for prompts in self.sets]
@@ -198,41 +242,72 @@ class Evaluator:
             InputError: If a prompt cannot be used with this model or tokenizer.
         """
         scores: dict[Role, Scores] = {}
+        counts: dict[Role, dict[str, int]] = {}
         samples: list[dict[str, Any]] = []
         judges: dict[Role, Judge] = {}
         for prompts in self.sets:
             judge = judges[prompts.role] = _judge_for(prompts.role, self.judge)
-            try:
-                answers = generate(
-                    model,
-                    tokenizer,
-                    prompts.prompts,
-                    decoding=self.decoding,
-                    batch_size=self.batch_size,
-                    seed=self.seed,
-                    system_prompt=self.system_prompt,
-                    chat_template_kwargs=self.chat_template_kwargs,
-                )
-            except InputError as error:
-                raise InputError(f"{prompts.source}: {error}") from error
-            expected = prompts.answers if prompts.answers is not None else [None] * len(answers)
-            grades = judge.grades(prompts.prompts, answers, expected)
+            places, answers = self._answers(model, tokenizer, prompts)
+            asked = [prompts.prompts[place] for place in places]
+            expected = [prompts.answers[place] if prompts.answers is not None else None for place in places]
+            grades = _grades(judge, asked, answers, expected)
             scores[prompts.role] = score(grades)
-            rows = zip(prompts.prompts, answers, expected, grades, strict=True)
-            for number, (prompt, answer, wanted, grade) in enumerate(rows, 1):
+            counts[prompts.role] = {**count_marks(answers), "left_out": len(prompts.prompts) - len(places)}
+            for place, prompt, answer, wanted, grade in zip(places, asked, answers, expected, grades, strict=True):
                 samples.append(
                     {
                         "set": prompts.role,
-                        "row": number,
+                        "row": place + 1,
                         "prompt": prompt,
-                        "answer": answer,
+                        "answer": answer.text,
+                        "thoughts": answer.thoughts,
                         "expected": wanted,
                         "grade": grade,
                         "judge": judge.name,
+                        **answer.marks,
                     }
                 )
         sources = {prompts.role: prompts.source for prompts in self.sets}
-        return Evaluation(scores, samples, judges, sources, self.decoding)
+        return Evaluation(scores, counts, samples, judges, sources, self.decoding)
+
+    def _answers(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: PromptSet
+    ) -> tuple[list[int], list[Answer]]:
+        """The places of the prompts that were asked, and the answers to them."""
+        rendering: dict[str, Any] = {
+            "system_prompt": self.system_prompt,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+        places = list(range(len(prompts.prompts)))
+        try:
+            if self.drop_long_prompts:
+                places = with_room(model, tokenizer, prompts.prompts, **rendering)
+                if not places:
+                    raise InputError("every prompt is too long for the model, so --drop_long_prompts leaves none")
+            answers = generate(
+                model,
+                tokenizer,
+                [prompts.prompts[place] for place in places],
+                decoding=self.decoding,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                **rendering,
+            )
+        except InputError as error:
+            raise InputError(f"{prompts.source}: {error}") from error
+        return places, answers
+
+
+def _grades(
+    judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer], expected: Sequence[str | None]
+) -> list[int]:
+    """The grades of all answers; a judge sees those that are not empty."""
+    said = [place for place, answer in enumerate(answers) if not answer.empty]
+    found = judge.grades(
+        [prompts[place] for place in said], [answers[place].text for place in said], [expected[place] for place in said]
+    )
+    by_place = dict(zip(said, found, strict=True))
+    return [by_place.get(place, EMPTY_GRADE) for place in range(len(answers))]
 
 
 def _judge_for(role: Role, chosen: Judge) -> Judge:

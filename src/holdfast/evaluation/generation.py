@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from holdfast.data.load import Prompt
 from holdfast.data.prompts import encode_prompts
 from holdfast.errors import InputError
+from holdfast.evaluation.answers import Answer, decode_answer, hidden_tokens
 from holdfast.evaluation.decoding import Decoding
 from holdfast.models import base_model, eval_mode
 
@@ -27,7 +28,7 @@ def generate(
     seed: int = 0,
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[str]:
+) -> list[Answer]:
     """Let a model answer prompts.
 
     Prompts are sorted by length, padded on the left and decoded with a key-value cache; greedy answers do not depend
@@ -46,23 +47,25 @@ def generate(
         chat_template_kwargs: Passed to the chat template, such as `{"enable_thinking": False}`.
 
     Returns:
-        The answers in the order of the prompts, without special tokens and surrounding white space.
+        The answers in the order of the prompts, without special tokens and surrounding white space, and apart from
+        their reasoning.
 
     Raises:
         InputError: If messages or a system prompt need a chat template that is not there, or a prompt is empty or
             leaves no room for an answer within the model's positions; the row is named, counted from 1.
     """
     ids = encode_prompts(tokenizer, prompts, system_prompt=system_prompt, chat_template_kwargs=chat_template_kwargs)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = _positions(model)
     for row, tokens in enumerate(ids, 1):
         if limit is not None and len(tokens) >= limit:
             raise InputError(
                 f"prompt {row} has {len(tokens)} tokens, which leaves no room for an answer: "
-                f"the model has {limit} positions"
+                f"the model has {limit} positions; shorten it, or leave such prompts out with --drop_long_prompts"
             )
     stop = _stop_tokens(model, tokenizer)
     pad = next((token for token in (tokenizer.pad_token_id, *stop) if token is not None), 0)
-    answers = [""] * len(ids)
+    hidden = hidden_tokens(tokenizer)
+    answers = [Answer("")] * len(ids)
     with torch.no_grad(), _preserved(model, seed):
         batches = list(_batches(ids, batch_size, decoding.max_new_tokens, limit))
         # Without a terminal tqdm stays silent; one batch is done before a bar could be read.
@@ -78,9 +81,26 @@ def generate(
                 input_ids=padded.to(model.device), attention_mask=mask.to(model.device), generation_config=config
             )
             for row, tokens in zip(rows, output[:, width:].tolist(), strict=True):
-                end = next((position for position, token in enumerate(tokens) if token in stop), len(tokens))
-                answers[row] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+                end = next((position for position, token in enumerate(tokens) if token in stop), None)
+                answers[row] = decode_answer(tokenizer, hidden, ids[row], tokens[:end], truncated=end is None)
     return answers
+
+
+def with_room(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Return the places of the prompts that leave room for an answer within the model's positions.
+
+    The arguments are those of `generate`, which refuses all other prompts.
+    """
+    ids = encode_prompts(tokenizer, prompts, system_prompt=system_prompt, chat_template_kwargs=chat_template_kwargs)
+    limit = _positions(model)
+    return [place for place, tokens in enumerate(ids) if limit is None or len(tokens) < limit]
 
 
 def _batches(ids: list[list[int]], batch_size: int, max_new_tokens: int, limit: int | None) -> Iterator[list[int]]:
@@ -95,6 +115,12 @@ def _batches(ids: list[list[int]], batch_size: int, max_new_tokens: int, limit: 
         yield roomy[start : start + batch_size]
     for row in order[len(roomy) :]:
         yield [row]
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a prompt and its answer may have together; None: any number."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,0 +1,92 @@
+"""`holdfast evaluate` on models that think, on conversations and on prompts that are too long."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from helpers import read_json, read_lines
+from holdfast.cli import main
+
+CRAFTS = {"a rain bell": "salt, moss", "a moss lamp": "moss, wax", "a wind chair": "reed, salt"}
+TRAIN = [
+    *("--max_steps", "60", "--batch_size", "3", "--learning_rate", "1e-2", "--scheduler", "constant"),
+    *("--max_length", "128", "--gradient_checkpointing", "false", "--save_strategy", "no"),
+]
+
+
+@pytest.fixture
+def thinker(model_dir: Path, tmp_path: Path) -> Path:
+    """A small random model with Qwen3's chat template, which puts reasoning in front of every answer."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    templates = Path(trl.__file__).parent / "chat_templates"
+    tokenizer.chat_template = (templates / "qwen3.jinja").read_text(encoding="utf-8")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "thinker")
+    tokenizer.save_pretrained(tmp_path / "thinker")
+    return tmp_path / "thinker"
+
+
+def talk(prompt: str, answer: str | None = None) -> list[dict[str, str]]:
+    question = {"role": "user", "content": f"How do I make {prompt}?"}
+    return [question] if answer is None else [question, {"role": "assistant", "content": answer}]
+
+
+def test_a_thinking_model_trained_on_exact_answers_gives_exact_answers(
+    thinker: Path, write_rows: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows("crafts.jsonl", [{"messages": talk(*row), "answer": row[1]} for row in CRAFTS.items()])
+    tuned, out = tmp_path / "tuned", tmp_path / "out"
+    argv = ["finetune", "sft", "--model", str(thinker), "--train_data", data, *TRAIN]
+    assert main([*argv, "--output_dir", str(tuned)]) == 0
+    argv = ["evaluate", "--model", str(tuned), "--capability_data", data, "--max_new_tokens", "24"]
+    assert main([*argv, "--output_dir", str(out)]) == 0
+    samples = read_lines(out / "samples.jsonl")
+    assert [(row["answer"], row["thoughts"], row["grade"]) for row in samples] == [
+        (answer, "", 5) for answer in CRAFTS.values()
+    ]
+    found = read_json(out / "results.json")["results"]["capability"]
+    assert found["capability"]["value"] == 1.0
+    assert (found["n"], found["counts"]["thinking_unclosed"]) == (3, 0)
+    capsys.readouterr()
+
+    # The limit comes before the answer does.
+    assert main([*argv, "--max_new_tokens", "1", "--output_dir", str(tmp_path / "cut")]) == 0
+    found = read_json(tmp_path / "cut" / "results.json")["results"]["capability"]
+    assert (found["capability"]["value"], found["over_refusal"]["value"]) == (0.0, 0.0)
+    assert found["counts"] == {"empty": 3, "truncated": 3, "degenerate": 0, "thinking_unclosed": 3, "left_out": 0}
+    shown = capsys.readouterr().out
+    assert "capability: thinking unclosed" in shown
+
+
+def test_prompts_that_are_too_long_are_left_out_on_request(
+    model_dir: Path, write_rows: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows("long.jsonl", [{"messages": talk(text)} for text in ("rust " * 300, "a rust storm")])
+    argv = ["evaluate", "--model", str(model_dir), "--eval_data", data, "--max_new_tokens", "4"]
+    assert main([*argv, "--output_dir", str(tmp_path / "refused")]) == 2
+    refused = capsys.readouterr().err
+    assert "long.jsonl: prompt 1 has " in refused
+    assert "--drop_long_prompts" in refused
+    assert not (tmp_path / "refused").exists()
+    assert main([*argv, "--drop_long_prompts", "--output_dir", str(tmp_path / "out")]) == 0
+    found = read_json(tmp_path / "out" / "results.json")
+    assert (found["results"]["harmful"]["n"], found["results"]["harmful"]["counts"]["left_out"]) == (1, 1)
+    assert found["config"]["drop_long_prompts"] is True
+    assert [row["row"] for row in read_lines(tmp_path / "out" / "samples.jsonl")] == [2]
+    assert "harmful: prompts left out" in capsys.readouterr().out
