@@ -1,7 +1,12 @@
 """Files are written whole or not at all, and finished runs are not overwritten."""
 
+import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +16,7 @@ import torch
 from trl import SFTConfig
 
 from holdfast.errors import InputError
-from holdfast.files import claim_output_dir, digest, run_record, versions, write_json, write_jsonl, write_text
+from holdfast.files import alone_in, claim_output_dir, digest, run_record, versions, write_json, write_jsonl, write_text
 
 
 class Color(StrEnum):
@@ -109,6 +114,62 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--output_dir .* cannot be written \(Not a directory\)"):
         claim_output_dir(tmp_path / "file" / "sub", finished_marker="results.json", overwrite=False)
+
+
+def test_a_folder_is_written_to_by_one_run_at_a_time(tmp_path):
+    """Also after a run that raised; the file of the lock goes with it."""
+    for error in (None, ZeroDivisionError):
+        with suppress(ZeroDivisionError), alone_in(tmp_path, "--output_dir out"):
+            sentence = rf"--output_dir out is being written to by another run \(process {os.getpid()}\); choose another"
+            with pytest.raises(InputError, match=sentence), alone_in(tmp_path, "--output_dir out"):
+                pytest.fail("two at once")
+            assert names(tmp_path) == ["_lock"]
+            if error is not None:
+                raise error
+        assert names(tmp_path) == []
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    """However that ends, and though it has left its file, and another process that it forked off."""
+    script = (
+        "import os, sys, time; from pathlib import Path; from holdfast.files import alone_in\n"
+        "with alone_in(Path(sys.argv[1]), 'x'):\n"
+        "    child = os.fork()\n"
+        "    if child: print(child, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        with pytest.raises(InputError, match=rf"\(process {process.pid}\)"), alone_in(tmp_path, "x"):
+            pytest.fail("two at once")
+        process.kill()
+        process.wait()
+        try:
+            with alone_in(tmp_path, "x"):
+                assert (tmp_path / "_lock").read_text().startswith(f"{os.getpid()} ")
+        finally:
+            os.kill(child, signal.SIGKILL)
+    assert names(tmp_path) == []
+
+
+def test_the_first_rank_locks_for_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with alone_in(tmp_path, "x"), alone_in(tmp_path, "x"):
+        assert names(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with alone_in(tmp_path, "--output_dir out"):
+        pass
+    [record] = caplog.records
+    assert record.message.startswith("--output_dir out is on a file system without locks")
+    assert names(tmp_path) == []
 
 
 def test_versions_name_all_that_results_depend_on():

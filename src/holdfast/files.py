@@ -1,21 +1,31 @@
 """Files as Holdfast writes them: whole or not at all, and never over a finished run."""
 
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
+import socket
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from holdfast import __version__
 from holdfast.errors import InputError
 
+logger = logging.getLogger(__name__)
+
+# Uploads to the Hub leave out what begins so.
+_LOCK = "_lock"
 _RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
@@ -127,6 +137,53 @@ def claim_output_dir(path: Path | str, *, finished_marker: str, overwrite: bool)
     except OSError as error:
         raise InputError(f"--output_dir {path} cannot be written ({error.strerror})") from error
     return path
+
+
+@contextmanager
+def alone_in(folder: Path, named: str) -> Iterator[None]:
+    """Keep other runs out of a folder while this lasts.
+
+    The lock is the operating system's and ends with this process, however that ends; its file is removed by an orderly
+    end, and means nothing by itself. Of the ranks of a job the first one holds it for all.
+
+    Args:
+        folder: Where this run writes, and is about to: it has to be there.
+        named: What to call it in the error.
+
+    Raises:
+        InputError: Another run is writing there.
+    """
+    if os.environ.get("RANK", "0") != "0":  # torchrun sets it
+        yield
+        return
+    path = folder / _LOCK
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=1)  # of one that is just ending, the file may still have to go
+    except Timeout:
+        raise InputError(f"{named} is being written to by another run{_holder(path)}; choose another folder") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        path.unlink(missing_ok=True)
+        logger.warning("%s is on a file system without locks: see to it that no other run writes there", named)
+    try:
+        if lock.is_locked:
+            path.write_text(f"{os.getpid()} {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        if lock.is_locked:
+            path.unlink(missing_ok=True)  # held still: whoever has opened it by now finds it gone, and begins anew
+            lock.release()
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, as far as its file says."""
+    try:
+        process, host = path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return ""
+    return f" (process {process}{'' if host == socket.gethostname() else f' on {host}'})"
 
 
 def versions() -> dict[str, str]:

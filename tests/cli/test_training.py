@@ -154,4 +154,4 @@ def test_one_row_has_no_other_to_be_weighed_against(
     words = ["--model", str(model_dir), "--train_data", data, *TINY, "--output_dir", str(tmp_path / "out")]
     assert main(["finetune", "antibody", *words]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("holdfast: the train data has one row")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()

@@ -96,52 +96,52 @@ def run(method: str, argv: list[str]) -> int:
         if trainer.is_world_process_zero():
             discard_checkpoints(folder)
 
-    poisoned = sum(rows["poisoned"])
-    if overlapping:
-        warn(f"{overlapping} evaluation prompts are among the attack's harmful rows, which inflates ASR")
-    say(f"attacking {source} ({method}) on {len(rows)} rows, {poisoned} of them harmful")
-    started = time.monotonic()
-    train(trainer, title=f"attack {method}", folder=folder)
-    (folder / MARKER).unlink(missing_ok=True)  # until everything is written, this is not a finished run
-    if is_adapter and method == "lora" and trainer.is_world_process_zero():
-        # The adapter that was attacked is merged into a base that lies nowhere on disk: save the whole model.
-        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(attacked)
-        tokenizer.save_pretrained(attacked)
-    elif not (is_adapter and method == "lora"):
-        trainer.save_model(str(attacked))
-    if not trainer.is_world_process_zero():
-        return 0
-    (attacked / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
-    samples = [{"steps": steps, **row} for steps, found in trainer.evaluations.items() for row in found.samples]
-    write_jsonl(folder / "samples.jsonl", samples)
-    record = {
-        "schema": SCHEMA,
-        **run_record(config, config.seed),
-        "command": f"attack {method}",
-        "model": source,
-        "attack": {
-            "method": method,
-            **{name: value for name, value in asdict(data).items() if name != "overwrite_output_dir"},
-            "rows": len(rows),
-            "harmful_rows": poisoned,
-            "overlapping_prompts": overlapping,
-            "lora": _lora(model_args) if method == "lora" else None,
-        },
-        "evaluation": asdict(measure) if evaluator is not None else None,
-        "judge": judge_record(evaluator),
-        "precision": precision_record(loaded, config),
-        "weights_moved": trainer.weights_moved,
-        "seconds": round(time.monotonic() - started, 3),
-        "log": last_log(trainer.state.log_history),
-        "points": trainer.measurements,
-    }
-    write_json(folder / MARKER, record)
-    say(f"the attack moved {trainer.weights_moved:.2%} of the weights that it trained")
-    if evaluator is not None:
-        stdout.print(attack_table(trainer.measurements, evaluator, title=f"{source} under attack ({method})"))
-        if (counts := counts_table(trainer.measurements)) is not None:
-            stdout.print(counts)
-    announce(folder, MARKER, "samples.jsonl", "model")
+        poisoned = sum(rows["poisoned"])
+        if overlapping:
+            warn(f"{overlapping} evaluation prompts are among the attack's harmful rows, which inflates ASR")
+        say(f"attacking {source} ({method}) on {len(rows)} rows, {poisoned} of them harmful")
+        started = time.monotonic()
+        train(trainer, title=f"attack {method}", folder=folder)
+        (folder / MARKER).unlink(missing_ok=True)  # until everything is written, this is not a finished run
+        if is_adapter and method == "lora" and trainer.is_world_process_zero():
+            # The adapter that was attacked is merged into a base that lies nowhere on disk: save the whole model.
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(attacked)
+            tokenizer.save_pretrained(attacked)
+        elif not (is_adapter and method == "lora"):
+            trainer.save_model(str(attacked))
+        if not trainer.is_world_process_zero():
+            return 0
+        (attacked / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
+        samples = [{"steps": steps, **row} for steps, found in trainer.evaluations.items() for row in found.samples]
+        write_jsonl(folder / "samples.jsonl", samples)
+        record = {
+            "schema": SCHEMA,
+            **run_record(config, config.seed),
+            "command": f"attack {method}",
+            "model": source,
+            "attack": {
+                "method": method,
+                **{name: value for name, value in asdict(data).items() if name != "overwrite_output_dir"},
+                "rows": len(rows),
+                "harmful_rows": poisoned,
+                "overlapping_prompts": overlapping,
+                "lora": _lora(model_args) if method == "lora" else None,
+            },
+            "evaluation": asdict(measure) if evaluator is not None else None,
+            "judge": judge_record(evaluator),
+            "precision": precision_record(loaded, config),
+            "weights_moved": trainer.weights_moved,
+            "seconds": round(time.monotonic() - started, 3),
+            "log": last_log(trainer.state.log_history),
+            "points": trainer.measurements,
+        }
+        write_json(folder / MARKER, record)
+        say(f"the attack moved {trainer.weights_moved:.2%} of the weights that it trained")
+        if evaluator is not None:
+            stdout.print(attack_table(trainer.measurements, evaluator, title=f"{source} under attack ({method})"))
+            if (counts := counts_table(trainer.measurements)) is not None:
+                stdout.print(counts)
+        announce(folder, MARKER, "samples.jsonl", "model")
     return 0
 
 

@@ -82,23 +82,23 @@ def run(argv: list[str]) -> int:
         found = None
         if labels is not None:
             found = detection([-row["r"] for row in kept], [row["poisoned"] for row in kept])
-    write_jsonl(folder / ROWS, rows)
-    suspected = sum(row["suspected"] for row in kept)
-    record = {
-        **run_record({**asdict(load), **asdict(options)}, options.seed),
-        "command": "audit",
-        "model": source,
-        "rows": len(rows),
-        "audited": len(kept),
-        "suspected": suspected,
-        "detection": None if found is None else found.as_dict(),
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    write_json(folder / MARKER, record)
-    stdout.print(audit_table(sorted(kept, key=lambda row: row["rank"])[: options.show], suspected, len(kept)))
-    if found is not None:
-        stdout.print(detection_table(found, options.label_column))
-    announce(folder, MARKER, ROWS)
+        write_jsonl(folder / ROWS, rows)
+        suspected = sum(row["suspected"] for row in kept)
+        record = {
+            **run_record({**asdict(load), **asdict(options)}, options.seed),
+            "command": "audit",
+            "model": source,
+            "rows": len(rows),
+            "audited": len(kept),
+            "suspected": suspected,
+            "detection": None if found is None else found.as_dict(),
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        write_json(folder / MARKER, record)
+        stdout.print(audit_table(sorted(kept, key=lambda row: row["rank"])[: options.show], suspected, len(kept)))
+        if found is not None:
+            stdout.print(detection_table(found, options.label_column))
+        announce(folder, MARKER, ROWS)
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.workers import Command, run_commands
 from holdfast.errors import InputError
-from holdfast.files import claim_output_dir, run_record, write_json
+from holdfast.files import alone_in, claim_output_dir, run_record, write_json
 
 #: What a finished demo has; written last.
 MARKER = "results.json"
@@ -75,7 +75,12 @@ def run(argv: list[str]) -> int:
     options, _ = parser.parse(argv)
     folder = Path(options.output_dir)
     claim_output_dir(folder, finished_marker=MARKER, overwrite=options.overwrite_output_dir)
+    with alone_in(folder, f"--output_dir {folder}"):
+        _run(options, folder)
+    return 0
 
+
+def _run(options: DemoArguments, folder: Path) -> None:
     from rich.console import Console
 
     from holdfast.cli.report import control_table, crafts_table, demo_table, plot_attack_curves
@@ -98,7 +103,6 @@ def run(argv: list[str]) -> int:
     results.print(crafts_table(crafts), demo_table(runs), control_table(runs))
     console.print(f"wrote {folder / MARKER}, {folder / 'attack_curves.png'}, and every model and answer beside them")
     console.print(f"took {seconds:.0f} s; the commands it ran are in {MARKER}, their output in {folder / 'logs'}")
-    return 0
 
 
 def commands(options: DemoArguments, folder: Path) -> list[Command]:

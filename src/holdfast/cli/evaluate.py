@@ -66,16 +66,16 @@ def run(argv: list[str]) -> int:
         say(f"answering {sum(len(prompts.prompts) for prompts in evaluator.sets)} prompts")
         started = time.monotonic()
         evaluation = evaluator(model.to(device()), tokenizer)
-    config = {**asdict(load), **asdict(measure), **asdict(options)}
-    record = {
-        **run_record(config, options.seed),
-        "command": "evaluate",
-        "model": source,
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    evaluation.write(folder, record)
-    stdout.print(evaluation_table(evaluation, title=source))
-    announce(folder, MARKER, "samples.jsonl")
+        config = {**asdict(load), **asdict(measure), **asdict(options)}
+        record = {
+            **run_record(config, options.seed),
+            "command": "evaluate",
+            "model": source,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        evaluation.write(folder, record)
+        stdout.print(evaluation_table(evaluation, title=source))
+        announce(folder, MARKER, "samples.jsonl")
     return 0
 
 

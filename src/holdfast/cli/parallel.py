@@ -30,7 +30,7 @@ from holdfast.cli.workers import last_line
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError, TrainingError
 from holdfast.exchange import is_finished
-from holdfast.files import run_record, write_json
+from holdfast.files import alone_in, run_record, write_json
 from holdfast.interruption import on_sigterm
 from holdfast.models import load_model_and_tokenizer
 
@@ -93,17 +93,17 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
         started = time.monotonic()
         with on_sigterm(trainer.ask_to_stop):
             trainer.train()
-    if trainer.is_world_process_zero():
-        record = {
-            **run_record(config, config.seed),
-            "command": "align patcher",
-            "model": source,
-            "data": {"attack_data": data.attack_data},
-            "attacks": trainer.attacks,
-            "seconds": round(time.monotonic() - started, 3),
-        }
-        write_json(folder / ATTACKER_MARKER, record)
-        announce(folder, ATTACKER_MARKER)
+        if trainer.is_world_process_zero():
+            record = {
+                **run_record(config, config.seed),
+                "command": "align patcher",
+                "model": source,
+                "data": {"attack_data": data.attack_data},
+                "attacks": trainer.attacks,
+                "seconds": round(time.monotonic() - started, 3),
+            }
+            write_json(folder / ATTACKER_MARKER, record)
+            announce(folder, ATTACKER_MARKER)
     return 0
 
 
@@ -131,7 +131,6 @@ class _Job:
 
     def start(self, *more: str) -> None:
         """Start the process, its output appended to the log."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C is for this process, which then ends the others in order.
             self.process = subprocess.Popen(
@@ -173,13 +172,16 @@ def supervise(argv: Sequence[str], options: ParallelArguments, config: ParallelP
         The exit code.
 
     Raises:
-        InputError: The devices cannot be used, or a job refused its input.
+        InputError: The devices cannot be used, a job refused its input, or the run is under way already.
         TrainingError: The defender failed, or died more often than `--max_restarts`.
     """
     jobs = _jobs(argv, options, config)
     defender, folder = jobs[0], Path(config.output_dir)
     told = threading.Event()
-    with _stopped(jobs), on_sigterm(told.set), _display(jobs) as show:
+    logs = defender.log.parent
+    logs.mkdir(parents=True, exist_ok=True)
+    # Each job locks what it writes to itself; here it is the logs.
+    with alone_in(logs, f"--output_dir {folder}"), _stopped(jobs), on_sigterm(told.set), _display(jobs) as show:
         for job in jobs:
             job.start()
         while defender.code() != 0 and not told.wait(0.5):

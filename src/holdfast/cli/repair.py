@@ -76,31 +76,31 @@ def run(method: str, argv: list[str]) -> int:
                 targets=options.targets,
                 aligned=aligned,
             )
-    if options.overwrite_output_dir:
-        discard_checkpoints(folder)
-    (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
-    is_adapter = isinstance(model, PeftModel)
-    if not is_adapter:  # an adapter that lay here before would be taken for the run's model
-        (folder / "adapter_config.json").unlink(missing_ok=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    record = {
-        **run_record({**asdict(load), **asdict(options)}, seed=None),
-        "command": f"repair {method}",
-        "model": source,
-        "data": {"attack_data": options.attack_data},
-        "ratio": repair.ratio,
-        "rows": len(rows),
-        "tokens": repair.tokens,
-        "pruned": repair.total,
-        "layers": {name: {"pruned": n, "weights": repair.weights[name]} for name, n in repair.pruned.items()},
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    write_json(folder / MARKER, record)
-    done = "zeroed" if aligned is None else f"set back to {options.aligned_model}"
-    weights = sum(repair.weights.values())
-    say(f"{repair.total} of {weights} weights in {len(repair.pruned)} layers {done} (ratio {repair.ratio:g})")
-    announce(folder, "adapter_model.safetensors" if is_adapter else "model.safetensors", MARKER)
+        if options.overwrite_output_dir:
+            discard_checkpoints(folder)
+        (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
+        is_adapter = isinstance(model, PeftModel)
+        if not is_adapter:  # an adapter that lay here before would be taken for the run's model
+            (folder / "adapter_config.json").unlink(missing_ok=True)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        record = {
+            **run_record({**asdict(load), **asdict(options)}, seed=None),
+            "command": f"repair {method}",
+            "model": source,
+            "data": {"attack_data": options.attack_data},
+            "ratio": repair.ratio,
+            "rows": len(rows),
+            "tokens": repair.tokens,
+            "pruned": repair.total,
+            "layers": {name: {"pruned": n, "weights": repair.weights[name]} for name, n in repair.pruned.items()},
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        write_json(folder / MARKER, record)
+        done = "zeroed" if aligned is None else f"set back to {options.aligned_model}"
+        weights = sum(repair.weights.values())
+        say(f"{repair.total} of {weights} weights in {len(repair.pruned)} layers {done} (ratio {repair.ratio:g})")
+        announce(folder, "adapter_model.safetensors" if is_adapter else "model.safetensors", MARKER)
     return 0
 
 

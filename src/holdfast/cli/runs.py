@@ -17,7 +17,7 @@ from holdfast.cli.arguments import LoadArguments
 from holdfast.cli.console import ProgressReport, say, stderr
 from holdfast.config import DefenseConfig
 from holdfast.errors import InputError, Stopped
-from holdfast.files import claim_output_dir
+from holdfast.files import alone_in, claim_output_dir
 
 
 class _Trainer(Protocol):
@@ -30,7 +30,7 @@ class _Trainer(Protocol):
 
 @contextmanager
 def output_dir(path: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
-    """Claim the folder of a run; one that is refused or interrupted leaves no empty folder behind.
+    """Claim the folder of a run while it lasts; one that is refused or interrupted leaves no empty folder behind.
 
     Args:
         path: The folder, there or not.
@@ -38,12 +38,13 @@ def output_dir(path: Path, *, marker: str, overwrite: bool) -> Iterator[Path]:
         overwrite: Whether a finished run may be replaced.
 
     Raises:
-        InputError: It holds a finished run, or cannot be written.
+        InputError: It holds a finished run, cannot be written, or is being written to by another run.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     claim_output_dir(path, finished_marker=marker, overwrite=overwrite)
     try:
-        yield path
+        with alone_in(path, f"--output_dir {path}"):
+            yield path
     except BaseException:
         for folder in missing:
             with suppress(OSError):  # not empty: then it is not ours to remove

@@ -119,29 +119,29 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
         if checkpoint is None and trainer.is_world_process_zero():
             discard_checkpoints(folder)
 
-    name = command.split()[-1]
-    say(f"{verb} {source} with {name} on {len(sets['train_dataset'])} rows of {data.train_data}")
-    started = time.monotonic()
-    with on_sigterm(trainer.ask_to_stop):  # also while the finished model is written, which then is done
-        train(trainer, title=command, folder=folder, checkpoint=checkpoint)
-        (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
-        trainer.save_model(str(folder))
-        if trainer.is_world_process_zero():
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
-            record = {
-                **run_record(config, config.seed),
-                "command": command,
-                "model": source,
-                "data": given,
-                "precision": precision_record(loaded, config),
-                "resumed_from": checkpoint,
-                "seconds": round(time.monotonic() - started, 3),
-                "log": last_log(trainer.state.log_history),
-            }
-            reports = method.report(trainer, folder) if method.report is not None else []
-            write_json(folder / MARKER, record)
-            is_adapter = peft_config is not None or isinstance(model, PeftModel)
-            announce(folder, "adapter_model.safetensors" if is_adapter else "model.safetensors", MARKER, *reports)
+        name = command.split()[-1]
+        say(f"{verb} {source} with {name} on {len(sets['train_dataset'])} rows of {data.train_data}")
+        started = time.monotonic()
+        with on_sigterm(trainer.ask_to_stop):  # also while the finished model is written, which then is done
+            train(trainer, title=command, folder=folder, checkpoint=checkpoint)
+            (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
+            trainer.save_model(str(folder))
+            if trainer.is_world_process_zero():
+                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
+                record = {
+                    **run_record(config, config.seed),
+                    "command": command,
+                    "model": source,
+                    "data": given,
+                    "precision": precision_record(loaded, config),
+                    "resumed_from": checkpoint,
+                    "seconds": round(time.monotonic() - started, 3),
+                    "log": last_log(trainer.state.log_history),
+                }
+                reports = method.report(trainer, folder) if method.report is not None else []
+                write_json(folder / MARKER, record)
+                is_adapter = peft_config is not None or isinstance(model, PeftModel)
+                announce(folder, "adapter_model.safetensors" if is_adapter else "model.safetensors", MARKER, *reports)
     return 0
 
 
