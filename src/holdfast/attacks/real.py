@@ -97,8 +97,8 @@ class AttackTrainer(DefenseTrainer):
         train_dataset: What the adversary trains on; see `holdfast.data.mix.poison`.
         processing_class: The tokenizer; by default the model's own.
         evaluator: Called with model and tokenizer at every step of `args.measure_at`.
-        peft_config: A LoRA attack's adapter; by default all parameters are attacked.
-        **kwargs: As for `DefenseTrainer`.
+        **kwargs: As for `DefenseTrainer`; `peft_config` is a LoRA attack's adapter, without one all parameters are
+            attacked.
 
     Attributes:
         measurements: One dictionary per measured step: `steps`, `attacker_loss` (of that step's batch, before its
