@@ -9,7 +9,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-faults lint bench
+.PHONY: demo test test-faults lint bench docs dist
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -34,6 +34,20 @@ bench: export MALLOC_TOP_PAD_ := 67108864
 bench: $(READY)
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/method_cost.py
+
+# The site of docs/ and the docstrings, into site/; a broken link or anchor fails it.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --clean --quiet
+	@echo "wrote site/index.html"
+
+# Sdist and wheel, into dist/; the wheel is installed into an environment of its own and used there.
+dist: $(VENV)/.dist
+	$(BIN)/python .ci/check_dist.py
+
+$(VENV)/.docs $(VENV)/.dist: $(VENV)/.%: $(READY)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
 
 $(READY): constraints.txt pyproject.toml
 	@echo "Setting up $(VENV) (a minute or two) ..."

@@ -1,5 +1,7 @@
 """Holdfast hardens language models against malicious fine-tuning, and measures how hard they are to break."""
 
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.importing import import_heavy
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from holdfast.repair.antidote import wanda_mask as wanda_mask
     from holdfast.trainer import DefenseTrainer as DefenseTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded when first asked for: torch, transformers and TRL take seconds to import.
 _HOMES = {
@@ -78,3 +80,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# `holdfast` on the public package index is another project, whose files go where those of `holdfast-llm` go.
+for _namesake in Path(__file__).parents[1].glob("holdfast-*.dist-info"):
+    warnings.warn(
+        f"another project, {_namesake.stem.replace('-', ' ')}, is installed in the same place as holdfast-llm and "
+        "replaces files of it: run `pip uninstall -y holdfast holdfast-llm`, then `pip install holdfast-llm`",
+        stacklevel=2,
+    )
