@@ -39,7 +39,7 @@ bench: $(READY)
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --clean --quiet
-	@echo "wrote site/index.html"
+	@echo 'wrote site/; for its search too: python3 -m http.server --directory site'
 
 # Sdist and wheel, into dist/; the wheel is installed into an environment of its own and used there.
 dist: $(VENV)/.dist
