@@ -1,7 +1,7 @@
 """Models and tokenizers, loaded from a folder, an adapter folder or the Hub in safetensors only; their modes."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ def load_model(source: str, *, trainable: bool = False, **kwargs: Any) -> PreTra
             trust_remote_code=False,
             **kwargs,
         )
-    except Exception as error:  # broken configs and weights raise many kinds
-        raise InputError(f"model {source} cannot be loaded ({reason(error)})") from error
+    except Exception as error:  # broken configs and weights raise many kinds, and so do packages that are missing
+        raise InputError(f"model {source} cannot be loaded{_asked_for(kwargs)} ({reason(error)})") from error
 
 
 def load_model_and_tokenizer(
@@ -213,6 +213,17 @@ def _base_of(source: str) -> str | None:
     if not isinstance(base, str) or not base or base == source:
         raise InputError(f"adapter {source} has an {_ADAPTER_CONFIG} that names no base model")
     return base
+
+
+def _asked_for(keywords: Mapping[str, Any]) -> str:
+    """What was asked for that a package or a device may not have, as flags."""
+    quantization = keywords.get("quantization_config")
+    flags = {
+        f"--attn_implementation {keywords.get('attn_implementation')}": "attn_implementation" in keywords,
+        "--load_in_4bit": getattr(quantization, "load_in_4bit", False),
+        "--load_in_8bit": getattr(quantization, "load_in_8bit", False),
+    }
+    return "".join(f" with {flag}" for flag, given in flags.items() if given)
 
 
 def _location(source: str) -> str:

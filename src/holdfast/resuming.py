@@ -173,6 +173,10 @@ class ResumableTrainer(CompletionTrainer):
         self._writes_to = aside
         try:
             super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save:  # on a full disk there is room again for what is to be kept
+                discard_unfinished(self.args.output_dir)
+            raise
         finally:
             self._writes_to = None
         if self.state.best_model_checkpoint == str(aside / name):

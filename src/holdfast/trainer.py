@@ -27,6 +27,7 @@ from holdfast.data.batches import Batch, BatchStream
 from holdfast.data.completions import require_rows
 from holdfast.errors import InputError, TrainingError
 from holdfast.models import load_model, load_tokenizer
+from holdfast.optimizers import check_optimizer
 from holdfast.parameters import ParameterVector, put_gradient, take_gradient
 from holdfast.precision import compute_in_bf16, keep_in_float32
 from holdfast.resuming import ResumableTrainer
@@ -108,6 +109,7 @@ class DefenseTrainer(ResumableTrainer):
         # SFTTrainer computes the loss from the token count itself, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
         self._refuse_unsupported_parallelism()
+        check_optimizer(self)
 
     # ------------------------------------------------------------------ what a method says
 

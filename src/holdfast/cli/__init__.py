@@ -90,10 +90,14 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(stopped), 0)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted", 130)
-    except OSError as error:  # a full disk, a folder that vanished: the system's own sentence says it best
-        return _fail(str(error), 1)
     except SystemExit as leave:  # argparse leaves this way after --help and after an error it has already reported
         return leave.code if isinstance(leave.code, int) else 0
+    except Exception as error:
+        from holdfast.cli.boundary import failure  # whatever failed has imported what this imports
+
+        if (sentence := failure(error)) is None:
+            raise
+        return _fail(sentence, 1)
 
 
 def _dispatch(argv: list[str]) -> int:

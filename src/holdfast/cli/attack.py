@@ -14,6 +14,7 @@ from trl import get_peft_config
 
 from holdfast.attacks.real import AttackConfig, AttackTrainer
 from holdfast.cli.arguments import AttackData, MeasureArguments, ModelArguments
+from holdfast.cli.boundary import building
 from holdfast.cli.console import say, set_up_logging, stdout, warn
 from holdfast.cli.evaluate import MARKER, make_evaluator
 from holdfast.cli.parser import HoldfastParser
@@ -25,7 +26,6 @@ from holdfast.cli.runs import (
     model_keywords,
     output_dir,
     precision_record,
-    refusals,
     train,
 )
 from holdfast.cli.tables import attack_table, counts_table, judge_record
@@ -84,7 +84,7 @@ def run(method: str, argv: list[str]) -> int:
         rows = _attack_rows(data, tokenizer, seed=config.seed)
         overlapping = _overlap(rows, evaluator)
         is_adapter = isinstance(model, PeftModel)
-        with refusals():
+        with building(config):
             trainer = AttackTrainer(
                 model,
                 config,

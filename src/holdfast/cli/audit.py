@@ -10,9 +10,10 @@ from typing import Any
 from datasets import Dataset
 
 from holdfast.cli.arguments import AuditArguments, LoadArguments
+from holdfast.cli.boundary import building
 from holdfast.cli.console import say, set_up_logging, stdout
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.runs import announce, keep_apart, load_keywords, output_dir, refusals
+from holdfast.cli.runs import announce, keep_apart, load_keywords, output_dir
 from holdfast.cli.tables import audit_table, detection_table
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError
@@ -72,7 +73,7 @@ def run(argv: list[str]) -> int:
             report_to="none",
             seed=options.seed,
         )
-        with refusals():
+        with building(config):
             trainer = AntibodyTrainer(model, config, upload, processing_class=tokenizer)
         say(f"auditing {len(upload)} rows of {options.data} with {source}")
         started = time.monotonic()

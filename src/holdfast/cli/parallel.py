@@ -23,8 +23,9 @@ from holdfast.alignment.parallel import ParallelPatcherConfig
 from holdfast.alignment.parallel_attacker import PatcherAttackerTrainer
 from holdfast.checkpoint import last_checkpoint
 from holdfast.cli.arguments import AttackedAlignData, ModelArguments
+from holdfast.cli.boundary import building, working
 from holdfast.cli.console import say, stderr
-from holdfast.cli.runs import announce, keep_apart, model_keywords, output_dir, refusals
+from holdfast.cli.runs import announce, keep_apart, model_keywords, output_dir
 from holdfast.cli.training import MARKER
 from holdfast.cli.workers import last_line
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
@@ -82,7 +83,7 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
         rows = load_rows(data.attack_data, flag="--attack_data", columns=TRAIN_COLUMNS)
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
-        with refusals():
+        with building(config):
             trainer = PatcherAttackerTrainer(
                 model, config, rows, processing_class=tokenizer, peft_config=get_peft_config(model_args)
             )
@@ -91,7 +92,7 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
         trainer.remove_callback(PrinterCallback)
         say(f"attacking what is published in {config.exchange} with {len(rows)} rows of {data.attack_data}")
         started = time.monotonic()
-        with on_sigterm(trainer.ask_to_stop):
+        with on_sigterm(trainer.ask_to_stop), working(folder, config):
             trainer.train()
         if trainer.is_world_process_zero():
             record = {

@@ -14,6 +14,7 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from holdfast.checkpoint import discard, is_complete, last_checkpoint, read_digests
 from holdfast.cli.arguments import LoadArguments
+from holdfast.cli.boundary import kept, working
 from holdfast.cli.console import ProgressReport, say, stderr
 from holdfast.config import DefenseConfig
 from holdfast.errors import InputError, Stopped
@@ -135,17 +136,6 @@ def discard_checkpoints(folder: Path) -> None:
     discard(folder, list(folder.glob("checkpoint-*")))
 
 
-@contextmanager
-def refusals() -> Iterator[None]:
-    """Report as bad input what TRL and PEFT refuse while a trainer is built: they say so by `ValueError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
 def train(trainer: _Trainer, *, title: str, folder: Path, checkpoint: str | None = None) -> None:
     """Train with a progress report.
 
@@ -156,9 +146,10 @@ def train(trainer: _Trainer, *, title: str, folder: Path, checkpoint: str | None
         checkpoint: Where to go on from.
 
     Raises:
+        InputError: A reporter refuses to begin.
         KeyboardInterrupt: Ctrl-C, with a sentence that names the last good checkpoint.
         Stopped: From the trainer, with a sentence that says how to go on.
-        TrainingError: From the trainer.
+        TrainingError: From the trainer; or the disk or memory is full.
     """
     report = ProgressReport(title)
     # These two print every log to standard output, where results belong.
@@ -167,7 +158,8 @@ def train(trainer: _Trainer, *, title: str, folder: Path, checkpoint: str | None
     trainer.add_callback(report)
     trainer.args.disable_tqdm = not stderr.is_terminal
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with working(folder, trainer.args):
+            trainer.train(resume_from_checkpoint=checkpoint)
     except Stopped as stopped:
         raise Stopped(
             f"asked to stop; the checkpoint is {stopped.checkpoint}, and the same command with "
@@ -175,9 +167,7 @@ def train(trainer: _Trainer, *, title: str, folder: Path, checkpoint: str | None
             stopped.checkpoint,
         ) from None
     except KeyboardInterrupt:
-        kept = last_checkpoint(folder)
-        where = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet"
-        raise KeyboardInterrupt(f"interrupted; {where}") from None
+        raise KeyboardInterrupt(f"interrupted; {kept(folder)}") from None
     finally:
         report.close()
 

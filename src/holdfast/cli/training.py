@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import get_peft_config
 
 from holdfast.cli.arguments import ModelArguments, TrainingData
+from holdfast.cli.boundary import building, working
 from holdfast.cli.console import say
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import (
@@ -24,7 +25,6 @@ from holdfast.cli.runs import (
     model_keywords,
     output_dir,
     precision_record,
-    refusals,
     refuse_changed_data,
     starting_checkpoint,
     train,
@@ -113,7 +113,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
             raise InputError(f"--use_peft: {source} is an adapter already, and it is this adapter that is trained")
         if method.choose is not None:
             sets = method.choose(sets, data, config, model, tokenizer)
-        with refusals():
+        with building(config):
             trainer = method.trainer(model, config, processing_class=tokenizer, peft_config=peft_config, **sets)
         trainer.data_digests = digests
         if checkpoint is None and trainer.is_world_process_zero():
@@ -122,7 +122,8 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
         name = command.split()[-1]
         say(f"{verb} {source} with {name} on {len(sets['train_dataset'])} rows of {data.train_data}")
         started = time.monotonic()
-        with on_sigterm(trainer.ask_to_stop):  # also while the finished model is written, which then is done
+        # A signal may also come while the finished model is written, which then is done.
+        with on_sigterm(trainer.ask_to_stop), working(folder, config):
             train(trainer, title=command, folder=folder, checkpoint=checkpoint)
             (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
             trainer.save_model(str(folder))

@@ -1,0 +1,168 @@
+"""What libraries refuse, and what the machine cannot do, is one sentence at the command line: never a traceback."""
+
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from holdfast.checkpoint import is_complete
+from holdfast.cli import main
+from holdfast.trainer import DefenseTrainer
+
+Refused = Callable[..., str]
+
+QUICK = ("--max_steps", "2", "--batch_size", "2", "--gradient_checkpointing", "false")
+
+
+@pytest.fixture
+def words(model_dir: Path, train_data: str, attack_data: str, eval_data: str) -> dict[str, list[str]]:
+    model = ["--model", str(model_dir)]
+    return {
+        "align": ["align", "sft", *model, "--train_data", train_data, *QUICK],
+        "finetune": ["finetune", "sft", *model, "--train_data", train_data, *QUICK],
+        "attack": ["attack", "full", *model, "--attack_data", attack_data, *QUICK],
+        "repair": ["repair", "antidote", *model, "--attack_data", attack_data],
+        "audit": ["audit", *model, "--data", train_data],
+        "evaluate": ["evaluate", *model, "--eval_data", eval_data],
+    }
+
+
+ALL = ("align", "finetune", "attack", "repair", "audit", "evaluate")
+
+REFUSED = [
+    ("align", "--report_to wandb", "--report_to wandb: WandbCallback requires wandb to be installed"),
+    ("attack", "--report_to trackio", "--report_to trackio: TrackioCallback requires trackio to be installed"),
+    ("align", "--report_to tensorboard", "--report_to tensorboard: TensorBoardCallback requires tensorboard"),
+    ("align", "--report_to paper", "--report_to paper: paper is not supported, only"),
+    ("align", "--use_liger_kernel", "--use_liger_kernel needs the package liger-kernel"),
+    ("align", "--optimizer adamw_8bit", "--optim adamw_8bit: You need to install `bitsandbytes`"),
+    ("attack", "--optimizer paged_adamw_8bit", "--optim paged_adamw_8bit: You need to install `bitsandbytes`"),
+    ("finetune", "--optimizer galore_adamw", "--optim galore_adamw: You need to install `galore_torch`"),
+    ("align", "--optimizer lomo", "--optim lomo cannot be used: it updates the weights inside the backward pass"),
+    ("align", "--optimizer galore_adamw_layerwise", "--optim galore_adamw_layerwise cannot be used"),
+    ("align", "--optim_args eight", "--optim adamw_torch_fused --optim_args eight: not enough values"),
+    ("align", "--adam_beta1 2", "--optim adamw_torch_fused: Invalid beta parameter"),
+    ("align", "--scheduler cosine_with_min_lr", "--lr_scheduler_type cosine_with_min_lr: One of min_lr or"),
+    (
+        "attack",
+        "--scheduler warmup_stable_decay",
+        "--lr_scheduler_type warmup_stable_decay: get_wsd_schedule() missing",
+    ),
+    ("align", '--scheduler cosine --lr_scheduler_kwargs {"cycles":2}', "--lr_scheduler_kwargs {'cycles': 2}: "),
+    ("align", "--scheduler reduce_lr_on_plateau", "lr_scheduler_type reduce_lr_on_plateau requires an eval strategy"),
+    ("align", "--load_in_4bit", "cannot be loaded with --load_in_4bit (Using `bitsandbytes` 4-bit"),
+    ("attack", "--load_in_8bit", "cannot be loaded with --load_in_8bit (Using `bitsandbytes` 8-bit"),
+    ("align", "--eos_token <nope>", "--eos_token ('<nope>') is not found in the vocabulary"),
+    ("attack", "--pad_token <nope>", "--pad_token ('<nope>') is not found in the vocabulary"),
+    *(
+        (command, "--attn_implementation flash_attention_2", "with --attn_implementation flash_attention_2 (")
+        for command in ALL
+    ),
+    *((command, r"--model C:\models\mine", r"model C:\models\mine is neither a folder nor") for command in ALL),
+]
+
+
+@pytest.mark.parametrize(("command", "flags", "expected"), REFUSED, ids=lambda value: value.split(":")[0][:40])
+def test_what_a_library_refuses(
+    words: dict[str, list[str]], command: str, flags: str, expected: str, refused: Refused
+) -> None:
+    assert expected in refused(*words[command], *flags.split(" "))
+
+
+def test_a_reporter_without_its_key(
+    words: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def init(**_: object) -> None:
+        raise UsageError("No API key configured. Use `wandb login` to log in.")
+
+    class UsageError(Exception):
+        """It is no `ValueError`."""
+
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None, init=init))
+    monkeypatch.setitem(sys.modules, "wandb.sdk.lib.config_util", SimpleNamespace(ConfigError=KeyError))
+    assert main([*words["align"], "--report_to", "wandb", "--output_dir", str(tmp_path / "out")]) == 2
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence == "holdfast: --report_to wandb: No API key configured. Use `wandb login` to log in"
+
+
+@contextmanager
+def files_no_longer_than(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def failed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(argv) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    return shown.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("size", "why"), [(20_000, "File too large"), (90_000, "a checkpoint could not be written to its end")]
+)
+def test_a_full_disk_during_training(
+    words: dict[str, list[str]], size: int, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights are written by safetensors, the optimizer's state by torch: each has its own way of saying it."""
+    out = tmp_path / "out"
+    saving = ["--output_dir", str(out), "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "1"]
+    with files_no_longer_than(size):
+        sentence = failed([*words["align"], *saving], capsys)
+    assert why in sentence
+    assert "no checkpoint had been written yet" in sentence
+    assert not (out / "_unfinished").exists()  # no room is taken by what is of no use
+    assert main([*words["align"], *saving]) == 0
+    with files_no_longer_than(size):
+        sentence = failed(
+            [*words["align"], *saving[:-1], "2", "--overwrite_output_dir", "--resume_from_checkpoint", "last"], capsys
+        )
+    assert f"the last good checkpoint is {out / 'checkpoint-1'}" in sentence
+    assert is_complete(out / "checkpoint-1")
+
+
+@pytest.mark.parametrize("command", ["align", "attack", "repair"])
+def test_a_full_disk_when_the_result_is_written(
+    words: dict[str, list[str]], command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet = ["--save_strategy", "no"] if command == "align" else []
+    with files_no_longer_than(20_000):
+        sentence = failed([*words[command], *quiet, "--output_dir", str(tmp_path / "out")], capsys)
+    assert "weights could not be written or read (Error while serializing: I/O error: File too large" in sentence
+    assert not (tmp_path / "out" / ("results.json" if command == "attack" else "holdfast.json")).exists()
+
+
+def test_memory_that_does_not_suffice(
+    words: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: object) -> None:
+        torch.empty(2**60)
+
+    monkeypatch.setattr(DefenseTrainer, "defended_gradient", too_large)
+    sentence = failed([*words["align"], "--output_dir", str(tmp_path / "out")], capsys)
+    assert "out of memory" in sentence
+    assert "no checkpoint had been written yet" in sentence
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(
+    words: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(DefenseTrainer, "defended_gradient", faulty)
+    with pytest.raises(ValueError, match="a bug"):
+        main([*words["align"], "--output_dir", str(tmp_path / "out")])
