@@ -174,4 +174,5 @@ def test_disk_trouble_is_one_sentence(
 
     monkeypatch.setattr("holdfast.cli.training.write_json", full)
     assert run("--max_steps", "1", "--save_strategy", "no") == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "holdfast: [Errno 28] No space left on device: 'holdfast.json'"
+    sentence = "holdfast: [Errno 28] No space left on device: 'holdfast.json'; no checkpoint had been written yet"
+    assert capsys.readouterr().err.splitlines()[-1] == sentence
