@@ -75,22 +75,17 @@ def test_what_a_library_refuses(
 
 
 def test_a_reporter_without_its_key(
-    words: dict[str, list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, refused: Refused
 ) -> None:
-    def init(**_: object) -> None:
-        raise UsageError("No API key configured. Use `wandb login` to log in.")
+    """It says so when training begins, in a way of its own."""
 
-    class UsageError(Exception):
-        """It is no `ValueError`."""
+    def init(**_: object) -> None:
+        raise RuntimeError("No API key configured. Use `wandb login` to log in.")
 
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None, init=init))
     monkeypatch.setitem(sys.modules, "wandb.sdk.lib.config_util", SimpleNamespace(ConfigError=KeyError))
-    assert main([*words["align"], "--report_to", "wandb", "--output_dir", str(tmp_path / "out")]) == 2
-    sentence = capsys.readouterr().err.splitlines()[-1]
+    sentence = refused(*words["align"], "--report_to", "wandb")
     assert sentence == "holdfast: --report_to wandb: No API key configured. Use `wandb login` to log in"
 
 
