@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 _PATTERNS = ("*.md", "docs/*.md", "docs/images/*.png", "docs/site/*.css", "benchmarks/results/*.png")
@@ -32,6 +33,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for module in _modules():
         files.append(File.generated(config, _page(module), content=f"# `{module}`\n\n::: {module}\n"))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> None:
+    """Give a page the room of the side bar where that would list the page alone."""
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]
 
 
 def _modules() -> list[str]:
