@@ -4,7 +4,7 @@ A *parameter vector* holds one tensor for every trainable parameter of a model a
 and inner products run over all of its entries. Everything works on plain tensors and on DTensor shards alike, in place
 and on the local shards, so FSDP2, DDP and LoRA need no special case.
 
-Example:
+Examples:
     One step of sharpness-aware minimisation, θ displaced along its own gradient::
 
         loss.backward()

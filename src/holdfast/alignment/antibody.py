@@ -6,13 +6,14 @@ Antibody (2603.00498). With H a batch of harmful prompts and answers, R the same
     g(θ; B) + λ_t · s + λ_r · g(θ⁻; R)
 
 Two rules for λ_t:
-    * `kkt`, the paper's Theorem 4.1: λ_t = max(0, ξ − ⟨s, g(θ; B)⟩ / ‖s‖²). No ξ is published.
-    * `cosine`, the authors' released code: λ_t = max(0, η − cos(s, g(θ; B))), smoothed by an exponential moving average
-      (0.99, from the first update's value on), with η = 5.
+
+* `kkt`, the paper's Theorem 4.1: λ_t = max(0, ξ − ⟨s, g(θ; B)⟩ / ‖s‖²). No ξ is published.
+* `cosine`, the authors' released code: λ_t = max(0, η − cos(s, g(θ; B))), smoothed by an exponential moving average
+  (0.99, from the first update's value on), with η = 5.
 
 ρ = 0.1 and λ_r = 0.05 for both. Four gradients an update.
 
-Example:
+Examples:
     >>> trainer = AntibodyAlignmentTrainer(
     ...     model="Qwen/Qwen2.5-1.5B-Instruct",
     ...     args=AntibodyAlignmentConfig(output_dir="hardened", refusal="refusals.txt"),

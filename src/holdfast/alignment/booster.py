@@ -8,7 +8,7 @@ update's gradient is
 the second term being the gradient of how much one normalised harmful step gains, to first order. Three gradients an
 update. The published λ = 5 and α = 0.1 belong to LoRA at learning rate 5e-4; for full parameters both need search.
 
-Example:
+Examples:
     >>> trainer = BoosterTrainer(
     ...     model="Qwen/Qwen2.5-1.5B-Instruct",
     ...     args=BoosterConfig(output_dir="hardened", lam=5.0, alpha=0.1),

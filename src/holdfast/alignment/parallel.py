@@ -15,7 +15,7 @@ ahead of the one that was attacked. The paper publishes and looks every 1000 upd
 
 Differs from the authors' released code, which keeps δ on the CPU and copies it at every step: it stays on the device.
 
-Example:
+Examples:
     Two processes, with the same data::
 
         config = ParallelPatcherConfig(output_dir="hardened", role="defender", exchange="/shared/run1")

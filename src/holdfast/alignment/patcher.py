@@ -11,10 +11,11 @@ First order: δ is taken not to depend on θ. The first `attack_every` updates a
 runs 15 rounds of 300 attacker steps and 1000 updates at learning rate 1e-5 and α = 0.5.
 
 Differs from the authors' released code:
-    * It adds δ to the weights and subtracts it again, which drifts by rounding; here the exact weights come back.
-    * It starts the defender's optimizer and shuffle anew each round; here they go on, as one run.
 
-Example:
+* It adds δ to the weights and subtracts it again, which drifts by rounding; here the exact weights come back.
+* It starts the defender's optimizer and shuffle anew each round; here they go on, as one run.
+
+Examples:
     >>> trainer = PatcherTrainer(
     ...     model="Qwen/Qwen2.5-1.5B-Instruct",
     ...     args=PatcherConfig(output_dir="hardened", alpha=0.5, attack_steps=300, attack_every=1000),

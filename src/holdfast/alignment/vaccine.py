@@ -8,7 +8,7 @@ attention output by a constant
 
 with one norm over all layers and all of a micro-batch on all ranks; its gradient is the update's. Published: ρ = 2.
 
-Example:
+Examples:
     >>> trainer = VaccineTrainer(
     ...     model="Qwen/Qwen2.5-1.5B-Instruct",
     ...     args=VaccineConfig(output_dir="hardened", rho=2.0),

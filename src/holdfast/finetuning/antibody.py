@@ -9,7 +9,7 @@ Antibody (2603.00498). For row i of a micro-batch, with prompt x_i and the user'
 A row that the model would rather refuse, r_i < 0, gets a small weight; so r is also the audit of an upload. Published:
 τ = 1. The NLL of y_i comes from the training pass itself; only the refusal needs another forward pass.
 
-Example:
+Examples:
     >>> trainer = AntibodyTrainer(
     ...     model="hardened",
     ...     args=AntibodyConfig(output_dir="tuned", refusal="refusals.txt"),

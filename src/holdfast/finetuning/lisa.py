@@ -12,10 +12,11 @@ starts in the safety state with the initial weights as anchor. The proximal term
 With ρ = 0 this is Bi-State Optimization (BSO), its ancestor.
 
 Differs from the authors' released code:
-    * It counts micro-batches; here optimizer updates are counted.
-    * It draws a batch of the user's data in the safety state, too, and throws it away; here no row of theirs is lost.
 
-Example:
+* It counts micro-batches; here optimizer updates are counted.
+* It draws a batch of the user's data in the safety state, too, and throws it away; here no row of theirs is lost.
+
+Examples:
     >>> trainer = LisaTrainer(
     ...     model="hardened",
     ...     args=LisaConfig(output_dir="tuned", safety_steps=100, user_steps=900, rho=1.0),

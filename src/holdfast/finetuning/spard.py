@@ -9,14 +9,15 @@ the projection on the half-space where the linearised safety loss is at most τ,
 τ = 0.2, η = the learning rate of fine-tuning, S one row.
 
 Two rules, which are far from each other:
-    * `euclidean`, the paper's, as above.
-    * `adamw`, the authors' released code: S is four batches of one row; the step is taken if ℓ > τ + 0.1; g is clipped
-      to norm 1, each parameter's part g_p of it scaled by min((ℓ − τ) / ‖g_p‖, 1), and handed to the *same* AdamW as
-      the user's step, whose moments it shares.
+
+* `euclidean`, the paper's, as above.
+* `adamw`, the authors' released code: S is four batches of one row; the step is taken if ℓ > τ + 0.1; g is clipped
+  to norm 1, each parameter's part g_p of it scaled by min((ℓ − τ) / ‖g_p‖, 1), and handed to the *same* AdamW as
+  the user's step, whose moments it shares.
 
 The paper picks the safety rows by `holdfast.data.selection.relevance_diversity_dpp`: 3 % of the upload's size.
 
-Example:
+Examples:
     >>> trainer = SpardTrainer(
     ...     model="hardened",
     ...     args=SpardConfig(output_dir="tuned", tau=0.2),

@@ -11,7 +11,7 @@ model at ratio 1e-5, which is one weight a row. Of ‖X_column‖₂ only a runn
 
 Our own addition: with the model as it was before fine-tuning, harmful weights take its values instead of 0.
 
-Example:
+Examples:
     A fine-tuned model, repaired in place::
 
         repair = prune_harmful(model, [tokenizer(texts, padding=True, return_tensors="pt")])
