@@ -32,7 +32,7 @@ def test_evaluation_names_rates_intervals_and_judges() -> None:
     (cut,) = (line for line in lines if "cut at the limit" in line)
     assert [cell.strip() for cell in cut.split("│")[1:5]] == ["harmful: cut at the limit", "3", "", "4"]
     (left_out,) = (line for line in lines if "left out" in line)
-    assert [cell.strip() for cell in left_out.split("│")[1:5]] == ["capability: prompts left out", "2", "", "4"]
+    assert [cell.strip() for cell in left_out.split("│")[1:5]] == ["capability: prompts left out", "2", "", "6"]
     assert not any("degenerate" in line or "empty" in line for line in lines)
     caption = " ".join(" ".join(lines).split())
     assert "harmful prompts graded by the keyword judge: refusal phrases only" in caption

@@ -60,8 +60,9 @@ def evaluation_table(evaluation: Evaluation, *, title: str) -> Table:
         for name, figure in figures.items():
             if name == "counts":
                 for kind, count in figure.items():
+                    asked = figures["n"] + (count if kind == "left_out" else 0)
                     if count:
-                        table.add_row(f"{role}: {_COUNTS[kind]}", str(count), "", str(figures["n"]))
+                        table.add_row(f"{role}: {_COUNTS[kind]}", str(count), "", str(asked))
             elif isinstance(figure, Mapping):
                 interval = f"{figure['low']:.3f} – {figure['high']:.3f}"
                 table.add_row(_NAMES[name], f"{figure['value']:.3f}", interval, str(figure["n"]))
