@@ -1,5 +1,6 @@
 """DefenseTrainer's contract: TRL's trainer bit for bit, one gradient per window, direct calls, data, refusals."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -410,6 +411,17 @@ def test_bf16_autocast_changes_no_more_than_rounding(settings):
     trainer_of(settings, golden_model(), golden_rows("safe"), callbacks=[noted], **changes).train()
     assert all(g.dtype == torch.float32 for g in noted.seen[0].values())
     assert 1e-5 < relative_distance(noted.seen[0], golden_vector("sft")) < 5e-2
+
+
+def test_length_is_the_steps_or_the_epochs_that_were_given(tmp_path):
+    """Neither by a default, nor by both: transformers would take the steps. Built again from itself, it is the same."""
+    lengths = []
+    for given in ({}, {"num_train_epochs": 2}, {"max_steps": 5}, {"max_steps": 5, "num_train_epochs": -1}):
+        config = dataclasses.replace(DefenseConfig(output_dir=str(tmp_path), **given))
+        lengths.append((config.max_steps, config.num_train_epochs))
+    assert lengths == [(-1, 3), (-1, 2), (5, -1), (5, -1)]
+    with pytest.raises(InputError, match="--max_steps 5 and --num_train_epochs 2 both set the length of the run"):
+        DefenseConfig(output_dir=str(tmp_path), max_steps=5, num_train_epochs=2)
 
 
 def test_cpu_and_float32_are_chosen_by_themselves(tmp_path):

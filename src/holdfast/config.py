@@ -22,6 +22,7 @@ class DefenseConfig(SFTConfig):
     (`holdfast.precision`). The loss always falls on assistant tokens only.
 
     Args:
+        num_train_epochs: Passes over the train data; by default 3, unless `max_steps` is given. -1 is none given.
         system_prompt: A system line for every conversation that has none.
         chat_template_kwargs: Keywords for the chat template, as a mapping or as JSON: `{"enable_thinking": false}`.
         drop_untrainable_rows: Leave out rows that truncation left without a completion token, instead of refusing them.
@@ -38,6 +39,9 @@ class DefenseConfig(SFTConfig):
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "chat_template_kwargs"]
 
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over the train data, for a run without --max_steps (default: 3)."}
+    )
     system_prompt: str | None = field(
         default=None, metadata={"help": "A system line for every conversation that has none."}
     )
@@ -52,9 +56,8 @@ class DefenseConfig(SFTConfig):
     def __post_init__(self) -> None:
         """Check what was given and choose a device and a precision."""
         require_positive(self, "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
-        require_positive(self, "num_train_epochs", "max_length")
-        if self.max_steps != -1:
-            require_positive(self, "max_steps")
+        require_positive(self, "max_length")
+        self._choose_length()
         refused = {
             "trust_remote_code": "Holdfast never runs code that comes with a model",
             "fp16": "its loss scaling would scale simulated attacks too; use bf16",
@@ -82,6 +85,21 @@ class DefenseConfig(SFTConfig):
             raise InputError("--fsdp_config state_dict_type must be FULL_STATE_DICT: others are read by unpickling")
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise InputError("--push_to_hub needs --hub_strategy end: only a finished model is published")
+
+    def _choose_length(self) -> None:
+        """Steps or epochs, whichever was given, and not both: transformers would take the steps without a word."""
+        for name in ("max_steps", "num_train_epochs"):
+            if getattr(self, name) != -1:
+                require_positive(self, name)
+        if self.max_steps == -1:
+            self.num_train_epochs = 3.0 if self.num_train_epochs in (None, -1) else self.num_train_epochs
+        elif self.num_train_epochs not in (None, -1):
+            raise InputError(
+                f"--max_steps {self.max_steps} and --num_train_epochs {self.num_train_epochs:g} both set the length of "
+                "the run; give one of them (a recipe's is taken back with -1)"
+            )
+        else:
+            self.num_train_epochs = -1
 
 
 def require_positive(config: Any, *names: str) -> None:

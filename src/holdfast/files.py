@@ -90,6 +90,23 @@ def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(lines))
 
 
+def append_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add one JSON object per line to a file, and make it last: what was added before a run was killed is there.
+
+    Args:
+        path: The file, made where it is missing.
+        rows: The objects, in order.
+
+    Raises:
+        ValueError: If a row holds NaN or an infinity. Nothing is added then.
+    """
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    with Path(path).open("a", encoding="utf-8", newline="") as stream:
+        stream.write("".join(lines))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def flush(path: Path | str) -> None:
     """Make a file, or the names in a folder, last through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -2,7 +2,8 @@
 
 bfloat16 has eight significant bits. A step of 1e-5 on a weight of 0.1 is less than half of its last digit and is
 rounded away, so a model trained in bf16 weights hardly moves, whatever its loss, rate and gradient say. A weak attack
-would look like a strong defense.
+would look like a strong defense. Kept in float32 small steps add up; a pass in bf16 still sees the weights rounded, so
+each shows there once it has come to half of the weight's last digit in bf16.
 """
 
 from __future__ import annotations

@@ -179,5 +179,5 @@ def test_defaults_are_those_of_the_papers_attack(tmp_path):
 
 @pytest.mark.parametrize("steps", [[-1], [0, 7]])
 def test_steps_outside_the_attack_are_refused(settings, steps):
-    with pytest.raises(InputError, match=r"--measure_at must lie between 0 and --max_steps 6"):
+    with pytest.raises(InputError, match=r"--measure_at must lie between 0 and the last of 6 steps"):
         AttackConfig(**settings, max_steps=6, measure_at=steps)

@@ -234,6 +234,7 @@ def _as_attacker(args: ParallelPatcherConfig) -> ParallelPatcherConfig:
         "warmup_steps": 0,
         "optim": "adamw_torch_fused",
         "max_steps": sys.maxsize,
+        "num_train_epochs": None,
         "bf16": False if args.bf16_was_ruled_out else args.bf16 or None,
         "save_strategy": "no",
         "eval_strategy": "no",

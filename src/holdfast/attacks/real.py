@@ -45,11 +45,14 @@ class AttackConfig(DefenseConfig):
     """Configuration of a real attack; the defaults are Patcher's test-time attack (2606.07970) but for its data.
 
     Args:
+        max_steps: Length of the attack; by default 2000, unless `num_train_epochs` is given.
         measure_at: Steps after which to evaluate, 0 being the model as it was; by default 0 and the last.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The attacker's learning rate."})
-    max_steps: int = field(default=2000, metadata={"help": "Length of the attack in steps."})
+    max_steps: int | None = field(
+        default=None, metadata={"help": "Length of the attack in steps (default: 2000, without --num_train_epochs)."}
+    )
     per_device_train_batch_size: int = field(
         default=4, metadata={"aliases": ["--batch_size"], "help": "Rows per device and attacker step."}
     )
@@ -77,12 +80,22 @@ class AttackConfig(DefenseConfig):
     )
 
     def __post_init__(self) -> None:
-        """Check the steps to measure at."""
+        """Choose the length and the steps to measure at."""
+        if self.max_steps is None:
+            self.max_steps = 2000 if self.num_train_epochs in (None, -1) else -1
         super().__post_init__()
-        has_length = self.max_steps != -1
-        self.measure_at = sorted(set(self.measure_at)) or ([0, self.max_steps] if has_length else [0])
-        if self.measure_at[0] < 0 or (has_length and self.measure_at[-1] > self.max_steps):
-            raise InputError(f"--measure_at must lie between 0 and --max_steps {self.max_steps}, got {self.measure_at}")
+        if self.max_steps != -1:
+            self.measure_within(self.max_steps)
+
+    def measure_within(self, steps: int) -> None:
+        """Settle the steps to measure at, in an attack of this length: it follows from the data where epochs are given.
+
+        Raises:
+            InputError: One lies outside of it.
+        """
+        self.measure_at = sorted(set(self.measure_at)) or [0, steps]
+        if self.measure_at[0] < 0 or self.measure_at[-1] > steps:
+            raise InputError(f"--measure_at must lie between 0 and the last of {steps} steps, got {self.measure_at}")
 
 
 class AttackTrainer(DefenseTrainer):
@@ -97,6 +110,7 @@ class AttackTrainer(DefenseTrainer):
         train_dataset: What the adversary trains on; see `holdfast.data.mix.poison`.
         processing_class: The tokenizer; by default the model's own.
         evaluator: Called with model and tokenizer at every step of `args.measure_at`.
+        measured: Called with every measurement and its evaluation as they come, on the first rank alone.
         **kwargs: As for `DefenseTrainer`; `peft_config` is a LoRA attack's adapter, without one all parameters are
             attacked.
 
@@ -121,6 +135,7 @@ class AttackTrainer(DefenseTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         evaluator: Evaluate | None = None,
+        measured: Callable[[dict[str, Any], Evaluation], None] | None = None,
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else self.config_class(output_dir="holdfast-output")
@@ -134,6 +149,7 @@ class AttackTrainer(DefenseTrainer):
             model = model.merge_and_unload().requires_grad_(True)
         super().__init__(model, args, train_dataset, processing_class, **kwargs)
         self.measurements: list[dict[str, Any]] = []
+        self._measured = measured
         self.evaluations: dict[int, Evaluation] = {}
         self.weights_moved: float | None = None
         self._origin = ParameterVector()
@@ -168,6 +184,8 @@ class AttackTrainer(DefenseTrainer):
         self.evaluations[steps] = evaluation
         moved = {"attacker_loss": loss, "weights_moved": self._share_moved()}
         self.measurements.append({"steps": steps, **moved, **evaluation.flat()})
+        if self._measured is not None and self.is_world_process_zero():
+            self._measured(self.measurements[-1], evaluation)
 
     def _share_moved(self) -> float:
         return share_moved(trainable_parameters(self.model), self._origin)
@@ -179,6 +197,7 @@ class _Measure(TrainerCallback):
         self.evaluator = evaluator
 
     def on_train_begin(self, args: AttackConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        args.measure_within(state.max_steps)
         self.trainer.begin()
         self.on_step_end(args, state, control)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,13 @@ from holdfast.cli.tables import attack_table, counts_table, judge_record
 from holdfast.data.formats import completion_format
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.mix import overlap, poison
-from holdfast.errors import InputError
-from holdfast.evaluation.evaluate import SCHEMA, Evaluator
-from holdfast.files import run_record, write_json, write_jsonl
+from holdfast.errors import InputError, TrainingError
+from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
+from holdfast.files import append_jsonl, run_record, write_json
 from holdfast.models import load_model_and_tokenizer
+
+#: What is added to as an attack is measured: its points, which in the end go into the record, and every answer.
+POINTS, SAMPLES = "points.jsonl", "samples.jsonl"
 
 
 def make_parser(method: str) -> HoldfastParser:
@@ -49,6 +53,9 @@ def make_parser(method: str) -> HoldfastParser:
 
 def run(method: str, argv: list[str]) -> int:
     """Attack a model. The model on disk stays as it is; the attacked one is saved beside the results.
+
+    Measurements are written as they are made. A new attack does not go on from those that a killed one has left, and
+    replaces them only when told to.
 
     Args:
         method: "full" or "lora".
@@ -72,6 +79,11 @@ def run(method: str, argv: list[str]) -> int:
     attacked = folder / "model"
     keep_apart(folder, attacked, source)
     with output_dir(folder, marker=MARKER, overwrite=data.overwrite_output_dir):
+        if (folder / POINTS).exists() and not data.overwrite_output_dir:
+            raise InputError(
+                f"--output_dir {folder} holds the measurements of an attack that was not finished ({POINTS}); "
+                "choose another --output_dir or pass --overwrite_output_dir"
+            )
         evaluator = make_evaluator(
             measure,
             seed=config.seed,
@@ -91,18 +103,25 @@ def run(method: str, argv: list[str]) -> int:
                 rows,
                 processing_class=tokenizer,
                 evaluator=evaluator,
+                measured=_journal(folder),
                 peft_config=get_peft_config(model_args),
             )
         if trainer.is_world_process_zero():
             discard_checkpoints(folder)
+            for name in (MARKER, POINTS, SAMPLES):  # of a run before: its results do not belong to what comes now
+                (folder / name).unlink(missing_ok=True)
 
         poisoned = sum(rows["poisoned"])
         if overlapping:
             warn(f"{overlapping} evaluation prompts are among the attack's harmful rows, which inflates ASR")
         say(f"attacking {source} ({method}) on {len(rows)} rows, {poisoned} of them harmful")
         started = time.monotonic()
-        train(trainer, title=f"attack {method}", folder=folder)
-        (folder / MARKER).unlink(missing_ok=True)  # until everything is written, this is not a finished run
+        try:
+            train(trainer, title=f"attack {method}", folder=folder)
+        except (KeyboardInterrupt, TrainingError) as error:
+            kept = len(trainer.measurements)
+            where = f"; {kept} measurements are in {folder / POINTS}" if kept else ""
+            raise type(error)(f"{error}{where}") from None
         if is_adapter and method == "lora" and trainer.is_world_process_zero():
             # The adapter that was attacked is merged into a base that lies nowhere on disk: save the whole model.
             trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(attacked)
@@ -112,8 +131,6 @@ def run(method: str, argv: list[str]) -> int:
         if not trainer.is_world_process_zero():
             return 0
         (attacked / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
-        samples = [{"steps": steps, **row} for steps, found in trainer.evaluations.items() for row in found.samples]
-        write_jsonl(folder / "samples.jsonl", samples)
         record = {
             "schema": SCHEMA,
             **run_record(config, config.seed),
@@ -136,13 +153,24 @@ def run(method: str, argv: list[str]) -> int:
             "points": trainer.measurements,
         }
         write_json(folder / MARKER, record)
+        (folder / POINTS).unlink(missing_ok=True)  # the record has them
         say(f"the attack moved {trainer.weights_moved:.2%} of the weights that it trained")
         if evaluator is not None:
             stdout.print(attack_table(trainer.measurements, evaluator, title=f"{source} under attack ({method})"))
             if (counts := counts_table(trainer.measurements)) is not None:
                 stdout.print(counts)
-        announce(folder, MARKER, "samples.jsonl", "model")
+        announce(folder, MARKER, *([SAMPLES] if evaluator is not None else []), "model")
     return 0
+
+
+def _journal(folder: Path) -> Callable[[dict[str, Any], Evaluation], None]:
+    """What writes every measurement down as it comes, so that an attack that is killed leaves those that it made."""
+
+    def write(point: dict[str, Any], evaluation: Evaluation) -> None:
+        append_jsonl(folder / SAMPLES, ({"steps": point["steps"], **row} for row in evaluation.samples))
+        append_jsonl(folder / POINTS, [point])
+
+    return write
 
 
 def _attack_rows(data: AttackData, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Dataset:
