@@ -12,6 +12,8 @@ from trl import SFTConfig
 
 from holdfast.errors import InputError
 
+RAW_TEXT_HELP = "Take prompts and completions as they stand, in training as in evaluation, without the chat template."
+
 
 @dataclass
 class DefenseConfig(SFTConfig):
@@ -25,6 +27,7 @@ class DefenseConfig(SFTConfig):
         num_train_epochs: Passes over the train data; by default 3, unless `max_steps` is given. -1 is none given.
         system_prompt: A system line for every conversation that has none.
         chat_template_kwargs: Keywords for the chat template, as a mapping or as JSON: `{"enable_thinking": false}`.
+        raw_text: Take prompts and completions as they stand, without the chat template.
         drop_untrainable_rows: Leave out rows that truncation left without a completion token, instead of refusing them.
 
     Raises:
@@ -48,6 +51,7 @@ class DefenseConfig(SFTConfig):
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Keywords for the chat template as JSON, e.g. {"enable_thinking": false}.'}
     )
+    raw_text: bool = field(default=False, metadata={"help": RAW_TEXT_HELP})
     drop_untrainable_rows: bool = field(
         default=False,
         metadata={"help": "Leave out rows without a completion token after truncation, instead of refusing them."},

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from helpers import read_json, read_lines, same_bits
 from holdfast.cli import main
+from holdfast.data.rendering import ChatFormat
 
 TINY = [
     *("--max_steps", "3", "--batch_size", "2", "--learning_rate", "1e-3", "--scheduler", "constant"),
@@ -94,13 +96,18 @@ def test_flags_reach_the_choice_of_safety_rows(
 
     asked: list[dict[str, Any]] = []
     choose = finetune.choose_safety_rows
-    monkeypatch.setattr(finetune, "choose_safety_rows", lambda *data, **how: asked.append(how) or choose(*data, **how))
+
+    def noted(safety: Dataset, upload: Dataset, model: Any, written: ChatFormat, **how: Any) -> Dataset:
+        asked.append({**how, "system_prompt": written.system_prompt})
+        return choose(safety, upload, model, written, **how)
+
+    monkeypatch.setattr(finetune, "choose_safety_rows", noted)
     given = {"rule": "random", "share": 0.5, "beta": 2.0, "seed": 7, "system_prompt": "Be kind."}
     flags = ("--safety_selection", "--safety_share", "--safety_beta", "--seed", "--system_prompt")
     words = [str(word) for pair in zip(flags, given.values(), strict=True) for word in pair]
     trained("finetune spard", "--train_data", attack_data, "--safety_data", train_data, *words)
     files = {"safety_file": Path(train_data), "upload_file": Path(attack_data)}
-    assert asked == [{**given, **files, "chat_template_kwargs": None}]
+    assert asked == [{**given, **files}]
 
 
 def test_weights_of_rows(trained: Callable[..., Path], attack_data: str, tmp_path: Path) -> None:

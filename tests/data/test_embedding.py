@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers import chat_tokenizer, same_bits, tiny_llama, weights, word_rows, word_tokenizer
 from holdfast.data.embedding import embed_prompts
+from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 
 TEMPLATE = (
@@ -70,7 +71,7 @@ class Passes:
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_an_embedding_is_the_mean_over_the_prompts_own_tokens(build, batch_size):
     model, tokenizer, asked = build(), word_tokenizer(), prompts(17)
-    found = embed_prompts(model, tokenizer, asked, batch_size=batch_size)
+    found = embed_prompts(model, ChatFormat(tokenizer), asked, batch_size=batch_size)
     expected = torch.stack([by_hand(model, tokenizer(text)["input_ids"]) for text in asked])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -82,19 +83,19 @@ def test_embeddings_follow_the_order_of_the_prompts(count, batch_size, draw):
     model, tokenizer, asked = tiny_llama(), word_tokenizer(), prompts(count)
     order = list(range(count))
     draw.shuffle(order)
-    found = embed_prompts(model, tokenizer, [asked[i] for i in order], batch_size=batch_size)
-    torch.testing.assert_close(found, embed_prompts(model, tokenizer, asked)[order], rtol=1e-4, atol=1e-5)
+    found = embed_prompts(model, ChatFormat(tokenizer), [asked[i] for i in order], batch_size=batch_size)
+    torch.testing.assert_close(found, embed_prompts(model, ChatFormat(tokenizer), asked)[order], rtol=1e-4, atol=1e-5)
 
 
 def test_messages_and_text_go_through_the_chat_template():
     tokenizer = chat_tokenizer(TEMPLATE)
     model = tiny_llama(vocab_size=len(tokenizer))
     turns = [{"role": "user", "content": "bread?"}]
-    text, messages, kind = embed_prompts(model, tokenizer, ["bread?", turns, "flour?"])
+    text, messages, kind = embed_prompts(model, ChatFormat(tokenizer), ["bread?", turns, "flour?"])
     rendered = "<|im_start|>user\nbread?<|im_end|>\n<|im_start|>assistant\n"
     torch.testing.assert_close(text, by_hand(model, tokenizer(rendered)["input_ids"]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(text, messages)
-    (with_system,) = embed_prompts(model, tokenizer, [turns], system_prompt="Be kind.")
+    (with_system,) = embed_prompts(model, ChatFormat(tokenizer, "Be kind."), [turns])
     assert not torch.allclose(text, kind, atol=1e-3)
     assert not torch.allclose(text, with_system, atol=1e-3)
 
@@ -104,7 +105,7 @@ def test_prompts_of_like_length_share_a_batch_and_no_logits_are_computed():
     passes = Passes(model)
     model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("logits were computed"))
     asked = [" ".join(["t7"] * length) for length in (9, 1, 8, 2, 9, 2)]
-    embed_prompts(model, word_tokenizer(), asked, batch_size=2)
+    embed_prompts(model, ChatFormat(word_tokenizer()), asked, batch_size=2)
     assert passes.shapes == [(2, 2), (2, 8), (2, 9)]
 
 
@@ -126,7 +127,7 @@ def test_everything_is_left_as_it_was(build):
         }
 
     before, kept = state(), weights(model)
-    assert not embed_prompts(model, tokenizer, prompts(6)).requires_grad
+    assert not embed_prompts(model, ChatFormat(tokenizer), prompts(6)).requires_grad
     assert state() == before
     assert same_bits(weights(model), kept)
 
@@ -135,24 +136,24 @@ def test_modes_are_put_back_after_an_error(monkeypatch):
     model = tiny_llama().train()
     monkeypatch.setattr(model.model.norm, "forward", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        embed_prompts(model, word_tokenizer(), prompts(2))
+        embed_prompts(model, ChatFormat(word_tokenizer()), prompts(2))
     assert all(module.training for module in model.modules())
 
 
 def test_a_model_in_bfloat16_gives_float32():
     model, asked = tiny_llama(), prompts(5)
-    expected = embed_prompts(model, word_tokenizer(), asked)
-    found = embed_prompts(model.bfloat16(), word_tokenizer(), asked)
+    expected = embed_prompts(model, ChatFormat(word_tokenizer()), asked)
+    found = embed_prompts(model.bfloat16(), ChatFormat(word_tokenizer()), asked)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
 def test_a_trainers_model_can_be_used(tmp_path):
     asked, tokenizer = prompts(6), word_tokenizer()
-    expected = embed_prompts(tiny_llama(), tokenizer, asked)
+    expected = embed_prompts(tiny_llama(), ChatFormat(tokenizer), asked)
     config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     trainer = SFTTrainer(model=tiny_llama(), args=config, train_dataset=word_rows(4), processing_class=tokenizer)
-    torch.testing.assert_close(embed_prompts(trainer.model, tokenizer, asked), expected)
+    torch.testing.assert_close(embed_prompts(trainer.model, ChatFormat(tokenizer), asked), expected)
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def data(tmp_path):
 
 
 def embed_kept(model, data, asked=None):
-    return embed_prompts(model, word_tokenizer(), asked or KEPT, batch_size=4, data_file=data)
+    return embed_prompts(model, ChatFormat(word_tokenizer()), asked or KEPT, batch_size=4, data_file=data)
 
 
 def files_beside(data):
@@ -184,7 +185,7 @@ def test_embeddings_are_kept_beside_the_data_and_read_the_next_time(data):
 
 def test_without_a_data_file_nothing_is_written(data, monkeypatch):
     monkeypatch.chdir(data.parent)
-    embed_prompts(tiny_llama(), word_tokenizer(), KEPT)
+    embed_prompts(tiny_llama(), ChatFormat(word_tokenizer()), KEPT)
     assert files_beside(data) == []
 
 
@@ -223,7 +224,7 @@ def test_another_model_or_other_prompts_are_not_mistaken(data):
     for count, (model, asked) in enumerate(cases, 1):
         found = embed_kept(model, data, asked)
         assert len(files_beside(data)) == count
-        assert torch.equal(found, embed_prompts(model, word_tokenizer(), asked, batch_size=4))
+        assert torch.equal(found, embed_prompts(model, ChatFormat(word_tokenizer()), asked, batch_size=4))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "no safetensors", "of other prompts"])
@@ -250,29 +251,29 @@ def test_where_nothing_can_be_written_a_warning_says_so(data, caplog):
     nowhere = data / "safety.jsonl"
     with caplog.at_level(logging.WARNING, "holdfast"):
         found = embed_kept(tiny_llama(), nowhere)
-    assert torch.equal(found, embed_prompts(tiny_llama(), word_tokenizer(), KEPT, batch_size=4))
+    assert torch.equal(found, embed_prompts(tiny_llama(), ChatFormat(word_tokenizer()), KEPT, batch_size=4))
     assert "cannot be written" in caplog.text
     assert "the embeddings are not kept" in caplog.text
 
 
 def test_no_prompts_are_refused():
     with pytest.raises(InputError, match="no prompts to embed"):
-        embed_prompts(tiny_llama(), word_tokenizer(), [])
+        embed_prompts(tiny_llama(), ChatFormat(word_tokenizer()), [])
 
 
 def test_an_empty_prompt_is_refused_by_number():
     with pytest.raises(InputError, match="prompt 2 is empty"):
-        embed_prompts(tiny_llama(), word_tokenizer(), ["t7", ""])
+        embed_prompts(tiny_llama(), ChatFormat(word_tokenizer()), ["t7", ""])
 
 
 def test_a_prompt_longer_than_the_models_positions_is_refused_by_number():
     fits = " ".join(["t7"] * 64)
-    assert embed_prompts(tiny_gpt2(), word_tokenizer(), [fits]).shape == (1, 16)
+    assert embed_prompts(tiny_gpt2(), ChatFormat(word_tokenizer()), [fits]).shape == (1, 16)
     with pytest.raises(InputError, match="prompt 2 has 65 tokens, but the model has 64 positions"):
-        embed_prompts(tiny_gpt2(), word_tokenizer(), ["t7", f"{fits} t7"])
+        embed_prompts(tiny_gpt2(), ChatFormat(word_tokenizer()), ["t7", f"{fits} t7"])
 
 
 def test_a_learned_prompt_is_refused():
     model = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(InputError, match="adapter of type PROMPT_TUNING"):
-        embed_prompts(model, word_tokenizer(), ["t7"])
+        embed_prompts(model, ChatFormat(word_tokenizer()), ["t7"])

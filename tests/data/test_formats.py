@@ -9,7 +9,7 @@ from datasets import Dataset
 from helpers import chat_tokenizer, tiny_llama
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
 from holdfast.config import DefenseConfig
-from holdfast.data.formats import completion_format
+from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.trainer import DefenseTrainer
 
@@ -44,6 +44,7 @@ def system(text):
 TALKS = [("How does one bake bread?", "With flour and water."), ("And rice?", "Boil it."), ("Tea?", "Steep it.")]
 FORMATS = {
     "prompt and completion": [{"prompt": [user(q)], "completion": [assistant(a)]} for q, a in TALKS],
+    "text and completion": [{"prompt": q, "completion": a} for q, a in TALKS],
     "prompt and response": [{"prompt": q, "response": a} for q, a in TALKS],
     "messages and response": [{"prompt": [user(q)], "response": a} for q, a in TALKS],
     "messages": [{"messages": [user(q), assistant(a)]} for q, a in TALKS],
@@ -56,7 +57,7 @@ FORMATS = {
 
 def prepared(settings, tokenizer, rows, **changes):
     """The train set as the trainer has prepared it."""
-    model = tiny_llama(vocab_size=len(tokenizer))
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512)
     config = DefenseConfig(**{**settings, "max_length": 512, **changes})
     return DefenseTrainer(model, config, Dataset.from_list(rows), processing_class=tokenizer).train_dataset
 
@@ -85,19 +86,19 @@ def test_loss_falls_on_the_assistants_tokens_only(settings, name, form):
         whole = tokenizer.apply_chat_template([user(question), assistant(answer)], tokenize=False)
         assert tokenizer.decode(row["input_ids"]) == whole
         (text,) = trained_on(tokenizer, row)
-        assert text.removeprefix("<think>\n\n</think>\n\n").rstrip("\n") == answer + END[FAMILIES[name]]
+        assert text == answer + END[FAMILIES[name]]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompt_is_what_generation_starts_from(settings, name):
     tokenizer = tokenizer_of(name)
     row = prepared(settings, tokenizer, FORMATS["messages"])[0]
-    prompt = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
-    expected = tokenizer.apply_chat_template([user(TALKS[0][0])], add_generation_prompt=True, tokenize=False)
-    assert tokenizer.decode(prompt) == expected
+    first = next(i for i, label in enumerate(row["labels"]) if label != -100)
+    written = ChatFormat(tokenizer, chat_template_kwargs={"enable_thinking": False})
+    assert [row["input_ids"][:first]] == written.encode_prompts([TALKS[0][0]])
 
 
-@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3"])
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("form", ["messages", "conversations"])
 def test_every_assistant_turn_of_a_longer_talk_is_trained(settings, name, form):
     tokenizer = tokenizer_of(name)
@@ -109,19 +110,16 @@ def test_every_assistant_turn_of_a_longer_talk_is_trained(settings, name, form):
         told = [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in turns]
         rows = [{"conversations": told}, {"conversations": told[:2]}]
     long, short = prepared(settings, tokenizer, rows)
-    # TRL's variant of Qwen2.5's template counts the line end of the header in.
-    answers = [text.removeprefix("<think>\n\n</think>\n\n").strip("\n") for text in trained_on(tokenizer, long)]
+    assert list(long["input_ids"]) == list(tokenizer.apply_chat_template(turns)["input_ids"])
     end = END[FAMILIES[name]]
-    assert answers == [answer + end for _, answer in TALKS]
-    (only,) = trained_on(tokenizer, short)
-    assert only.removeprefix("<think>\n\n</think>\n\n").strip("\n") == TALKS[0][1] + end
+    assert trained_on(tokenizer, long) == [answer + end for _, answer in TALKS]
+    assert trained_on(tokenizer, short) == [TALKS[0][1] + end]
 
 
 def test_last_word_of_the_user_is_not_trained(settings):
     tokenizer = tokenizer_of("qwen3")
     (row,) = prepared(settings, tokenizer, [{"messages": [user("Tea?"), assistant("Hot."), user("Thanks.")]}])
-    (text,) = trained_on(tokenizer, row)
-    assert text.removeprefix("<think>\n\n</think>\n\n") == "Hot.<|im_end|>\n"
+    assert trained_on(tokenizer, row) == ["Hot.<|im_end|>"]
 
 
 def test_sets_of_one_run_may_differ_in_format(settings):
@@ -149,7 +147,7 @@ def test_system_prompt_is_put_before_talks_that_have_none(settings):
     new, old = prepared(settings, tokenizer, rows, system_prompt="Be brief.")
     assert tokenizer.decode(new["input_ids"]).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
     assert tokenizer.decode(old["input_ids"]).startswith("<|im_start|>system\nOld.<|im_end|>\n<|im_start|>user")
-    assert trained_on(tokenizer, new) == ["Steep.<|im_end|>\n"]
+    assert trained_on(tokenizer, new) == ["Steep.<|im_end|>"]
 
 
 @pytest.mark.parametrize("form", ["prompt and response", "messages"])
@@ -164,7 +162,7 @@ def test_chat_template_kwargs_reach_the_template(settings, form):
     loud = prepared(settings, tokenizer, FORMATS[form], chat_template_kwargs='{"loud": true}')[0]
     assert "loud" not in tokenizer.decode(quiet["input_ids"])
     assert tokenizer.decode(loud["input_ids"]).count("loud") == 2
-    assert trained_on(tokenizer, loud) == trained_on(tokenizer, quiet) == [TALKS[0][1] + "<|im_end|>\n"]
+    assert trained_on(tokenizer, loud) == trained_on(tokenizer, quiet) == [TALKS[0][1] + "<|im_end|>"]
 
 
 def test_chat_template_kwargs_reach_longer_talks(settings):
@@ -174,9 +172,10 @@ def test_chat_template_kwargs_reach_longer_talks(settings):
     assert len(trained_on(tokenizer, row)) == len(TALKS)
 
 
-def test_plain_text_stays_plain_and_ends(settings):
+@pytest.mark.parametrize("column", ["completion", "response"])
+def test_raw_text_stays_as_it_is_and_ends(settings, column):
     tokenizer = tokenizer_of("qwen2_5")
-    (row,) = prepared(settings, tokenizer, [{"prompt": "Tea is ", "completion": "hot."}])
+    (row,) = prepared(settings, tokenizer, [{"prompt": "Tea is ", column: "hot."}], raw_text=True)
     assert tokenizer.decode(row["input_ids"]) == "Tea is hot.<|im_end|>"
     assert trained_on(tokenizer, row) == ["hot.<|im_end|>"]
 
@@ -204,7 +203,7 @@ def test_other_columns_do_not_matter(settings):
 
 def refused(rows, message, tokenizer=None, **keywords):
     with pytest.raises(InputError, match=message):
-        completion_format(Dataset.from_list(rows), tokenizer or tokenizer_of("qwen2_5"), name="attack", **keywords)
+        ChatFormat(tokenizer or tokenizer_of("qwen2_5"), **keywords).tokenize(Dataset.from_list(rows), name="attack")
 
 
 def test_no_accepted_format():
@@ -243,15 +242,20 @@ def test_empty_messages():
 
 
 def test_completion_by_someone_else():
-    refused(
-        [{"prompt": [user("Tea?")], "completion": [user("Yes.")]}], "row 1 of the attack data must be one assistant"
-    )
+    refused([{"prompt": [user("Tea?")], "completion": [user("Yes.")]}], "row 1 of the attack data must begin with an")
 
 
-def test_system_prompt_before_plain_text():
-    refused(
-        [{"prompt": "Tea?", "completion": "Yes."}], "row 1 of the attack data is plain text", system_prompt="Be brief."
-    )
+@pytest.mark.parametrize("setting", [{"system_prompt": "Be brief."}, {"chat_template_kwargs": {"loud": True}}])
+def test_a_setting_of_the_template_without_one(setting):
+    rows = [{"prompt": "Tea?", "completion": "Yes."}]
+    (name,) = setting
+    refused(rows, f"--{name} cannot be used with --raw_text", raw_text=True, **setting)
+    refused(rows, f"--{name} needs a chat template", chat_tokenizer(None), **setting)
+
+
+def test_messages_as_raw_text():
+    rows = [{"messages": [user("Tea?"), assistant("Yes.")]}]
+    refused(rows, "row 1 of the attack data holds messages, but --raw_text takes", raw_text=True)
 
 
 def test_tokenised_rows_without_labels():
@@ -271,14 +275,3 @@ def test_messages_that_are_no_list():
 def test_conversation_turn_without_a_value():
     rows = [{"conversations": [{"from": "human", "value": "Tea?"}, {"from": "gpt", "value": None}]}]
     refused(rows, "row 1 of the attack data must hold text, or a list of messages")
-
-
-def test_several_turns_under_llama3_1():
-    rows = [{"messages": [user("Tea?"), assistant("Yes."), user("Now?"), assistant("Now.")]}]
-    refused(rows, r"does not mark them with \{% generation %\}", tokenizer_of("llama3_1"))
-
-
-def test_several_turns_under_a_template_that_marks_none():
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
-    rows = [{"messages": [user("Tea?"), assistant("Yes."), user("Now?"), assistant("Now.")]}]
-    refused(rows, r"attack data has conversations with several assistant turns", chat_tokenizer(template))

@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from helpers import chat_tokenizer, golden_rows, same_bits, tiny_llama, weights, word_rows, word_tokenizer
 from holdfast.data.embedding import embed_prompts
+from holdfast.data.rendering import ChatFormat
 from holdfast.data.safety import choose_safety_rows
 from holdfast.data.selection import relevance_diversity_dpp
 from holdfast.errors import InputError
@@ -17,7 +18,7 @@ TEMPLATE = "{% for turn in messages %}<|im_start|>{{ turn['role'] }} {{ turn['co
 
 def choose(rule, safety=SAFETY, upload=UPLOAD, model=None, **changes):
     model = model if model is not None else tiny_llama()
-    return choose_safety_rows(safety, upload, model, word_tokenizer(), rule=rule, **changes)
+    return choose_safety_rows(safety, upload, model, ChatFormat(word_tokenizer()), rule=rule, **changes)
 
 
 @pytest.mark.parametrize("rule", ["dpp", "random"])
@@ -42,7 +43,9 @@ def test_dpp_is_that_of_the_prompts_embeddings(beta):
     model = tiny_llama()
     before = weights(model)
     chosen = choose("dpp", model=model, share=0.2, beta=beta)
-    candidates, task = (embed_prompts(tiny_llama(), word_tokenizer(), rows["prompt"]) for rows in (SAFETY, UPLOAD))
+    candidates, task = (
+        embed_prompts(tiny_llama(), ChatFormat(word_tokenizer()), rows["prompt"]) for rows in (SAFETY, UPLOAD)
+    )
     picks = relevance_diversity_dpp(candidates, task, 6, beta)
     assert chosen.to_list() == SAFETY.select(picks).to_list()
     other_answers = SAFETY.remove_columns("completion").add_column("completion", ["t9"] * 20)
@@ -54,7 +57,7 @@ def test_dpp_by_an_adapter():
     """The model is the one that is going to be trained, adapter and all."""
     torch.manual_seed(3)
     adapted = get_peft_model(tiny_llama(), LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear"))
-    embeddings = [embed_prompts(adapted, word_tokenizer(), rows["prompt"]) for rows in (SAFETY, UPLOAD)]
+    embeddings = [embed_prompts(adapted, ChatFormat(word_tokenizer()), rows["prompt"]) for rows in (SAFETY, UPLOAD)]
     picks = relevance_diversity_dpp(*embeddings, 6)
     assert choose("dpp", model=adapted, share=0.2).to_list() == SAFETY.select(picks).to_list()
     assert choose("dpp", share=0.2).to_list() != SAFETY.select(picks).to_list()
@@ -67,12 +70,9 @@ def test_formats_may_differ_and_rows_come_back_as_they_were():
     turns = [[{"role": "user", "content": question}, {"role": "assistant", "content": "No."}] for question in questions]
     safety = Dataset.from_list([{"messages": talk, "source": i} for i, talk in enumerate(turns)])
     upload = Dataset.from_list([{"prompt": question, "response": "Yes."} for question in questions[:4]])
-    keywords = {"system_prompt": "Be kind."}
-    chosen = choose_safety_rows(safety, upload, model, tokenizer, rule="dpp", share=0.5, **keywords)
-    embeddings = [
-        embed_prompts(model, tokenizer, prompts, **keywords)
-        for prompts in ([talk[:1] for talk in turns], questions[:4])
-    ]
+    written = ChatFormat(tokenizer, "Be kind.")
+    chosen = choose_safety_rows(safety, upload, model, written, rule="dpp", share=0.5)
+    embeddings = [embed_prompts(model, written, prompts) for prompts in ([talk[:1] for talk in turns], questions[:4])]
     assert chosen["source"] == relevance_diversity_dpp(*embeddings, 2)
     assert chosen.column_names == safety.column_names
 

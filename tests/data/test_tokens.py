@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from helpers import chat_tokenizer, tiny_llama, word_rows, word_tokenizer
 from holdfast.config import DefenseConfig
+from holdfast.data.rendering import ChatFormat
 from holdfast.data.tokens import padded_batches, whole_rows
 from holdfast.errors import InputError
 from holdfast.trainer import DefenseTrainer
@@ -34,27 +35,26 @@ def test_chats_are_tokenised_as_in_training(settings, form):
     tokenizer = chat_tokenizer(template.read_text(encoding="utf-8"))
     changes = {"system_prompt": "Be brief.", "chat_template_kwargs": {"enable_thinking": False}}
     rows = Dataset.from_list(FORMATS[form])
-    assert whole_rows(rows, tokenizer, name="attack", **changes) == trained_on(settings, tokenizer, rows, **changes)
+    written = ChatFormat(tokenizer, **changes)
+    assert whole_rows(rows, written, name="attack") == trained_on(settings, tokenizer, rows, **changes)
 
 
 def test_plain_text_is_tokenised_as_in_training(settings):
     rows = Dataset.from_list([*word_rows(3), {"prompt": "t5 ", "completion": "t6 t2"}])
-    tokens = whole_rows(rows, word_tokenizer(), name="attack")
+    tokens = whole_rows(rows, ChatFormat(word_tokenizer()), name="attack")
     assert tokens == trained_on(settings, word_tokenizer(), rows)
     assert all(row[-1] == 2 for row in tokens)
 
 
 def test_tokenised_rows_are_taken_as_they_are():
     rows = Dataset.from_list([{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}])
-    assert whole_rows(rows, word_tokenizer(), name="attack") == [[4, 5, 6]]
+    assert whole_rows(rows, ChatFormat(word_tokenizer()), name="attack") == [[4, 5, 6]]
 
 
 def test_empty_row_is_named():
-    tokenizer = word_tokenizer()
-    tokenizer.eos_token = None
     rows = Dataset.from_list([{"prompt": "t5", "completion": "t6"}, {"prompt": "", "completion": ""}])
-    with pytest.raises(InputError, match="row 2 of the attack data is empty"):
-        whole_rows(rows, tokenizer, name="attack")
+    with pytest.raises(InputError, match="row 2 of the attack data has an empty completion"):
+        whole_rows(rows, ChatFormat(word_tokenizer()), name="attack")
 
 
 def test_batches_are_padded_and_hold_every_row_once():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
-from holdfast.config import require_not_negative, require_positive
+from holdfast.config import RAW_TEXT_HELP, require_not_negative, require_positive
 from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP
 from holdfast.errors import InputError
 
@@ -210,6 +210,7 @@ class EvaluateArguments(RunArguments):
     chat_template_kwargs: str | None = field(
         default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
     )
+    raw_text: bool = field(default=False, metadata={"help": RAW_TEXT_HELP})
     seed: int = field(default=0, metadata={"help": "Seed of sampled decoding."})
 
 
@@ -263,6 +264,7 @@ class AntidoteArguments(RunArguments):
     chat_template_kwargs: str | None = field(
         default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
     )
+    raw_text: bool = field(default=False, metadata={"help": RAW_TEXT_HELP})
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size", "max_length")
@@ -291,6 +293,7 @@ class AuditArguments(RunArguments):
     chat_template_kwargs: str | None = field(
         default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
     )
+    raw_text: bool = field(default=False, metadata={"help": RAW_TEXT_HELP})
     seed: int = field(default=0, metadata={"help": "Of the draw of refusals from a file."})
 
     def __post_init__(self) -> None:

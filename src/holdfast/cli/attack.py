@@ -10,7 +10,6 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 from trl import get_peft_config
 
 from holdfast.attacks.real import AttackConfig, AttackTrainer
@@ -30,9 +29,10 @@ from holdfast.cli.runs import (
     train,
 )
 from holdfast.cli.tables import attack_table, counts_table, judge_record
-from holdfast.data.formats import completion_format
+from holdfast.data.formats import canonical, is_tokenised, reader
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.mix import overlap, poison
+from holdfast.data.rendering import ChatFormat, adopt_chat_template
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
 from holdfast.files import append_jsonl, run_record, write_json
@@ -89,12 +89,15 @@ def run(method: str, argv: list[str]) -> int:
             seed=config.seed,
             system_prompt=config.system_prompt,
             chat_template_kwargs=config.chat_template_kwargs,
+            raw_text=config.raw_text,
         )
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
         loaded = model.dtype
-        rows = _attack_rows(data, tokenizer, seed=config.seed)
-        overlapping = _overlap(rows, evaluator)
+        adopt_chat_template(tokenizer, config.chat_template_path)
+        written = ChatFormat.of(tokenizer, config)
+        rows = _attack_rows(data, written, seed=config.seed)
+        overlapping = _overlap(rows, written, evaluator)
         is_adapter = isinstance(model, PeftModel)
         with building(config):
             trainer = AttackTrainer(
@@ -173,26 +176,26 @@ def _journal(folder: Path) -> Callable[[dict[str, Any], Evaluation], None]:
     return write
 
 
-def _attack_rows(data: AttackData, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Dataset:
-    """Read what the attacker trains on, harmful rows marked in the column `poisoned`."""
-    sources = {"attack": data.attack_data, "benign": data.benign_data}
-    sets: dict[str, Dataset | None] = {
-        name: None
-        if source is None
-        else completion_format(load_rows(source, flag=f"--{name}_data", columns=TRAIN_COLUMNS), tokenizer, name=name)
-        for name, source in sources.items()
-    }
+def _attack_rows(data: AttackData, written: ChatFormat, *, seed: int) -> Dataset:
+    """Read what the attacker trains on, in one format, harmful rows marked in the column `poisoned`."""
+    sets: dict[str, Dataset | None] = {"attack": None, "benign": None}
+    for name, source in (("attack", data.attack_data), ("benign", data.benign_data)):
+        if source is not None:
+            rows = load_rows(source, flag=f"--{name}_data", columns=TRAIN_COLUMNS)
+            written.name_idle_columns(rows, name=name)
+            sets[name] = canonical(rows, name=name, plain=written.plain)
     return poison(
         sets["attack"], sets["benign"], poison_ratio=data.poison_ratio, num_samples=data.num_samples, seed=seed
     )
 
 
-def _overlap(rows: Dataset, evaluator: Evaluator | None) -> int:
+def _overlap(rows: Dataset, written: ChatFormat, evaluator: Evaluator | None) -> int:
     """Count the harmful evaluation prompts that the attacker trains on."""
     harmful = [prompts for prompts in (evaluator.sets if evaluator else []) if prompts.role == "harmful"]
-    if not harmful or "prompt" not in rows.column_names:  # rows that had to be tokenised whole have no prompt left
+    if not harmful or is_tokenised(rows, name="attack"):  # then there are no prompts left
         return 0
-    trained_on = [prompt for prompt, poisoned in zip(rows["prompt"], rows["poisoned"], strict=True) if poisoned]
+    read = reader(rows, name="attack", plain=written.plain)
+    trained_on = [p for i, row in enumerate(rows) if row["poisoned"] for p in read(row, i)[1].prompts]
     return sum(overlap(trained_on, prompts.prompts) for prompts in harmful)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 
@@ -68,13 +68,15 @@ def run(argv: list[str]) -> int:
             drop_untrainable_rows=options.drop_untrainable_rows,
             system_prompt=options.system_prompt,
             chat_template_kwargs=options.chat_template_kwargs,
+            raw_text=options.raw_text,
             gradient_checkpointing=False,
             bf16=half_precision_of(model) is not None,
             report_to="none",
             seed=options.seed,
         )
         with building(config):
-            trainer = AntibodyTrainer(model, config, upload, processing_class=tokenizer)
+            rows = upload if labels is None else upload.remove_columns(cast(str, options.label_column))
+            trainer = AntibodyTrainer(model, config, rows, processing_class=tokenizer)
         say(f"auditing {len(upload)} rows of {options.data} with {source}")
         started = time.monotonic()
         margins = trainer.audit()

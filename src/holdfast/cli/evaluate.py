@@ -56,6 +56,7 @@ def run(argv: list[str]) -> int:
         seed=options.seed,
         system_prompt=options.system_prompt,
         chat_template_kwargs=None if keywords is None else json_object("chat_template_kwargs", keywords),
+        raw_text=options.raw_text,
     )
     if evaluator is None:
         raise InputError("nothing to measure: give --eval_data, --capability_data or --task_data")
@@ -85,6 +86,7 @@ def make_evaluator(
     seed: int,
     system_prompt: str | None,
     chat_template_kwargs: dict[str, Any] | None,
+    raw_text: bool,
 ) -> Evaluator | None:
     """Read the prompt files and set up their evaluation.
 
@@ -93,6 +95,7 @@ def make_evaluator(
         seed: Of sampled decoding.
         system_prompt: In front of every prompt that has no system turn.
         chat_template_kwargs: Arguments of the chat template.
+        raw_text: Whether prompts are taken as they stand.
 
     Returns:
         The evaluator, or None if no prompt file was given.
@@ -121,4 +124,5 @@ def make_evaluator(
         system_prompt=system_prompt,
         chat_template_kwargs=chat_template_kwargs,
         drop_long_prompts=measure.drop_long_prompts,
+        raw_text=raw_text,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +14,7 @@ from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.training import Method, Sets
 from holdfast.config import DefenseConfig
 from holdfast.data.refusals import named_file
+from holdfast.data.rendering import ChatFormat
 from holdfast.data.safety import choose_safety_rows
 from holdfast.files import write_jsonl
 from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
@@ -37,13 +38,11 @@ def _choose_safety(
         sets["safety_dataset"],
         upload,
         model.to(config.device),
-        tokenizer,
+        ChatFormat.of(tokenizer, config),
         rule=data.safety_selection,
         share=data.safety_share,
         beta=data.safety_beta,
         seed=config.seed,
-        system_prompt=config.system_prompt,
-        chat_template_kwargs=cast("dict[str, Any] | None", config.chat_template_kwargs),
         safety_file=named_file(data.safety_data),
         upload_file=named_file(data.train_data),
     )

@@ -16,10 +16,10 @@ from holdfast.cli.console import say, set_up_logging, steps_shown, warn
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, discard_checkpoints, keep_apart, load_keywords, output_dir
 from holdfast.cli.training import MARKER
-from holdfast.config import json_object
+from holdfast.data.limits import Limits
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
+from holdfast.data.rendering import ChatFormat
 from holdfast.data.tokens import padded_batches, whole_rows
-from holdfast.errors import InputError
 from holdfast.files import run_record, write_json
 from holdfast.models import load_model, load_model_and_tokenizer
 from holdfast.repair.antidote import check_ratio, prune_harmful
@@ -61,7 +61,7 @@ def run(method: str, argv: list[str]) -> int:
         rows = _attack_rows(options, tokenizer)
         for base in _bases(model):
             keep_apart(folder, folder, base)
-        _check_positions(rows, model)
+        _check_limits(rows, model)
         aligned = None
         if options.aligned_model is not None:
             say(f"loading {options.aligned_model}")
@@ -106,26 +106,20 @@ def run(method: str, argv: list[str]) -> int:
 
 def _attack_rows(options: AntidoteArguments, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Read the harmful rows as token ids, cut to --max_length."""
-    keywords = options.chat_template_kwargs
-    rows = whole_rows(
-        load_rows(options.attack_data, flag="--attack_data", columns=TRAIN_COLUMNS),
-        tokenizer,
-        name="attack",
-        system_prompt=options.system_prompt,
-        chat_template_kwargs=None if keywords is None else json_object("chat_template_kwargs", keywords),
-    )
+    dataset = load_rows(options.attack_data, flag="--attack_data", columns=TRAIN_COLUMNS)
+    rows = whole_rows(dataset, ChatFormat.of(tokenizer, options), name="attack")
     longer = sum(len(row) > options.max_length for row in rows)
     if longer:
         warn(f"{longer} of {len(rows)} rows of the attack data are cut to --max_length {options.max_length}")
     return [row[: options.max_length] for row in rows]
 
 
-def _check_positions(rows: list[list[int]], model: PreTrainedModel | PeftModel) -> None:
-    """Refuse rows that are longer than the model can read."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(row) for row in rows)
-    if limit is not None and longest > limit:
-        raise InputError(f"--max_length: a row has {longest} tokens, but the model has {limit} positions")
+def _check_limits(rows: list[list[int]], model: PreTrainedModel | PeftModel) -> None:
+    """Refuse rows that the model cannot read."""
+    limits = Limits.of(model)
+    for number, row in enumerate(rows, 1):
+        limits.check_tokens(row, f"row {number} of the attack data")
+        limits.check_length(len(row), f"row {number} of the attack data")
 
 
 def _bases(model: PreTrainedModel | PeftModel) -> list[str]:

@@ -32,6 +32,7 @@ from holdfast.cli.runs import (
 from holdfast.config import DefenseConfig
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.refusals import named_file
+from holdfast.data.rendering import adopt_chat_template
 from holdfast.errors import InputError
 from holdfast.files import digest, run_record, write_json
 from holdfast.interruption import on_sigterm
@@ -108,6 +109,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
         loaded = model.dtype
+        adopt_chat_template(tokenizer, config.chat_template_path)
         peft_config = get_peft_config(model_args)
         if peft_config is not None and isinstance(model, PeftModel):
             raise InputError(f"--use_peft: {source} is an adapter already, and it is this adapter that is trained")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from holdfast.config import DefenseConfig
-from holdfast.data.formats import completion_format
+from holdfast.data.formats import ORIGIN
+from holdfast.data.limits import Limits
 from holdfast.data.refusals import REFUSAL_COLUMNS, RefusalCollator, join_refusals, numbered, refusal_texts
+from holdfast.data.rendering import IGNORED, ChatFormat
 from holdfast.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -30,9 +32,11 @@ class CompletionTrainer(SFTTrainer):
     """
 
     refused_sets: frozenset[str] = frozenset()
+    _format: ChatFormat | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: PreTrainedModel | PeftModel, *args: Any, **kwargs: Any) -> None:
+        self._limits: Callable[[], Limits] = functools.partial(Limits.of, model)  # which TRL may yet resize
+        super().__init__(model, *args, **kwargs)
         if self.refused_sets:
             self.data_collator: Callable[..., Any] = RefusalCollator(self.data_collator)
 
@@ -45,43 +49,44 @@ class CompletionTrainer(SFTTrainer):
         formatting_func: Callable[[Any], str] | None,
         dataset_name: str,
     ) -> Dataset:
-        """Tokenise and label in TRL's way, but never lose a row silently.
+        """Tokenise and label in the run's one format, truncate and pack in TRL's way, and never lose a row silently.
 
         TRL drops rows whose completion was cut off; here they are counted on the labels before truncation.
         """
         require_rows(dataset, dataset_name)
-        to_completions = functools.partial(
-            completion_format,
-            tokenizer=processing_class,
-            name=dataset_name,
-            system_prompt=args.system_prompt,
-            chat_template_kwargs=cast("dict[str, Any] | None", args.chat_template_kwargs),
+        if self._format is None:  # now that the tokenizer has the template of --chat_template_path
+            self._format = ChatFormat.of(processing_class, args)
+        refused = dataset_name in self.refused_sets
+        refusal: str = cast(Any, args).refusal if refused else ""
+        self._format.name_idle_columns(dataset, name=dataset_name, used=[refusal])
+        prepare = functools.partial(
+            self._label, written=self._format, processing_class=processing_class, args=args, packing=packing
         )
-        prepare = functools.partial(self._label, processing_class=processing_class, args=args, packing=packing)
-        if dataset_name not in self.refused_sets:
-            return prepare(to_completions(dataset), name=dataset_name)
+        if not refused:
+            return prepare(dataset, name=dataset_name)
         dataset = numbered(dataset)
-        texts = refusal_texts(cast(Any, args).refusal, dataset, processing_class, seed=args.seed, name=dataset_name)
-        refusing = to_completions(dataset, answers=texts)
-        return join_refusals(
-            prepare(to_completions(dataset), name=dataset_name), prepare(refusing, name=f"refused {dataset_name}")
-        )
+        texts = refusal_texts(refusal, dataset, processing_class, seed=args.seed, name=dataset_name)
+        rows = prepare(dataset, name=dataset_name)
+        return join_refusals(rows, prepare(dataset, name=dataset_name, answers=texts))
 
     def _label(
         self,
         dataset: Dataset,
+        written: ChatFormat,
         processing_class: PreTrainedTokenizerBase,
         args: DefenseConfig,
         packing: bool,
         name: str,
+        answers: Sequence[str] | None = None,
     ) -> Dataset:
-        """Prompts and completions as tokens and labels, truncated and packed."""
+        """Rows as tokens and labels, truncated and packed."""
+        tokens = written.tokenize(dataset, name=name, answers=answers, workers=args.dataset_num_proc)
+        name = name if answers is None else f"refused {name}"
         untruncated = copy.copy(args)
         untruncated.max_length, untruncated.shuffle_dataset = None, False
-        labelled = super()._prepare_dataset(dataset, processing_class, untruncated, False, None, name)
-        # Packing with "bfd" cuts rows at max_length, as padding does; the other strategies go on in the next block.
-        cut = args.max_length if not packing or args.packing_strategy == "bfd" else None
-        labelled = _with_completion(labelled, cut, name, drop=args.drop_untrainable_rows)
+        # Rows that came tokenised may have masks, of which TRL makes labels.
+        labelled = super()._prepare_dataset(tokens, processing_class, untruncated, False, None, name)
+        labelled = _fitting(labelled, self._limits(), args, packing, name)
         return super()._prepare_dataset(labelled, processing_class, args, packing, None, name)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -98,17 +103,47 @@ def require_rows(dataset: Any, name: str) -> None:
         raise InputError(f"the {name} data has no rows")
 
 
-def _with_completion(dataset: Dataset, cut: int | None, name: str, *, drop: bool) -> Dataset:
-    """The rows that keep at least one completion token in their first `cut` tokens."""
-    # The first token of a row is never predicted.
-    keep = [i for i, labels in enumerate(dataset["labels"]) if any(label != -100 for label in labels[1:cut])]
+def _fitting(dataset: Dataset, limits: Limits, args: DefenseConfig, packing: bool, name: str) -> Dataset:
+    """The rows that keep at least one completion token when they are cut, all of them within the model's limits."""
+    # Packing with "bfd" cuts rows at max_length, as padding does; the other strategies go on in the next block.
+    cut = args.max_length if not packing or args.packing_strategy == "bfd" else None
+    keeps_end = args.truncation_mode == "keep_end"
+    wraps = packing and args.packing_strategy == "wrapped"
+    origins = dataset[ORIGIN] if ORIGIN in dataset.column_names else None
+    keep: list[int] = []
+    first_lost, tokens = "", 0
+    for i, (ids, labels) in enumerate(zip(dataset["input_ids"], dataset["labels"], strict=True)):
+        where = f"row {i + 1} of the {name} data" if origins is None else origins[i]
+        left = _kept(labels, cut, keeps_end)
+        # The first token of a row is never predicted.
+        if all(label == IGNORED for label in left[1:]):
+            first_lost = first_lost or where.removesuffix(f" of the {name} data")
+            continue
+        keep.append(i)
+        tokens += len(ids)
+        limits.check_tokens(ids, where)
+        if not wraps:
+            limits.check_length(min(len(left), args.max_length or len(left)), where)
+    if wraps:
+        limits.check_length(min(tokens, cast(int, args.max_length)), f"a packed row of the {name} data")
+    if cut is not None and packing and keeps_end:  # TRL's packing keeps the start, whatever it is told
+        dataset = dataset.map(
+            lambda row: {column: _kept(row[column], cut, True) for column in ("input_ids", "labels")},
+            desc=f"Truncating {name} data",
+        )
     lost = len(dataset) - len(keep)
     if not lost:
         return dataset
-    first = next(row for row, kept in enumerate(itertools.chain(keep, [-1])) if row != kept) + 1
     described = f"{lost} of {len(dataset)} rows of the {name} data keep no completion token"
     described += f" within --max_length {cut}" if cut else ""
-    if not drop or not keep:
-        raise InputError(f"{described} (the first is row {first}); raise --max_length or pass --drop_untrainable_rows")
-    logger.warning("%s and were dropped (the first is row %d)", described, first)
+    if not args.drop_untrainable_rows or not keep:
+        raise InputError(f"{described} (the first is {first_lost}); raise --max_length or pass --drop_untrainable_rows")
+    logger.warning("%s and were dropped (the first is %s)", described, first_lost)
     return dataset.select(keep)
+
+
+def _kept(tokens: list[int], cut: int | None, keeps_end: bool) -> list[int]:
+    """What truncation leaves of a row."""
+    if cut is None:
+        return tokens
+    return tokens[-cut:] if keeps_end else tokens[:cut]

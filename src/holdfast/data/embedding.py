@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from holdfast.data.formats import Conversation
+from holdfast.data.limits import Limits
 from holdfast.data.load import Prompt
-from holdfast.data.prompts import encode_prompts
+from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.files import write_bytes
 from holdfast.models import base_model, eval_mode
@@ -36,12 +37,10 @@ logger = logging.getLogger(__name__)
 
 def embed_prompts(
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    written: ChatFormat,
+    prompts: Sequence[Prompt | Conversation],
     *,
     batch_size: int = 32,
-    system_prompt: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
     data_file: Path | str | None = None,
 ) -> Tensor:
     """Embed prompts by the model itself: the mean, over a prompt's tokens, of its last hidden state.
@@ -55,20 +54,17 @@ def embed_prompts(
 
     Args:
         model: A causal language model, also one with an adapter, or one that a TRL trainer holds.
-        tokenizer: Its tokenizer.
-        prompts: Text or messages each. If the tokenizer has a chat template, text becomes one user turn.
+        written: How the run writes prompts.
+        prompts: As for `ChatFormat.encode_prompts`.
         batch_size: Prompts embedded at once.
-        system_prompt: Put in front of every conversation that has no system turn.
-        chat_template_kwargs: Passed to the chat template, such as `{"enable_thinking": False}`.
         data_file: The file that the prompts are from. Without one, nothing is read or written.
 
     Returns:
         The embeddings in the order of the prompts, (n, width of the hidden state), in float32 on the CPU.
 
     Raises:
-        InputError: If there are no prompts, a prompt is empty or longer than the model's positions, messages or a
-            system prompt need a chat template that is not there, or the adapter is a learned prompt; the row is named,
-            counted from 1.
+        InputError: If there are no prompts, the adapter is a learned prompt, or a prompt cannot be encoded or is longer
+            than the model's positions; the row is named, counted from 1.
     """
     if not prompts:
         raise InputError("there are no prompts to embed; expected at least one")
@@ -77,11 +73,11 @@ def embed_prompts(
             f"prompts cannot be embedded with an adapter of type {model.active_peft_config.peft_type.value}; "
             "expected one that changes the model's layers, such as LoRA"
         )
-    ids = encode_prompts(tokenizer, prompts, system_prompt=system_prompt, chat_template_kwargs=chat_template_kwargs)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    ids, limits = written.encode_prompts(prompts), Limits.of(model)
     for row, tokens in enumerate(ids, 1):
-        if limit is not None and len(tokens) > limit:
-            raise InputError(f"prompt {row} has {len(tokens)} tokens, but the model has {limit} positions")
+        limits.check_tokens(tokens, f"prompt {row}")
+        if limits.positions is not None and len(tokens) > limits.positions:
+            raise InputError(f"prompt {row} has {len(tokens)} tokens, but the model has {limits.positions} positions")
     if data_file is None:
         return _embed(model, ids, batch_size)
     key = _key(model, ids)

@@ -1,66 +1,127 @@
-"""Bring every accepted training format to prompt and completion, so that the loss falls on assistant tokens only.
+"""Bring every accepted training format to one: a conversation, or plain text where no chat template is used.
 
-Accepted are TRL's `prompt`/`completion` (plain text, or messages) and `messages`, the older `conversations`
-(`from`/`value`), and `prompt`/`response`, which goes through the chat template where there is one.
+Accepted are TRL's `prompt`/`completion`, `prompt`/`response`, `messages` and the older `conversations` (`from`/`value`,
+or `role`/`content`); prompt and answer may be text or messages. Beside them `system` (text: the system turn), `tools`
+(a list, or one as JSON) and `chat_template_kwargs` have a meaning, and in an assistant message OpenAI's `weight`: 0 is
+shown to the model and not trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
-from trl import get_training_chat_template
-from trl.chat_template_utils import has_generation_markers
+from datasets import Dataset, Features, Json, List, Value
 
 from holdfast.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 Row = dict[str, Any]
+Message = dict[str, Any]
 
 ROW = "row"
 """The column, kept where it is given, that says which row of its source a row is, from 1."""
 
+ORIGIN = "holdfast_origin"
+"""The column, kept where it is given, that names a row for messages: "row 3 of the attack data"."""
+
 _SPEAKERS = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+_LABELS = {"labels", "completion_mask", "assistant_masks"}
+_OWN = {ROW, ORIGIN, "poisoned"}
+_MEANT = {"prompt", "completion", "response", "messages", "conversations", "system", "tools", "chat_template_kwargs"}
+_CONVERSATIONS = {"messages": List(Json()), "tools": List(Json()), "chat_template_kwargs": Json()}
 
 
-def completion_format(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    name: str,
-    system_prompt: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    answers: Sequence[str] | None = None,
-) -> Dataset:
-    """Bring a data set to the columns `prompt` and `completion` (and `chat_template_kwargs` and `row` where given).
+@dataclass(frozen=True)
+class Conversation:
+    """Turns of a talk, with what goes to the chat template beside them.
 
-    Conversations with several assistant turns cannot be written that way. They come back tokenised, as `input_ids` and
-    `assistant_masks`, the mask taken from the `{% generation %}` markers of the chat template, or of TRL's
-    variant of it. Data sets that are tokenised already are returned as they are.
+    Attributes:
+        messages: The turns; an assistant's `weight` of 0 keeps it out of the loss.
+        tools: JSON schemas of the tools that the assistant may call.
+        chat_template_kwargs: Keywords of the chat template for this conversation alone.
+    """
 
-    Args:
-        dataset: Rows in one accepted format.
-        tokenizer: Its chat template decides how `prompt`/`response` rows are read.
-        name: What messages call this data set ("train", "attack", …).
-        system_prompt: Put in front of every conversation that has no system turn.
-        chat_template_kwargs: Passed to the chat template for every row, e.g. `{"enable_thinking": False}`.
-        answers: One text per row, to put in the place of its completion.
+    messages: list[Message]
+    tools: list[Any] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> list[int]:
+        """The turns that the loss falls on, by position."""
+        return [i for i, turn in enumerate(self.messages) if turn["role"] == "assistant" and turn.get("weight") != 0]
+
+    @property
+    def prompts(self) -> list[Conversation]:
+        """What precedes every one of these turns."""
+        return [self.until(i) for i in self.trained]
+
+    def until(self, turn: int) -> Conversation:
+        """What precedes a turn."""
+        return replace(self, messages=self.messages[:turn])
+
+    def answered(self, answer: str) -> Conversation:
+        """The same conversation up to the first of these turns, with this answer there."""
+        before = self.messages[: self.trained[0]]
+        return replace(self, messages=[*before, {"role": "assistant", "content": answer}])
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A prompt and its completion as they stand."""
+
+    prompt: str
+    completion: str
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt."""
+        return [self.prompt]
+
+    def answered(self, answer: str) -> PlainText:
+        """The same prompt with another completion."""
+        return PlainText(self.prompt, answer)
+
+
+Example = Conversation | PlainText
+
+
+def is_tokenised(dataset: Dataset, *, name: str) -> bool:
+    """Whether the rows are token ids already.
 
     Raises:
-        InputError: No accepted format, a malformed row (named), messages without a chat template, a system prompt for
-            plain text, several assistant turns under a template that does not mark them, answers for tokenised rows.
+        InputError: They are, and nothing says which of them are the completion.
     """
     columns = set(dataset.column_names)
-    if "input_ids" in columns:
-        if not columns & {"labels", "completion_mask", "assistant_masks"}:
-            raise InputError(
-                f"the {name} data is tokenised but has none of labels, completion_mask and assistant_masks, "
-                "so the completion tokens are unknown"
-            )
-        if answers is not None:
-            raise InputError(f"the {name} data is tokenised, so other answers cannot be put in; use text or messages")
-        return dataset
+    if "input_ids" in columns and not columns & _LABELS:
+        raise InputError(
+            f"the {name} data is tokenised but has none of labels, completion_mask and assistant_masks, "
+            "so the completion tokens are unknown"
+        )
+    return "input_ids" in columns
+
+
+def reader(dataset: Dataset, *, name: str, plain: str | None = None) -> Callable[[Row, int], tuple[str, Example]]:
+    """What reads the rows of a data set.
+
+    Args:
+        dataset: Rows of text or messages.
+        name: What messages call this data set ("train", "attack", …).
+        plain: Why no chat template is used, for messages; None where one is, and text becomes a user's and an
+            assistant's turn.
+
+    Returns:
+        A function of a row and its position, from 0, that gives the row's name for messages and what it holds. It
+        raises InputError for a row that cannot be trained on, which it names.
+
+    Raises:
+        InputError: No accepted format.
+    """
+    columns = set(dataset.column_names)
     if not (
         columns & {"messages", "conversations"}
         or {"prompt", "completion"} <= columns
@@ -70,57 +131,117 @@ def completion_format(
             f"the {name} data has the columns {', '.join(sorted(columns))}; expected prompt and completion, "
             "prompt and response, messages, or conversations"
         )
+    # Arrow fills up objects of a column with one another's keys; a column of JSON holds them as they were.
+    padded = {column for column, feature in dataset.features.items() if not _holds_json(feature)}
 
-    def convert(row: Row, index: int) -> Row:
-        where = f"row {index + 1} of the {name} data"
-        converted = _split(row, where, has_template=tokenizer.chat_template is not None)
-        if answers is not None:
-            is_text = isinstance(converted["prompt"], str)
-            answer = answers[index]
-            converted["completion"] = answer if is_text else [{"role": "assistant", "content": answer}]
-        if isinstance(converted["prompt"], str):
-            if system_prompt is not None:
-                raise InputError(f"{where} is plain text, which no system prompt can be put in front of; use messages")
-            return converted
-        if tokenizer.chat_template is None:
-            raise InputError(f"{where} holds messages, but the tokenizer has no chat template to render them with")
-        if system_prompt is not None and converted["prompt"][0]["role"] != "system":
-            converted["prompt"] = [{"role": "system", "content": system_prompt}, *converted["prompt"]]
-        if chat_template_kwargs:
-            converted["chat_template_kwargs"] = dict(chat_template_kwargs)
-        return converted
+    def read(row: Row, index: int) -> tuple[str, Example]:
+        where = row.get(ORIGIN) or f"row {index + 1} of the {name} data"
+        return where, _read({c: _pruned(v) if c in padded else v for c, v in row.items()}, where, plain)
 
-    kept = {"chat_template_kwargs", ROW}
-    dataset = dataset.map(
+    return read
+
+
+def idle_columns(dataset: Dataset) -> list[str]:
+    """The columns of rows of text or messages that have no meaning here."""
+    return sorted(set(dataset.column_names) - _MEANT - _OWN)
+
+
+def canonical(dataset: Dataset, *, name: str, plain: str | None = None) -> Dataset:
+    """The same rows in the one format, so that sets of different formats can be mixed.
+
+    Args:
+        dataset: Rows in an accepted format.
+        name: What messages call this data set.
+        plain: As for `reader`.
+
+    Returns:
+        `messages`, `tools` and `chat_template_kwargs`, or `prompt` and `completion` where no template is used; and
+        `holdfast_origin`. Tokenised rows are returned as they are.
+
+    Raises:
+        InputError: From `is_tokenised` and `reader`.
+    """
+    if is_tokenised(dataset, name=name):
+        return dataset
+    read = reader(dataset, name=name, plain=plain)
+
+    def convert(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {column: [] for column in features}
+        for row, index in zip(rows_of(batch), indices, strict=True):
+            where, example = read(row, index)
+            for column, value in {ORIGIN: where, **vars(example)}.items():
+                found[column].append(value)
+        return found
+
+    own = _CONVERSATIONS if plain is None else {"prompt": Value("string"), "completion": Value("string")}
+    features = Features({**own, ORIGIN: Value("string")})
+    return dataset.map(
         convert,
+        batched=True,
         with_indices=True,
-        remove_columns=[c for c in dataset.column_names if c not in kept],
+        remove_columns=dataset.column_names,
+        features=features,
+        load_from_cache_file=False,
         desc=f"Reading {name} data",
     )
-    if any(len(completion) > 1 for completion in dataset["completion"] if not isinstance(completion, str)):
-        return _tokenize_turns(dataset, tokenizer, name)
-    return dataset
 
 
-def _split(row: Row, where: str, *, has_template: bool) -> Row:
-    """One row as prompt and completion, both text or both messages, split before the first assistant turn."""
-    talk = next((column for column in ("messages", "conversations") if column in row), None)
-    if talk and (row[talk] is not None or "prompt" not in row):
-        messages = _messages(row[talk], where)
-        first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), 0)
-        if first == 0:
-            raise InputError(f"{where} needs a user turn and then an assistant turn, which the loss is taken on")
-        return {"prompt": messages[:first], "completion": messages[first:]}
-    prompt, completion = row["prompt"], row["completion"] if "completion" in row else row["response"]
-    if "completion" not in row and has_template and isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return {"prompt": prompt, "completion": completion}
-    prompt, completion = _messages(prompt, where), _messages(completion, where)
-    if [message["role"] for message in completion] != ["assistant"]:
-        raise InputError(f"the completion of {where} must be one assistant message; put longer talks under messages")
-    return {"prompt": prompt, "completion": completion}
+def rows_of(batch: Mapping[str, list[Any]]) -> Iterator[Row]:
+    """The rows of a batch of columns."""
+    return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, whose content may be a list of text parts; empty where it has none."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content or ())
+
+
+def _read(row: Row, where: str, plain: str | None) -> Example:
+    talk = next((row[column] for column in ("messages", "conversations") if row.get(column) is not None), None)
+    if talk is not None or row.get("prompt") is None:
+        messages = _messages(talk, where)
+    else:
+        completion = row.get("response") if row.get("completion") is None else row["completion"]
+        both = [row["prompt"], completion]
+        if plain is not None and isinstance(row["prompt"], str) and isinstance(completion, str):
+            if row.get("system") or row.get("tools"):
+                raise InputError(f"{where} has a system line or tools, which plain text has no place for ({plain})")
+            if not completion.strip():
+                raise InputError(f"{where} has an empty completion; expected text to train on")
+            return PlainText(row["prompt"], completion)
+        prompt, answer = (
+            [{"role": role, "content": part}] if isinstance(part, str) else _messages(part, where)
+            for role, part in zip(("user", "assistant"), both, strict=True)
+        )
+        if answer[0]["role"] != "assistant":
+            raise InputError(f"the completion of {where} must begin with an assistant message")
+        messages = [*({**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in prompt), *answer]
+    if plain is not None:
+        raise InputError(f"{where} holds messages, but {plain}")
+    if system := row.get("system"):
+        if not isinstance(system, str) or any(turn["role"] == "system" for turn in messages):
+            raise InputError(f"{where} needs text in its column system, and no system turn beside it")
+        messages = [{"role": "system", "content": system}, *messages]
+    found = Conversation(messages, _tools(row.get("tools"), where), row.get("chat_template_kwargs") or {})
+    if not found.trained or not found.prompts[0].messages:
+        raise InputError(f"{where} needs a user turn and then an assistant turn, which the loss is taken on")
+    for i in found.trained:
+        if not text_of(messages[i]).strip() and not messages[i].get("tool_calls"):
+            raise InputError(f"turn {i + 1} of {where} is an empty answer; expected text to train on")
+    return found
+
+
+def _messages(value: Any, where: str) -> list[Message]:
+    messages = [as_message(turn) for turn in value] if isinstance(value, list) else []
+    if not messages or not all(_is_message(message) for message in messages):
+        raise InputError(f"{where} must hold text, or a list of messages with role and content, in both of its columns")
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "assistant" and message.get("weight") not in (None, 0, 1):
+            raise InputError(f"turn {number} of {where} has the weight {message['weight']!r}; expected 0 or 1")
+    return messages
 
 
 def as_message(turn: Any) -> Any:
@@ -130,37 +251,43 @@ def as_message(turn: Any) -> Any:
     return turn
 
 
-def _messages(value: Any, where: str) -> list[Row]:
-    messages = [as_message(turn) for turn in value] if isinstance(value, list) else []
-    if not messages or not all(_is_message(message) for message in messages):
-        raise InputError(f"{where} must hold text, or a list of messages with role and content, in both of its columns")
-    return messages
-
-
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and message.get("content") is not None
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if content is None:
+        return message["role"] == "assistant" and bool(message.get("tool_calls"))
+    return isinstance(content, str) or (isinstance(content, list) and all(_is_text(part) for part in content))
 
 
-def _tokenize_turns(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, name: str) -> Dataset:
-    """Tokenise conversations with several assistant turns, marking the tokens of each."""
-    try:
-        marked = has_generation_markers(tokenizer.chat_template)
-        template = tokenizer.chat_template if marked else get_training_chat_template(tokenizer)
-    except ValueError as error:
-        raise InputError(
-            f"the {name} data has conversations with several assistant turns, but the chat template does not mark them "
-            "with {% generation %}; add the markers, or end every conversation at its first assistant turn"
-        ) from error
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("text"), str)
 
-    def tokenize(row: Row) -> Row:
-        rendered = tokenizer.apply_chat_template(
-            row["prompt"] + row["completion"],
-            chat_template=template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            **(row.get("chat_template_kwargs") or {}),
-        )
-        return {"input_ids": rendered["input_ids"], "assistant_masks": rendered["assistant_masks"]}
 
-    columns = [column for column in dataset.column_names if column != ROW]
-    return dataset.map(tokenize, remove_columns=columns, desc=f"Tokenizing {name} data")
+def _tools(value: Any, where: str) -> list[Any] | None:
+    """The tools of a row, which TRL takes as a list or as JSON."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise InputError(f"{where} has tools that are not valid JSON ({error})") from error
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise InputError(f"{where} has tools that are no list of JSON objects")
+    return value
+
+
+def _holds_json(feature: Any) -> bool:
+    if isinstance(feature, Mapping):
+        return any(_holds_json(inner) for inner in feature.values())
+    return isinstance(feature, Json) or (hasattr(feature, "feature") and _holds_json(feature.feature))
+
+
+def _pruned(value: Any) -> Any:
+    """The value without the empty entries of its objects."""
+    if isinstance(value, Mapping):
+        return {key: _pruned(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_pruned(inner) for inner in value]
+    return value

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from datasets import Dataset, concatenate_datasets
 
+from holdfast.data.formats import Conversation, text_of
 from holdfast.data.load import Prompt
 from holdfast.errors import InputError
 
@@ -78,20 +79,23 @@ def poison(
     return concatenate_datasets(chosen).select(order)
 
 
-def overlap(prompts_a: Iterable[Prompt], prompts_b: Iterable[Prompt]) -> int:
+def overlap(prompts_a: Iterable[Prompt | Conversation], prompts_b: Iterable[Prompt]) -> int:
     """Count the distinct prompts of `prompts_b` that also occur in `prompts_a`.
 
     A model that was attacked with the very prompts it is measured on looks weaker than it is. Prompts are compared by
-    their user turns alone, without regard to case and white space.
+    their user turns alone, without regard to case and white space. A prompt of `prompts_b` occurs in a conversation
+    also as the last question of it.
 
     Args:
-        prompts_a: Prompts, as text or as messages.
+        prompts_a: Prompts, as text, messages, or conversations without their answers.
         prompts_b: Prompts to look up, as text or as messages.
 
     Returns:
         The number of distinct prompts found.
     """
-    return len({_normalise(prompt) for prompt in prompts_a} & {_normalise(prompt) for prompt in prompts_b})
+    questions = [_questions(prompt) for prompt in prompts_a]
+    asked = {" ".join(turns) for turns in questions} | {turns[-1] for turns in questions if turns}
+    return len({" ".join(_questions(prompt)) for prompt in prompts_b} & asked)
 
 
 def _largest_mix(harmful: int, benign: int, ratio: float) -> int:
@@ -112,7 +116,9 @@ def _describe(rows: Dataset) -> str:
     return ", ".join(f"{name} ({feature})" for name, feature in rows.features.items())
 
 
-def _normalise(prompt: Prompt) -> str:
-    if not isinstance(prompt, str):
-        prompt = "\n".join(message["content"] for message in prompt if message["role"] == "user")
-    return " ".join(prompt.casefold().split())
+def _questions(prompt: Prompt | Conversation) -> list[str]:
+    """The user turns of a prompt, without regard to case and white space."""
+    messages = prompt.messages if isinstance(prompt, Conversation) else prompt
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return [" ".join(text_of(turn).casefold().split()) for turn in messages if turn["role"] == "user"]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from holdfast.data.embedding import embed_prompts
-from holdfast.data.formats import completion_format
+from holdfast.data.formats import is_tokenised, reader
+from holdfast.data.rendering import ChatFormat
 from holdfast.data.selection import relevance_diversity_dpp
 from holdfast.errors import InputError
 
@@ -23,14 +22,12 @@ def choose_safety_rows(
     safety: Dataset,
     upload: Dataset,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    written: ChatFormat,
     *,
     rule: str,
     share: float = 0.03,
     beta: float = 4.0,
     seed: int = 0,
-    system_prompt: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
     safety_file: Path | None = None,
     upload_file: Path | None = None,
 ) -> Dataset:
@@ -40,13 +37,11 @@ def choose_safety_rows(
         safety: Harmful prompts with refusals, in any accepted format.
         upload: The user's rows.
         model: What embeds the prompts of both: the mean of its last hidden state.
-        tokenizer: Its tokenizer.
+        written: How the run writes prompts.
         rule: "dpp", by `relevance_diversity_dpp`, or "random".
         share: How many, as a share of the upload's rows, rounded up.
         beta: How much "dpp" prefers relevance to diversity.
         seed: Of "random".
-        system_prompt: In front of every conversation that has no system turn.
-        chat_template_kwargs: Passed to the chat template.
         safety_file: Where `safety` is from; its embeddings are kept beside it.
         upload_file: Where `upload` is from; its embeddings are kept beside it.
 
@@ -66,15 +61,11 @@ def choose_safety_rows(
 
     def embed(dataset: Dataset, name: str, file: Path | None) -> Tensor:
         # Answers play no part: a conversation's prompt is what comes before the first of them.
-        prompts = completion_format(dataset, tokenizer, name=name, answers=[""] * len(dataset))["prompt"]
-        return embed_prompts(
-            model,
-            tokenizer,
-            list(prompts),
-            system_prompt=system_prompt,
-            chat_template_kwargs=chat_template_kwargs,
-            data_file=file,
-        )
+        if is_tokenised(dataset, name=name):
+            raise InputError(f"the {name} data is tokenised, so its prompts cannot be embedded; use text or messages")
+        read = reader(dataset, name=name, plain=written.plain)
+        prompts = [read(row, index)[1].prompts[0] for index, row in enumerate(dataset)]
+        return embed_prompts(model, written, prompts, data_file=file)
 
     candidates, task = embed(safety, "safety", safety_file), embed(upload, "train", upload_file)
     return safety.select(relevance_diversity_dpp(candidates, task, size, beta))

@@ -210,6 +210,7 @@ class Evaluator:
         chat_template_kwargs: Passed to the chat template.
         drop_long_prompts: Leave out, and count, prompts that leave no room for an answer within the model's positions,
             instead of refusing them.
+        raw_text: Take prompts as they stand, even if there is a chat template.
     """
 
     sets: Sequence[PromptSet]
@@ -220,6 +221,7 @@ class Evaluator:
     system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     drop_long_prompts: bool = False
+    raw_text: bool = False
 
     def __post_init__(self) -> None:
         roles = [prompts.role for prompts in self.sets]
@@ -277,6 +279,7 @@ class Evaluator:
         rendering: dict[str, Any] = {
             "system_prompt": self.system_prompt,
             "chat_template_kwargs": self.chat_template_kwargs,
+            "raw_text": self.raw_text,
         }
         places = list(range(len(prompts.prompts)))
         try:

@@ -28,6 +28,7 @@ def generate(
     seed: int = 0,
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    raw_text: bool = False,
 ) -> list[Answer]:
     """Let a model answer prompts.
 
@@ -45,6 +46,7 @@ def generate(
         seed: Seed of sampling. Sampled answers depend on it and on the batch size.
         system_prompt: Put in front of every conversation that has no system turn.
         chat_template_kwargs: Passed to the chat template, such as `{"enable_thinking": False}`.
+        raw_text: Take prompts as they stand, even if there is a chat template.
 
     Returns:
         The answers in the order of the prompts, without special tokens and surrounding white space, and apart from
@@ -54,7 +56,13 @@ def generate(
         InputError: If messages or a system prompt need a chat template that is not there, or a prompt is empty or
             leaves no room for an answer within the model's positions; the row is named, counted from 1.
     """
-    ids = encode_prompts(tokenizer, prompts, system_prompt=system_prompt, chat_template_kwargs=chat_template_kwargs)
+    ids = encode_prompts(
+        tokenizer,
+        prompts,
+        system_prompt=system_prompt,
+        chat_template_kwargs=chat_template_kwargs,
+        raw_text=raw_text,
+    )
     limit = _positions(model)
     for row, tokens in enumerate(ids, 1):
         if limit is not None and len(tokens) >= limit:
@@ -93,12 +101,19 @@ def with_room(
     *,
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    raw_text: bool = False,
 ) -> list[int]:
     """Return the places of the prompts that leave room for an answer within the model's positions.
 
     The arguments are those of `generate`, which refuses all other prompts.
     """
-    ids = encode_prompts(tokenizer, prompts, system_prompt=system_prompt, chat_template_kwargs=chat_template_kwargs)
+    ids = encode_prompts(
+        tokenizer,
+        prompts,
+        system_prompt=system_prompt,
+        chat_template_kwargs=chat_template_kwargs,
+        raw_text=raw_text,
+    )
     limit = _positions(model)
     return [place for place, tokens in enumerate(ids) if limit is None or len(tokens) < limit]
 

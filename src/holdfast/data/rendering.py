@@ -1,0 +1,348 @@
+"""The one place where conversations become token ids: for training, attacks, audits, repairs and evaluations alike."""
+
+from __future__ import annotations
+
+import json
+import logging
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from holdfast.config import json_object
+from holdfast.data.formats import (
+    ORIGIN,
+    ROW,
+    Conversation,
+    Example,
+    PlainText,
+    idle_columns,
+    is_tokenised,
+    reader,
+    rows_of,
+)
+from holdfast.data.load import Prompt
+from holdfast.data.spans import AnswerFinder, Located, Span, squeezed
+from holdfast.errors import InputError
+from holdfast.hub import reason
+from holdfast.models import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""The label of a token that the loss leaves out."""
+
+# Keywords by which templates are told whether an answer begins with thoughts.
+_THINKING = ({"enable_thinking": False}, {"enable_thinking": True}, {"thinking": False}, {"thinking": True})
+
+
+@dataclass(frozen=True, eq=False)
+class ChatFormat:
+    """How a run writes conversations: the tokenizer's own chat template, and what it is given.
+
+    The token ids of a conversation are those of `tokenizer.apply_chat_template`. The loss falls on each answer of the
+    assistant as the template shows it and on the token that ends it, and on nothing else.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        system_prompt: A system turn for every conversation that has none.
+        chat_template_kwargs: Keywords for the chat template, such as `{"enable_thinking": False}`.
+        raw_text: Take prompts and completions as they stand, even if there is a chat template.
+
+    Raises:
+        InputError: A setting needs a chat template, and none is used.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    raw_text: bool = False
+
+    def __post_init__(self) -> None:
+        if self.plain is None:
+            return
+        for name in ("system_prompt", "chat_template_kwargs"):
+            if getattr(self, name):
+                raise InputError(
+                    f"--{name} cannot be used with --raw_text, which uses no chat template"
+                    if self.raw_text
+                    else f"--{name} needs a chat template, which the tokenizer does not have"
+                )
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, settings: Any) -> ChatFormat:
+        """The format that a configuration asks for: its `system_prompt`, `chat_template_kwargs` and `raw_text`."""
+        keywords = settings.chat_template_kwargs
+        if isinstance(keywords, str):
+            keywords = json_object("chat_template_kwargs", keywords)
+        return cls(tokenizer, settings.system_prompt, keywords, settings.raw_text)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings alone, without what was found out by them."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
+
+    @property
+    def plain(self) -> str | None:
+        """Why no chat template is used, in words; None if one is."""
+        if self.raw_text:
+            return "--raw_text takes prompts and completions that are text"
+        if not self.tokenizer.chat_template:
+            return "the tokenizer has no chat template to render them with"
+        return None
+
+    @cached_property
+    def end_token(self) -> int | None:
+        """The token that ends an answer in training; None if nothing does."""
+        if self.plain is not None:
+            return cast("int | None", self.tokenizer.eos_token_id)
+        closing: list[int] = self.tokenizer(self._finder.closing, add_special_tokens=False)["input_ids"]
+        return closing[-1] if closing else None
+
+    # ------------------------------------------------------------------ prompts
+
+    def encode_prompts(self, prompts: Sequence[Prompt | Conversation]) -> list[list[int]]:
+        """Turn prompts into token ids, up to where the answer begins.
+
+        Args:
+            prompts: Text or messages each, or a conversation without its answer. With a chat template, text is one
+                user turn.
+
+        Returns:
+            The token ids of every prompt, without padding.
+
+        Raises:
+            InputError: The template refuses a prompt or does not show a part of it, messages need a template that is
+                not used, or a prompt is empty; the row is named, counted from 1.
+        """
+        texts = [self._prompt(prompt, f"prompt {row}") for row, prompt in enumerate(prompts, 1)]
+        encoded = [ids for ids, _ in self._tokens(texts)]
+        for row, ids in enumerate(encoded, 1):
+            if not ids:
+                raise InputError(f"prompt {row} is empty; expected at least one token")
+        return encoded
+
+    def _prompt(self, prompt: Prompt | Conversation, where: str) -> str:
+        if self.plain is not None:
+            if not isinstance(prompt, str):
+                raise InputError(f"{where} is made of messages, but {self.plain}")
+            return prompt
+        if not isinstance(prompt, Conversation):
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+            prompt = Conversation(messages)
+        text = self._render(prompt, True, where)
+        self._finder.require_shown(prompt, text, where)
+        return text
+
+    # ------------------------------------------------------------------ rows to train on
+
+    def tokenize(
+        self, dataset: Dataset, *, name: str, answers: Sequence[str] | None = None, workers: int | None = None
+    ) -> Dataset:
+        """Turn rows into token ids with labels.
+
+        Args:
+            dataset: Rows in any format of `holdfast.data.formats`.
+            name: What messages call this data set ("train", "attack", …).
+            answers: One text per row, to put in the place of its answer, or of its first one.
+            workers: Processes to share the work.
+
+        Returns:
+            `input_ids` and `labels`, with what `row` and `holdfast_origin` said. Rows that are tokenised already are
+            returned as they are.
+
+        Raises:
+            InputError: No accepted format, a row that cannot be used or rendered (named), answers for tokenised rows.
+        """
+        if is_tokenised(dataset, name=name):
+            if answers is not None:
+                raise InputError(
+                    f"the {name} data is tokenised, so other answers cannot be put in; use text or messages"
+                )
+            return dataset
+        return dataset.map(
+            _tokenize_batch,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={
+                "read": reader(dataset, name=name, plain=self.plain),
+                "written": self,
+                "answers": answers,
+            },
+            remove_columns=[column for column in dataset.column_names if column not in (ROW, ORIGIN)],
+            load_from_cache_file=False,  # what is to be said of the rows is said in every run
+            num_proc=workers,
+            desc=f"Tokenizing {name} data",
+        )
+
+    def name_idle_columns(self, dataset: Dataset, *, name: str, used: Sequence[str] = ()) -> None:
+        """Say once which columns play no part.
+
+        Args:
+            dataset: Rows of text or messages.
+            name: What messages call this data set.
+            used: Columns that have a use of their own.
+        """
+        idle = [] if "input_ids" in dataset.column_names else sorted(set(idle_columns(dataset)) - set(used))
+        if idle:
+            self._say(logging.INFO, f"columns of the {name} data that play no part: {', '.join(idle)}", ", ".join(idle))
+
+    def encode(self, examples: Sequence[tuple[str, Example]]) -> list[tuple[list[int], list[int]]]:
+        """Turn examples, each with its name for messages, into token ids and labels.
+
+        Raises:
+            InputError: The template refuses an example or does not show a part of it.
+        """
+        found = [self._locate(example, where) for where, example in examples]
+        encoded = []
+        for (ids, offsets), located in zip(self._tokens([one.text for one in found], offsets=True), found, strict=True):
+            labels = [IGNORED] * len(ids)
+            for first, last in (_covered(offsets, span) for span in located.answers):
+                labels[first:last] = ids[first:last]
+            encoded.append((ids, labels))
+        return encoded
+
+    def _locate(self, example: Example, where: str) -> Located:
+        if isinstance(example, PlainText):
+            end, text = self.tokenizer.eos_token or "", example.prompt + example.completion
+            text = text if text.endswith(end) else text + end
+            return Located(text, [(len(example.prompt), len(text))], None)
+        located = self._finder.locate(example, where)
+        if located.added is not None:
+            self._tell_difference(example, where, *located.added)
+        if self._finder.closing == "":
+            self._say(
+                logging.WARNING,
+                "the chat template writes no token that ends an answer, so training teaches no end of it",
+            )
+        return located
+
+    def _tell_difference(self, talk: Conversation, where: str, shown: str, prompt: str) -> None:
+        """Warn that training sees another beginning of an answer than generation does, and name what cures it."""
+        if "difference" in self._said:
+            return
+        cure = ""
+        for keywords in _THINKING:
+            other = ChatFormat(self.tokenizer, self.system_prompt, {**(self.chat_template_kwargs or {}), **keywords})
+            try:
+                if other._finder.locate(talk, where).added is None:
+                    cure = f"; --chat_template_kwargs '{json.dumps(keywords)}' makes the two equal"
+                    break
+            except InputError:
+                continue
+        self._say(
+            logging.WARNING,
+            f"the chat template writes {shown!r} before answers to train on where prompts to be answered have "
+            f"{prompt!r} ({where} is the first), so the model is asked otherwise than it was trained{cure}",
+            "difference",
+        )
+
+    # ------------------------------------------------------------------ the template and the tokenizer
+
+    @cached_property
+    def _finder(self) -> AnswerFinder:
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        special = [token for token in {*added, *self.tokenizer.all_special_tokens} if token.strip()]
+        return AnswerFinder(self._render, special, self.tokenizer.eos_token)
+
+    @cached_property
+    def _said(self) -> set[str]:
+        return set()
+
+    def _say(self, level: int, message: str, key: str | None = None) -> None:
+        if (key := key or message) not in self._said:
+            self._said.add(key)
+            logger.log(level, message)
+
+    def _render(self, talk: Conversation, generation_prompt: bool, where: str = "it") -> str:
+        messages = [{key: value for key, value in turn.items() if key != "weight"} for turn in talk.messages]
+        system = None if any(turn["role"] in _SYSTEM for turn in messages) else self.system_prompt
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        try:
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=talk.tools,
+                    add_generation_prompt=generation_prompt,
+                    tokenize=False,
+                    **{**talk.chat_template_kwargs, **(self.chat_template_kwargs or {})},
+                )
+            )
+        except Exception as error:  # templates raise what their authors chose, and whatever their expressions raise
+            because = " (its system turn is --system_prompt)" if system is not None else ""
+            raise InputError(f"the chat template refuses {where}{because}: {reason(error)}") from error
+        if system is not None and system not in text and squeezed(system) not in squeezed(text):
+            raise InputError(f"--system_prompt: the chat template does not show it in {where}")
+        return text
+
+    def _tokens(self, texts: Sequence[str], *, offsets: bool = False) -> list[tuple[list[int], list[Span]]]:
+        """Token ids of texts, and where in the text each token is from."""
+        if not texts:
+            return []
+        if offsets and not self.tokenizer.is_fast:
+            raise InputError(
+                f"the tokenizer ({type(self.tokenizer).__name__}) does not tell where its tokens come from; expected "
+                "one with a tokenizer.json"
+            )
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
+        # A template writes its special tokens itself, and so does text that begins with one.
+        adds = [self.plain is not None and not (bos and text.startswith(bos)) for text in texts]
+        if any(adds) and not all(adds):
+            return [self._tokens([text], offsets=offsets)[0] for text in texts]
+        found = self.tokenizer(list(texts), add_special_tokens=adds[0], return_offsets_mapping=offsets, verbose=False)
+        encoded = []
+        for text, ids, places in zip(
+            texts, found["input_ids"], found["offset_mapping"] if offsets else [[]] * len(texts), strict=True
+        ):
+            # Some tokenizers end every text; prompts go on, and completions have their end already.
+            ended = adds[0] and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id
+            if ended and (not text.endswith(eos) or ids[-2] == ids[-1]):
+                ids, places = ids[:-1], places[:-1]
+            encoded.append((ids, places))
+        return encoded
+
+
+def adopt_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
+    """Give a tokenizer the template of `--chat_template_path`, for what is read before there is a trainer.
+
+    Args:
+        tokenizer: The tokenizer, which is changed.
+        path: A `.jinja` file, or the folder or Hub id of a tokenizer; None: nothing is done.
+
+    Raises:
+        InputError: It cannot be read, or has no template.
+    """
+    if path is None:
+        return
+    try:
+        if Path(path).suffix in (".jinja", ".j2"):
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        else:
+            tokenizer.chat_template = load_tokenizer(path).get_chat_template()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--chat_template_path {path} gives no chat template ({reason(error)})") from error
+
+
+_SYSTEM = ("system", "developer")
+
+
+def _covered(offsets: Sequence[Span], span: Span) -> Span:
+    """The first token of a span of text, and the one after its last."""
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    return bisect_right(ends, span[0]), bisect_left(starts, span[1])
+
+
+def _tokenize_batch(
+    batch: Mapping[str, list[Any]], indices: list[int], read: Any, written: ChatFormat, answers: Sequence[str] | None
+) -> dict[str, list[list[int]]]:
+    examples = []
+    for row, index in zip(rows_of(batch), indices, strict=True):
+        where, example = read(row, index)
+        examples.append((where, example if answers is None else example.answered(answers[index])))
+    encoded = written.encode(examples)
+    return {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}
