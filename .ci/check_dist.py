@@ -36,12 +36,12 @@ def main() -> None:
 
 
 def check_contents(wheel: Path, sdist: Path):
-    """Compare what was packed with what is committed; return the wheel's metadata."""
-    listed = subprocess.check_output(["git", "ls-files", "src/holdfast"], cwd=ROOT, text=True).split()
+    """Compare what was packed with what lies in `src`; return the wheel's metadata."""
+    files = [path for path in (ROOT / "src/holdfast").rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
     with zipfile.ZipFile(wheel) as packed:
         names = set(packed.namelist())
         metadata = Parser().parsestr(packed.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode())
-    missing = {file.removeprefix("src/") for file in listed} - names
+    missing = {file.relative_to(ROOT / "src").as_posix() for file in files} - names
     assert not missing, f"not in the wheel: {sorted(missing)}"
     assert "holdfast/py.typed" in names, "the wheel has no py.typed"
     foreign = {name for name in names if not name.startswith(("holdfast/", "holdfast_llm-"))}

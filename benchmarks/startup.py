@@ -41,7 +41,7 @@ _IMPORTS = (
 def main() -> None:
     """Measure, write the record, and show it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7, help="how often each command runs (default: 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each command runs (default: 5)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     console = Console()
