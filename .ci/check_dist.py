@@ -37,7 +37,7 @@ def main() -> None:
 
 def check_contents(wheel: Path, sdist: Path):
     """Compare what was packed with what lies in `src`; return the wheel's metadata."""
-    files = [path for path in (ROOT / "src/holdfast").rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+    files = [path for path in (ROOT / "src/holdfast").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     with zipfile.ZipFile(wheel) as packed:
         names = set(packed.namelist())
         metadata = Parser().parsestr(packed.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode())
