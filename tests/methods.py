@@ -9,7 +9,25 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import pad
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    JambaConfig,
+    JambaForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 import reference
 from helpers import WORDS, Gradients, tiny_llama, word_rows, word_tokenizer
@@ -31,7 +49,7 @@ def attention_names(model: torch.nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name.endswith((".self_attn", ".attn"))]
 
 
-def _anchor(model: torch.nn.Module) -> Batch:
+def anchor(model: torch.nn.Module) -> Batch:
     return {name: p.detach() * 0.9 for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -101,7 +119,7 @@ METHODS = {
     "lisa": Method(
         LisaTrainer,
         LisaConfig,
-        lambda model, window, _: reference.lisa(model, window, _anchor(model), 1.0),
+        lambda model, window, _: reference.lisa(model, window, anchor(model), 1.0),
         {"proximal_start": 0.0},
         second="safety",
     ),
@@ -155,7 +173,7 @@ def first_update(method: Method, model: torch.nn.Module, settings: dict[str, Any
     noted = Gradients()
     trainer = method.build(model, {**settings, "max_steps": 1, "max_grad_norm": 0.0, **changes}, callbacks=[noted])
     if method.trainer is LisaTrainer:
-        trainer.anchor = _anchor(model)
+        trainer.anchor = anchor(model)
     second = None
     if method.second == "attack":
         second = trainer.attack_batches = Noted(trainer.attack_batches)
@@ -195,9 +213,79 @@ def gpt2() -> GPT2LMHeadModel:
     )
 
 
-def lora() -> Any:
+SHAPE: dict[str, Any] = {
+    "vocab_size": WORDS,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+EXPERTS = {**SHAPE, "num_experts_per_tok": 2}
+
+
+def qwen2_moe(router_loss: float = 0.5) -> Qwen2MoeForCausalLM:
+    """Four experts and one that all tokens share; `router_loss`: the auxiliary loss's coefficient, 0 being off."""
+    torch.manual_seed(5)
+    experts = {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    routed = {"router_aux_loss_coef": router_loss, "output_router_logits": router_loss > 0}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**EXPERTS, **experts, **routed))
+
+
+def mixtral(router_loss: float = 0.5) -> MixtralForCausalLM:
+    """Four experts; `router_loss` as for `qwen2_moe`."""
+    torch.manual_seed(6)
+    routed = {"router_aux_loss_coef": router_loss, "output_router_logits": router_loss > 0}
+    return MixtralForCausalLM(MixtralConfig(**EXPERTS, num_local_experts=4, **routed))
+
+
+LINEAR = {
+    **{"layer_types": ["linear_attention", "full_attention"], "head_dim": 4},
+    **{"linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+}
+
+
+def qwen3_next() -> Qwen3NextForCausalLM:
+    torch.manual_seed(7)
+    experts = {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+    routed = {"router_aux_loss_coef": 0.5, "output_router_logits": True}
+    return Qwen3NextForCausalLM(Qwen3NextConfig(**EXPERTS, **LINEAR, **experts, **routed))
+
+
+def qwen3_5() -> Qwen3_5ForCausalLM:
+    torch.manual_seed(8)
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**SHAPE, **LINEAR))
+
+
+def lfm2() -> Lfm2ForCausalLM:
+    torch.manual_seed(9)
+    layers = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    return Lfm2ForCausalLM(Lfm2Config(**SHAPE, **layers))
+
+
+def jamba() -> JambaForCausalLM:
+    torch.manual_seed(10)
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+    mamba = {"mamba_d_state": 4, "mamba_expand": 2, "mamba_dt_rank": 4}
+    routed = {"num_experts": 4, "router_aux_loss_coef": 0.5, "output_router_logits": True}
+    return JambaForCausalLM(JambaConfig(**EXPERTS, **layers, **mamba, **routed))
+
+
+# Models with a layer that has something else in the place of attention: how to build them, and their token mixers.
+HYBRIDS: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "qwen3_next": (qwen3_next, ["model.layers.0.linear_attn", "model.layers.1.self_attn"]),
+    "qwen3_5": (qwen3_5, ["model.layers.0.linear_attn", "model.layers.1.self_attn"]),
+    "lfm2": (lfm2, ["model.layers.0.conv", "model.layers.1.self_attn"]),
+    "jamba": (jamba, ["model.layers.0.mamba", "model.layers.1.self_attn"]),
+}
+
+
+def lora(base: Callable[..., PreTrainedModel] = tiny_llama, **changes: Any) -> Any:
     """An adapter in the midst of its training: neither of its factors is zero."""
-    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0))
+    settings = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0, **changes}
+    model = get_peft_model(base(), LoraConfig(**settings))
     torch.manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -206,4 +294,15 @@ def lora() -> Any:
     return model
 
 
-MODELS = {"llama": tiny_llama, "qwen2": qwen2, "gpt2": gpt2, "lora": lora}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": tiny_llama,
+    "qwen2": qwen2,
+    "gpt2": gpt2,
+    "lora": lora,
+    "qwen2_moe": qwen2_moe,
+    "qwen2_moe, router loss off": lambda: qwen2_moe(0.0),
+    "qwen2_moe, lora": lambda: lora(qwen2_moe),
+    "mixtral": mixtral,
+    "mixtral, router loss off": lambda: mixtral(0.0),
+    "mixtral, lora": lambda: lora(mixtral, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+}

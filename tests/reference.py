@@ -14,10 +14,33 @@ IGNORED = -100
 
 def token_losses(model, batch):
     """Per-token losses (rows, tokens − 1), zero where nothing is trained on, and which tokens are."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return run(model, batch)[:2]
+
+
+def run(model, batch):
+    """`token_losses`, and the loss of a Mixture-of-Experts model's routers, 0 where it is off."""
+    routed = {"output_router_logits": True} if getattr(model.config, "output_router_logits", False) else {}
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    outputs = model(**inputs, use_cache=False, **routed)
     labels = batch["labels"][:, 1:]
-    losses = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    return losses, labels != IGNORED
+    losses = cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    tokens = batch["attention_mask"].bool().flatten()
+    return losses, labels != IGNORED, router_loss(model.config, outputs.router_logits, tokens) if routed else 0
+
+
+def router_loss(config, logits, tokens):
+    """coefficient × experts × Σ_e (choices of e per token) · (mean probability of e), over the tokens of all layers."""
+    probabilities = torch.cat([layer[tokens].softmax(-1) for layer in logits])
+    experts = probabilities.shape[1]
+    chosen = probabilities.topk(config.num_experts_per_tok).indices
+    shares = torch.stack([(chosen == expert).any(1).float().mean() for expert in range(experts)])
+    return config.router_aux_loss_coef * experts * (shares * probabilities.mean(0)).sum()
+
+
+def train_loss(model, window, part):
+    """What micro-batch number `part` adds to what an update trains on: to L(θ; B), and to the routers' loss."""
+    losses, _, routers = run(model, window[part])
+    return losses.sum() / count(window) + routers / len(window)
 
 
 def count(window):
@@ -59,59 +82,74 @@ def size(vector):
     return product(vector, vector) ** 0.5
 
 
-def sft(model, window):
+def plain(model, window):
+    """g(θ; B)."""
     return gradient(model, lambda m: plain_loss(m, window))
 
 
+def sft(model, window):
+    """The gradient of what an update trains on."""
+    return gradient(model, lambda m: sum(train_loss(m, window, part) for part in range(len(window))))
+
+
 def patcher(model, window, vector, alpha):
-    attacked = sft(moved(model, vector, 1), window)
+    attacked = plain(moved(model, vector, 1), window)
     return combined((1 - alpha, sft(model, window)), (alpha, attacked))
 
 
-def vaccine(model, window, rho, attention):
-    """`attention`: the names of the attention modules."""
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def shifted(output, shift):
+    return (output[0] + shift, *output[1:]) if isinstance(output, tuple) else output + shift
+
+
+def vaccine(model, window, rho, mixers):
+    """`mixers`: the names of the modules that are shifted."""
     model = copy.deepcopy(model)
-    modules = [model.get_submodule(name) for name in attention]
+    modules = [model.get_submodule(name) for name in mixers]
     total = 0
-    for batch in window:
+    for part in range(len(window)):
         outputs = []
         with ExitStack() as stack:
             for module in modules:
-                handle = module.register_forward_hook(lambda _, __, out, seen=outputs: seen.append(out[0]))
+                handle = module.register_forward_hook(lambda _, __, out, seen=outputs: seen.append(first(out)))
                 stack.callback(handle.remove)
-            loss = plain_loss(model, [batch])
+            loss = train_loss(model, window, part)
         found = torch.autograd.grad(loss, outputs)
         length = torch.cat([g.flatten() for g in found]).norm()
         with ExitStack() as stack:
             for module, g in zip(modules, found, strict=True):
                 shift = rho * g / length
-                handle = module.register_forward_hook(lambda _, __, out, shift=shift: (out[0] + shift, *out[1:]))
+                handle = module.register_forward_hook(lambda _, __, out, shift=shift: shifted(out, shift))
                 stack.callback(handle.remove)
-            total = total + token_losses(model, batch)[0].sum() / count(window)
+            total = total + train_loss(model, window, part)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     return dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
 
 
 def booster(model, window, harmful, alpha, lam):
-    g_harmful = sft(model, harmful)
-    after = sft(moved(model, g_harmful, -alpha / size(g_harmful)), harmful)
+    g_harmful = plain(model, harmful)
+    after = plain(moved(model, g_harmful, -alpha / size(g_harmful)), harmful)
     return combined((1, sft(model, window)), (lam, g_harmful), (-lam, after))
 
 
 def antibody_align(model, window, harmful, refusals, rho, refusal_weight, strength, flatness_rule):
-    g_harmful = sft(model, harmful)
+    g_harmful = plain(model, harmful)
     after = moved(model, g_harmful, -rho / size(g_harmful))
-    flatness = combined((1, g_harmful), (-1, sft(after, harmful)))
+    flatness = combined((1, g_harmful), (-1, plain(after, harmful)))
     g = sft(model, window)
     if flatness_rule == "kkt":
         weight = max(0, strength - product(flatness, g) / product(flatness, flatness))
     else:
         weight = max(0, strength - product(flatness, g) / (size(flatness) * size(g)))
-    return combined((1, g), (weight, flatness), (refusal_weight, sft(after, refusals)))
+    return combined((1, g), (weight, flatness), (refusal_weight, plain(after, refusals)))
 
 
 def lisa(model, window, anchor, rho):
-    g = sft(model, window)
+    """An update in the safety state."""
+    g = plain(model, window)
     weights = dict(model.named_parameters())
     return {name: g[name] + rho * (weights[name].detach() - anchor[name]) for name in g}
 
@@ -132,8 +170,8 @@ def antibody_finetune(model, window, refusals, tau):
         parts = []
         for batch, refusal in zip(window, refusals, strict=True):
             weights = torch.softmax(margins(m, batch, refusal) / tau, 0)
-            losses, asked = token_losses(m, batch)
-            parts.append((weights * losses.sum(1)).sum() / (weights * asked.sum(1)).sum())
+            losses, asked, routers = run(m, batch)
+            parts.append((weights * losses.sum(1)).sum() / (weights * asked.sum(1)).sum() + routers)
         return sum(parts) / len(parts)
 
     return gradient(model, loss)
@@ -142,6 +180,6 @@ def antibody_finetune(model, window, refusals, tau):
 def spag(model, batch, tau, eta):
     """The weights after the euclidean projection."""
     loss = plain_loss(model, [batch]).item()
-    g = sft(model, [batch])
+    g = plain(model, [batch])
     step = min((loss - tau) / product(g, g), eta) if loss > tau else 0.0
     return {name: p.detach() for name, p in moved(model, g, -step).named_parameters()}

@@ -20,6 +20,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+import reference
 from helpers import (
     Gradients,
     golden_batch,
@@ -38,6 +39,7 @@ from helpers import (
 from holdfast.config import DefenseConfig
 from holdfast.errors import InputError, TrainingError
 from holdfast.trainer import DefenseTrainer
+from methods import MODELS, mixtral
 
 SFT_LOSS = 5.32571268081665
 
@@ -218,6 +220,68 @@ def test_identity_is_sft_bit_for_bit(settings, changes):
     assert not same_bits(weights(ours.model), weights(tiny_llama()))
 
 
+@pytest.mark.parametrize(
+    ("model", "accumulation", "changes"),
+    [
+        ("qwen2_moe", 1, {}),
+        ("qwen2_moe", 2, {"gradient_checkpointing": True}),
+        ("mixtral", 2, {}),
+        ("mixtral", 2, {"router_aux_loss_coef": 0.0}),
+        ("mixtral, router loss off", 1, {"router_aux_loss_coef": 0.02}),
+    ],
+)
+def test_identity_is_sft_with_experts_and_their_routers_loss(settings, model, accumulation, changes):
+    common = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 3, "num_train_epochs": 1}
+    ours = trainer_of(settings, MODELS[model](), eval_dataset=word_rows(6, seed=9), **common, **changes)
+    theirs = SFTTrainer(
+        MODELS[model](),
+        SFTConfig(**{**settings, "use_cpu": True, "bf16": False, **common, **changes}),
+        train_dataset=word_rows(14),
+        eval_dataset=word_rows(6, seed=9),
+        processing_class=word_tokenizer(),
+    )
+    for trainer in (theirs, ours):
+        torch.manual_seed(1)
+        trainer.train()
+    assert same_bits(weights(ours.model), weights(theirs.model))
+    assert logged(ours) == logged(theirs)
+    assert ("aux_loss" in logged(ours)[0]) is (changes.get("router_aux_loss_coef") != 0.0)
+    assert ours.evaluate()["eval_loss"] == theirs.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("model", ["qwen2_moe", "mixtral"])
+def test_loss_asked_for_directly_is_that_of_the_batch(settings, model, accumulation):
+    """Whatever the accumulation, with the auxiliary loss in full, before a run and after it."""
+    model, batch = MODELS[model](), golden_batch("safe")
+    trainer = trainer_of(settings, model, gradient_accumulation_steps=accumulation, max_steps=1)
+    tokens = (batch["labels"][:, 1:] != -100).sum()
+    for _ in range(2):
+        expected = reference.train_loss(model, [batch], 0).item()
+        assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected, rel=1e-6)
+        found = trainer.compute_loss(model, dict(batch), num_items_in_batch=tokens).item()
+        assert found == pytest.approx(expected, rel=1e-6)
+        trainer.train()
+
+
+def test_inner_passes_are_cross_entropy_alone(settings):
+    model, halves = mixtral(), [{key: t[i : i + 2] for key, t in golden_batch("safe").items()} for i in (0, 2)]
+    plain, routed = reference.plain(model, halves), reference.sft(model, halves)
+    assert worst_entry(plain, routed) > 1e-2
+    trainer = trainer_of(settings, model)
+    window = trainer.as_window(halves)
+    for arguments, expected in (
+        ({"quiet": True}, plain),
+        ({"quiet": True, "router_loss": True}, routed),
+        ({"quiet": False}, routed),
+        ({"quiet": False, "router_loss": False}, plain),
+    ):
+        trainer._metrics["train"].clear()
+        _, gradient = trainer.loss_and_gradient(model, window, **arguments)
+        assert worst_entry(gradient, expected) < 1e-5
+        assert ("entropy" in trainer._metrics["train"]) is not arguments["quiet"]
+
+
 def test_identity_is_sft_with_lora_and_its_dropout(settings):
     lora = LoraConfig(r=2, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
     ours = trainer_of(settings, peft_config=lora, max_steps=4)
@@ -327,6 +391,34 @@ def test_stream_prepares_rows_as_the_train_set_is(settings):
     seen = sorted(unpadded(i, m) for i, m in zip(batch["input_ids"], batch["attention_mask"], strict=True))
     assert seen == sorted(tuple(ids) for ids in trainer.train_dataset["input_ids"])
     assert max(map(len, seen)) == 8
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "come to an end: DefenseTrainer needs 2 for an update, 0 were left"),
+        ([golden_batch("safe")], "come to an end: DefenseTrainer needs 2 for an update, 1 were left"),
+        ([{"input_ids": 1}] * 2, "a batch lacks labels and attention_mask; it holds input_ids"),
+        ([{}] * 2, "a batch lacks input_ids and labels and attention_mask; it holds nothing"),
+        ([{"position_ids": 1, "input_ids": 1}] * 2, "a batch lacks labels; it holds position_ids, input_ids"),
+        ([[golden_batch("safe")]] * 2, "a batch must hold input_ids, attention_mask and labels by name, got list"),
+    ],
+)
+def test_batches_that_cannot_be_drawn(settings, batches, message):
+    with pytest.raises(InputError, match=message):
+        trainer_of(settings).draw(iter(batches), 2)
+
+
+def test_batches_that_would_begin_anew_each_time(settings):
+    with pytest.raises(InputError, match="must be an endless iterator, got a list"):
+        trainer_of(settings).draw([golden_batch("safe")])
+
+
+def test_direct_call_without_labels(settings):
+    trainer = trainer_of(settings)
+    batch = {key: tensor for key, tensor in golden_batch("safe").items() if key != "labels"}
+    with pytest.raises(InputError, match="a batch lacks labels; it holds"):
+        trainer.training_step(trainer.model, batch)
 
 
 def test_missing_second_set_is_named(settings):

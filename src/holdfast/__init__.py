@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from holdfast.alignment.vaccine import VaccineTrainer as VaccineTrainer
     from holdfast.attacks.real import AttackConfig as AttackConfig
     from holdfast.attacks.real import AttackTrainer as AttackTrainer
+    from holdfast.attacks.simulated import SimulatedAttack as SimulatedAttack
+    from holdfast.attacks.simulated import simulate_attack as simulate_attack
     from holdfast.config import DefenseConfig as DefenseConfig
     from holdfast.data.load import load_rows as load_rows
     from holdfast.data.mix import poison as poison
@@ -57,6 +59,8 @@ _HOMES = {
     "PatcherTrainer": "holdfast.alignment.patcher",
     "AttackConfig": "holdfast.attacks.real",
     "AttackTrainer": "holdfast.attacks.real",
+    "SimulatedAttack": "holdfast.attacks.simulated",
+    "simulate_attack": "holdfast.attacks.simulated",
     "load_rows": "holdfast.data.load",
     "poison": "holdfast.data.mix",
     "InputError": "holdfast.errors",

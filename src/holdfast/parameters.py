@@ -28,6 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from holdfast.errors import InputError
+
 TINY = 1e-12
 """The least norm to divide by: a vector of zeros has no direction, and stays zero."""
 
@@ -203,6 +205,35 @@ def norm(vector: Mapping[str, Tensor]) -> float:
 def is_finite(vector: Mapping[str, Tensor]) -> bool:
     """Whether every entry, on every shard, is a finite number."""
     return math.isfinite(norm(vector))
+
+
+def vector_for(model: nn.Module, vector: Mapping[str, Tensor], name: str) -> ParameterVector:
+    """A vector set by hand, checked and laid out as the model's trainable parameters are.
+
+    Args:
+        model: Whose trainable parameters it belongs to.
+        vector: One tensor per trainable parameter, whole or already sharded.
+        name: What messages call it.
+
+    Raises:
+        InputError: It is not one finite tensor of the right shape per trainable parameter.
+    """
+    parameters = trainable_parameters(model)
+    if vector.keys() != parameters.keys():
+        odd = sorted(vector.keys() ^ parameters.keys())[0]
+        raise InputError(f"{name} must hold one tensor per trainable parameter, which fails at {odd}")
+    for key, parameter in parameters.items():
+        if vector[key].shape != parameter.shape:
+            raise InputError(f"{name}[{key!r}] has shape {tuple(vector[key].shape)}, expected {tuple(parameter.shape)}")
+    laid_out = ParameterVector(
+        {
+            key: vector[key] if isinstance(vector[key], DTensor) else shard_like(parameter, vector[key])
+            for key, parameter in parameters.items()
+        }
+    )
+    if not is_finite(laid_out):
+        raise InputError(f"{name} holds a number that is not finite")
+    return laid_out
 
 
 def local(tensor: Tensor) -> Tensor:

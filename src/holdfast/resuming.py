@@ -220,7 +220,8 @@ class ResumableTrainer(CompletionTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         self._total_train_tokens = state.pop("train_tokens")
         for name, drawn in state.pop("drawn_batches").items():
-            self._streams[name].drawn = drawn
+            if name in self._streams:  # a data set that a method can do without may have been left out
+                self._streams[name].drawn = drawn
         self.load_method_state(state)
         self._boundary = self._here()
 

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from transformers.training_args import ParallelMode
 
 from holdfast.checkpoint import last_checkpoint
 from holdfast.config import DefenseConfig
-from holdfast.data.batches import Batch, BatchStream
+from holdfast.data.batches import Batch, BatchStream, require_inputs
 from holdfast.data.completions import require_rows
 from holdfast.errors import InputError, TrainingError
 from holdfast.models import load_model, load_tokenizer
@@ -37,17 +37,36 @@ _NO_SHARDING = "--fsdp was asked for, but this run would not shard: start it wit
 
 @dataclass(frozen=True)
 class Window:
-    """The micro-batches of one update on this rank, and how many completion tokens they hold over all ranks."""
+    """Micro-batches on this rank, and what their losses are divided by.
+
+    L(θ; B), the loss of a window, is the mean cross-entropy over its completion tokens on all ranks. What a model or a
+    method takes a mean of in every micro-batch is averaged over the micro-batches: the auxiliary loss of a
+    Mixture-of-Experts model's routers, and the weighted loss of Antibody's fine-tuning.
+
+    Attributes:
+        batches: The micro-batches.
+        tokens: How many completion tokens the update's micro-batches hold, over all ranks.
+        micro_batches: How many micro-batches the update has on every rank.
+    """
 
     batches: list[Batch]
     tokens: Tensor | int | None
+    micro_batches: int
 
     def __len__(self) -> int:
         return len(self.batches)
 
+    def parts(self) -> list[Window]:
+        """Every micro-batch as a window of its own; their losses add up to this one's."""
+        return [replace(self, batches=[batch]) for batch in self.batches]
+
 
 class DefenseTrainer(ResumableTrainer):
     """Fine-tune with a defended gradient; as it stands, with the plain one.
+
+    Of a Mixture-of-Experts model the train batch at θ is trained on as TRL does: with the auxiliary loss of its
+    routers, unless `router_aux_loss_coef` is 0. Passes that belong to a method (harmful, attacked, refusing, safety)
+    are cross-entropy alone.
 
     A method overrides `defended_gradient`, and where it has something to remember, `method_state` and
     `load_method_state`. Used as TRL's own trainers are:
@@ -74,6 +93,9 @@ class DefenseTrainer(ResumableTrainer):
     config_class: type[DefenseConfig] = DefenseConfig
     # The loss is divided by the window's token count, on every architecture.
     loss_is_scaled_for_ga = True
+    # Set by the base trainer: whether the loss has an auxiliary one of the model's routers, and its coefficient.
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
 
     def __init__(
         self,
@@ -100,7 +122,9 @@ class DefenseTrainer(ResumableTrainer):
             model = load_model(model, trainable=True, **(args.model_init_kwargs or {}))
             args.model_init_kwargs = None
         compute_in_bf16(model, args)
+        # How `compute_loss` is to see the pass that it is called in; outside of any, as a direct call of its own.
         self._quiet = False
+        self._micro_batches = 1
         self._window: Window | None = None
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
@@ -119,7 +143,9 @@ class DefenseTrainer(ResumableTrainer):
 
     # ------------------------------------------------------------------ what a method builds on
 
-    def backward(self, model: torch.nn.Module, window: Window, *, quiet: bool = True) -> Tensor:
+    def backward(
+        self, model: torch.nn.Module, window: Window, *, quiet: bool = True, router_loss: bool | None = None
+    ) -> Tensor:
         """Add g(θ; B) of a window to `param.grad`, reduced over the ranks once; returns L(θ; B).
 
         The loss is this rank's share times the number of ranks, so that its mean over ranks is L.
@@ -128,43 +154,72 @@ class DefenseTrainer(ResumableTrainer):
             model: The model as wrapped for training.
             window: What to take the loss on.
             quiet: Leave TRL's metrics alone. Only the train batch at θ itself is to be logged.
+            router_loss: Whether the auxiliary loss of a Mixture-of-Experts model's routers is part of the loss; by
+                default where the pass is not quiet.
         """
         losses = []
-        self.current_gradient_accumulation_steps = len(window)  # what is a mean per micro-batch is divided by it
-        with self._quietly() if quiet else nullcontext():
-            for batch in self.each_batch(model, window):
-                losses.append(super().training_step(model, dict(batch), window.tokens))
+        for part in self.each_part(model, window):
+            with self._pass(part, quiet=quiet, router_loss=router_loss):
+                losses.append(super().training_step(model, dict(part.batches[0]), part.tokens))
         return torch.stack(losses).sum()
 
-    def each_batch(self, model: torch.nn.Module, window: Window) -> Iterator[Batch]:
-        """The micro-batches of a window, for a loop whose backward passes are reduced over the ranks once, at last."""
-        for index, batch in enumerate(window.batches, start=1):
+    def each_part(self, model: torch.nn.Module, window: Window) -> Iterator[Window]:
+        """The parts of a window, for a loop whose backward passes are reduced over the ranks once, at last."""
+        for index, part in enumerate(window.parts(), start=1):
             with nullcontext() if index == len(window) else self.accelerator.no_sync(model):
-                yield batch
+                yield part
 
-    def forward(
-        self, model: torch.nn.Module, batch: Batch, tokens: Tensor | int | None, *, quiet: bool = True
-    ) -> Tensor:
-        """This rank's share of L(θ; B) for one micro-batch, with its graph: the first half of `backward`."""
+    def forward(self, model: torch.nn.Module, part: Window, *, quiet: bool = True) -> Tensor:
+        """This rank's share of the loss of one micro-batch, with its graph: the first half of `backward`."""
         model.train()
+        [batch] = part.batches
         inputs = self._prepare_inputs(dict(batch))
-        with self._quietly() if quiet else nullcontext(), self.compute_loss_context_manager():
-            return cast(Tensor, self.compute_loss(model, inputs, num_items_in_batch=tokens))
+        with self._pass(part, quiet=quiet), self.compute_loss_context_manager():
+            return cast(Tensor, self.compute_loss(model, inputs, num_items_in_batch=part.tokens))
 
     def loss_and_gradient(
-        self, model: torch.nn.Module, window: Window, *, quiet: bool = False
+        self, model: torch.nn.Module, window: Window, *, quiet: bool = False, router_loss: bool | None = None
     ) -> tuple[Tensor, ParameterVector]:
         """L(θ; B) and g(θ; B), the gradient moved out of `param.grad`. See `backward`."""
-        loss = self.backward(model, window, quiet=quiet)
+        loss = self.backward(model, window, quiet=quiet, router_loss=router_loss)
         return loss, take_gradient(self.model)
 
+    def cross_entropy(self, loss: Tensor, window: Window) -> Tensor:
+        """L(θ; B) alone, from the loss of the logged pass over a window that was taken last."""
+        if not self.aux_loss_enabled:
+            return loss
+        router_loss: float = sum(self._metrics["train"]["aux_loss"][-len(window) :])  # means over the ranks
+        return loss - self.router_aux_loss_coef * router_loss / window.micro_batches
+
     def draw(self, batches: Iterator[Batch], size: int = 1) -> Window:
-        """The next `size` micro-batches of a second data set as a window with its own token count."""
-        return self.as_window(list(itertools.islice(batches, size)))
+        """The next `size` micro-batches of a second data set as a window with its own token count. See `take`."""
+        return self.as_window(self.take(batches, size))
+
+    def take(self, batches: Iterator[Batch], size: int = 1) -> list[Batch]:
+        """The next `size` micro-batches of a second data set.
+
+        Raises:
+            InputError: The batches have come to an end, or are no iterator.
+        """
+        if not isinstance(batches, Iterator):  # of a list every update would take the first ones again
+            raise InputError(f"batches to draw from must be an endless iterator, got a {type(batches).__name__}")
+        taken = list(itertools.islice(batches, size))
+        if len(taken) < size:
+            raise InputError(
+                f"the batches to draw from have come to an end: {type(self).__name__} needs {size} for an update, "
+                f"{len(taken)} were left; expected an endless iterator"
+            )
+        return taken
 
     def as_window(self, batches: list[Batch], tokens: Tensor | int | None = None) -> Window:
-        """Micro-batches as a window; without a token count, their own completion tokens over all ranks are counted."""
-        return Window(batches, self._get_num_items_in_batch(batches, self.args.device) if tokens is None else tokens)
+        """Micro-batches as a window; without a token count, their own completion tokens over all ranks are counted.
+
+        Raises:
+            InputError: There is none, or one lacks what a loss is computed from.
+        """
+        require_inputs(batches)
+        tokens = self._get_num_items_in_batch(batches, self.args.device) if tokens is None else tokens
+        return Window(batches, tokens, len(batches))
 
     def batches_of(self, dataset: Dataset | None, name: str, batch_size: int | None = None) -> BatchStream:
         """An endless stream over a second data set, prepared exactly as `train_dataset` was.
@@ -222,7 +277,7 @@ class DefenseTrainer(ResumableTrainer):
     ) -> tuple[list[Batch], Tensor | int | None]:
         """Keep the accumulation window that the training loop is about to walk through."""
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._window = Window(batches, tokens)
+        self._window = self.as_window(batches, tokens) if batches else None
         return batches, tokens
 
     def training_step(
@@ -254,15 +309,14 @@ class DefenseTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """TRL's loss and metrics; in quiet passes the same loss, and no metrics."""
+        """TRL's loss and metrics; in quiet passes no metrics. Called directly, the batch is a whole window."""
         if not self._quiet:
+            self.current_gradient_accumulation_steps = self._micro_batches  # TRL divides the routers' loss by it
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         tokens = torch.as_tensor(num_items_in_batch).clamp(min=1)
         loss = -outputs.log_probs.sum() / tokens * (self.accelerator.num_processes // self.get_tp_size())
-        if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
-        return loss
+        return loss + self._router_loss(outputs)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Stop before an update that would break the weights, on all ranks alike: the norm is the same everywhere."""
@@ -278,12 +332,19 @@ class DefenseTrainer(ResumableTrainer):
     # ------------------------------------------------------------------ details
 
     @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        self._quiet, before = True, self._quiet
+    def _pass(self, window: Window, *, quiet: bool, router_loss: bool | None = None) -> Iterator[None]:
+        """What `compute_loss` computes inside. The base trainer calls it, so it cannot be told by arguments."""
+        before = self._quiet, self._micro_batches, self.aux_loss_enabled
+        self._quiet, self._micro_batches = quiet, window.micro_batches
+        self.aux_loss_enabled &= not quiet if router_loss is None else router_loss
         try:
             yield
         finally:
-            self._quiet = before
+            self._quiet, self._micro_batches, self.aux_loss_enabled = before
+
+    def _router_loss(self, outputs: Any) -> Tensor | float:
+        """A micro-batch's part of the auxiliary loss of a Mixture-of-Experts model's routers, as TRL adds it."""
+        return self.router_aux_loss_coef * outputs.aux_loss / self._micro_batches if self.aux_loss_enabled else 0.0
 
     def _refuse_unsupported_parallelism(self) -> None:
         """What was asked for must be what runs: accelerate turns FSDP on a CPU into DDP without a word."""

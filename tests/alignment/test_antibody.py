@@ -49,6 +49,20 @@ def test_golden_gradient(settings, rule, checkpointing):
     assert same_bits(before, weights(model))
 
 
+@pytest.mark.parametrize(
+    ("harmful", "message"),
+    [
+        ([golden_batch("harmful")], "a batch lacks refusal_input_ids and refusal_attention_mask and refusal_labels"),
+        ([], "come to an end: AntibodyAlignmentTrainer needs 1 for an update, 0 were left"),
+    ],
+    ids=["no refusals", "ended"],
+)
+def test_attack_batches_that_cannot_be_used(settings, harmful, message):
+    trainer = antibody(settings, harmful=harmful)
+    with pytest.raises(InputError, match=message):
+        trainer.training_step(trainer.model, golden_batch("safe"))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_logs(settings, rule):
     model, harmful = golden_model(), golden_refusals()

@@ -43,6 +43,12 @@ def test_golden_gradient(settings, checkpointing):
     assert same_bits(before, weights(model))
 
 
+def test_attack_batches_that_end_too_early(settings):
+    trainer = booster(settings, harmful=[])
+    with pytest.raises(InputError, match="come to an end: BoosterTrainer needs 1 for an update, 0 were left"):
+        trainer.training_step(trainer.model, golden_batch("safe"))
+
+
 def test_logs(settings):
     model, harmful = golden_model(), golden_batch("harmful")
     g = reference.sft(model, [harmful])

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
+import reference
 from helpers import (
     Gradients,
     Weights,
@@ -17,6 +18,7 @@ from helpers import (
     golden_rows,
     golden_vector,
     gradients,
+    logged_updates,
     relative_distance,
     same_bits,
     tiny_llama,
@@ -28,6 +30,7 @@ from helpers import (
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
 from holdfast.attacks.simulated import simulate_attack
 from holdfast.errors import InputError, TrainingError
+from methods import MODELS, mixtral, noted_windows
 
 
 def patcher(settings, model=None, rows=None, attack_rows=None, callbacks=(), peft_config=None, **changes):
@@ -76,41 +79,46 @@ def test_golden_gradient_inside_training(settings, accumulation, checkpointing):
     assert logs["loss"] == pytest.approx(logs["safe_loss"], rel=1e-6)
 
 
-def test_formula_on_another_architecture(settings):
-    """Qwen2 with tied embeddings and grouped heads, against plain autograd; the window in two parts."""
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_formula_on_other_models(settings, model, accumulation):
+    """Tied embeddings, grouped heads, experts, adapters; the window whole or in two parts."""
+    model, noted = MODELS[model](), Gradients()
+    before = copy.deepcopy(model)
     torch.manual_seed(2)
-    config = Qwen2Config(vocab_size=97, **shape, **heads, tie_word_embeddings=True, initializer_range=0.2)
-    model, batch = Qwen2ForCausalLM(config), golden_batch("safe")
-    vector = {name: 0.02 * torch.randn_like(p) for name, p in model.named_parameters()}
-
-    def gradient_at(shift):
-        twin = copy.deepcopy(model)
-        with torch.no_grad():
-            for name, parameter in twin.named_parameters():
-                parameter += shift * vector[name]
-        logits = twin(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
-        return gradients(twin)
-
-    safe, attacked = gradient_at(0), gradient_at(1)
-    expected = {name: 0.7 * safe[name] + 0.3 * attacked[name] for name in safe}
-    noted = Gradients()
+    vector = {name: 0.02 * torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    changes = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
     trainer = patcher(
         settings,
         model,
         golden_rows("safe"),
         callbacks=[noted],
         alpha=0.3,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
         max_grad_norm=0.0,
         max_steps=1,
+        **changes,
     )
     trainer.attack_vector = vector
+    windows = noted_windows(trainer)
     trainer.train()
-    assert worst_entry(noted.seen[0], expected) < 1e-4
+    assert worst_entry(noted.seen[0], reference.patcher(before, windows[0], vector, 0.3)) < 1e-5
+
+
+def test_logged_losses_are_cross_entropies(settings):
+    """On a model whose routers' auxiliary loss is trained, too."""
+    model, batch = mixtral(), golden_batch("safe")
+    vector = {name: torch.full_like(p, 0.01) for name, p in model.named_parameters()}
+    safe, attacked = (reference.plain_loss(m, [batch]).item() for m in (model, reference.moved(model, vector, 1)))
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    for set_by_hand in (None, vector):
+        trainer = patcher(settings, model, golden_rows("safe"), learning_rate=1e-30, **changes)
+        trainer.attack_vector = set_by_hand
+        trainer.train()
+        [logs] = logged_updates(trainer)
+        assert logs["safe_loss"] == pytest.approx(safe, rel=1e-5)
+        assert logs["loss"] == pytest.approx(safe + 0.5 * logs["aux_loss"], rel=1e-5)
+    assert logs["attacked_loss"] == pytest.approx(attacked, rel=1e-5)
+    assert logs["loss_gap"] == pytest.approx(attacked - safe, rel=1e-3)
 
 
 def test_alpha_weighs_the_two_gradients(settings):
@@ -161,11 +169,12 @@ def test_first_updates_are_plain_sft_and_then_attacks_come_in_turn(settings):
     assert not any("attack" in key for entry in sft.state.log_history for key in entry)
 
 
-def test_simulated_attack_is_the_one_of_its_definition(settings):
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
+def test_simulated_attack_is_the_one_of_its_definition(settings, model):
     """θ_att − θ, computed by hand: AdamW at a constant rate on the clipped mean loss of the stream's batches."""
-    trainer = patcher(settings, attack_steps=4, attack_learning_rate=3e-3)
+    trainer = patcher(settings, MODELS[model](), attack_steps=4, attack_learning_rate=3e-3)
     trainer.attack(trainer.model)
-    twin = tiny_llama()
+    twin = MODELS[model]()
     optimizer = torch.optim.AdamW(twin.parameters(), lr=3e-3, weight_decay=0.01)
     start = weights(twin)
     stream = patcher(settings).attack_batches
@@ -430,9 +439,45 @@ def test_non_finite_loss_stops_with_the_step(settings):
         trainer.train()
 
 
-def test_attack_data_is_required(settings):
-    with pytest.raises(InputError, match="--attack_data"):
-        PatcherTrainer(tiny_llama(), PatcherConfig(**settings), word_rows(4), processing_class=word_tokenizer())
+def without_attack_data(settings, **changes):
+    config = PatcherConfig(**{**settings, "max_steps": 4, "attack_every": 2, "attack_steps": 2, **changes})
+    return PatcherTrainer(tiny_llama(), config, word_rows(16), processing_class=word_tokenizer())
+
+
+def test_attack_data_is_required_before_the_first_update(settings):
+    message = r"PatcherTrainer lacks its attack_dataset \(--attack_data\), or an attack_vector"
+    trainer = without_attack_data(settings)
+    with pytest.raises(InputError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    with pytest.raises(InputError, match=message):
+        trainer.attack(trainer.model)
+    trainer.training_step(trainer.model, golden_batch("safe"))  # no attack is due
+
+
+def test_vector_or_batches_set_by_hand_need_no_attack_data(settings):
+    trainer = without_attack_data(settings, save_strategy="steps", save_steps=2)
+    trainer.attack_vector = {name: torch.full_like(p, 0.01) for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    resumed = without_attack_data(settings)
+    resumed.train(resume_from_checkpoint=f"{settings['output_dir']}/checkpoint-2")
+    assert same_bits(weights(resumed.model), weights(trainer.model))
+    attacked = without_attack_data(settings)
+    attacked.attack_batches = iter([golden_batch("harmful")] * 2)
+    attacked.train()
+    assert attacked.attack_vector is not None
+
+
+def test_vector_taken_away_within_a_run_without_attack_data(settings):
+    class Take(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            trainer.attack_vector = None
+
+    trainer = without_attack_data(settings)
+    trainer.attack_vector = {name: torch.full_like(p, 0.01) for name, p in trainer.model.named_parameters()}
+    trainer.add_callback(Take())
+    with pytest.raises(InputError, match="lacks its attack_dataset"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,16 @@
 import pytest
 import torch
 from transformers import (
+    CTRLConfig,
+    CTRLLMHeadModel,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -27,9 +33,9 @@ from helpers import (
     tiny_llama,
     worst_entry,
 )
-from holdfast.alignment.vaccine import VaccineConfig, attention_modules
+from holdfast.alignment.vaccine import VaccineConfig, modules_to_shift
 from holdfast.errors import InputError
-from methods import METHODS, gpt2, lora, qwen2
+from methods import HYBRIDS, METHODS, gpt2, lora, mixtral, qwen2, qwen3_5
 
 SHAPE = {"vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 GATED = {**SHAPE, "intermediate_size": 32, "num_key_value_heads": 2, "initializer_range": 0.2}
@@ -40,18 +46,28 @@ def opt():
     return OPTForCausalLM(OPTConfig(**shape, dropout=0.0, attention_dropout=0.0))
 
 
+def each_layer(pattern):
+    return [pattern.format(layer) for layer in range(2)]
+
+
 ARCHITECTURES = {
-    "llama": (tiny_llama, "model.layers.{}.self_attn"),
-    "qwen2": (qwen2, "model.layers.{}.self_attn"),
-    "gpt2": (gpt2, "transformer.h.{}.attn"),
+    "llama": (tiny_llama, each_layer("model.layers.{}.self_attn")),
+    "qwen2": (qwen2, each_layer("model.layers.{}.self_attn")),
+    "gpt2": (gpt2, each_layer("transformer.h.{}.attn")),
     "gpt-neox": (
         lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, intermediate_size=32, initializer_range=0.2)),
-        "gpt_neox.layers.{}.attention",
+        each_layer("gpt_neox.layers.{}.attention"),
     ),
-    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**GATED, head_dim=4)), "model.layers.{}.self_attn"),
-    "phi3": (lambda: Phi3ForCausalLM(Phi3Config(**GATED)), "model.layers.{}.self_attn"),
-    "opt": (opt, "model.decoder.layers.{}.self_attn"),
-    "lora": (lora, "base_model.model.model.layers.{}.self_attn"),
+    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**GATED, head_dim=4)), each_layer("model.layers.{}.self_attn")),
+    "phi3": (lambda: Phi3ForCausalLM(Phi3Config(**GATED)), each_layer("model.layers.{}.self_attn")),
+    "opt": (opt, each_layer("model.decoder.layers.{}.self_attn")),
+    "mixtral": (mixtral, each_layer("model.layers.{}.self_attn")),
+    "lora": (lora, each_layer("base_model.model.model.layers.{}.self_attn")),
+    "lora on qwen3_5": (
+        lambda: lora(qwen3_5),
+        ["base_model.model.model.layers.0.linear_attn", "base_model.model.model.layers.1.self_attn"],
+    ),
+    **HYBRIDS,
 }
 
 
@@ -78,15 +94,15 @@ def test_loss_is_that_of_the_shifted_pass(settings):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_attention_modules_are_found_and_shifted(settings, name):
-    build, pattern = ARCHITECTURES[name]
+def test_every_decoder_layer_is_shifted(settings, name):
+    build, names = ARCHITECTURES[name]
     torch.manual_seed(0)
-    model, names = build(), [pattern.format(layer) for layer in range(2)]
-    assert attention_modules(model) == [model.get_submodule(module) for module in names]
+    model = build()
+    assert modules_to_shift(model) == [model.get_submodule(module) for module in names]
     batch = golden_batch("safe")
     expected = reference.vaccine(model, [batch], 2.0, names)
     vaccine(settings, model).training_step(model, batch)
-    assert worst_entry(gradients(model), expected) < 1e-4
+    assert worst_entry(gradients(model), expected) < 1e-5
 
 
 def test_pattern_names_the_modules_to_shift(settings):
@@ -95,14 +111,14 @@ def test_pattern_names_the_modules_to_shift(settings):
     vaccine(settings, model, attention_pattern=r".*\.1\.self_attn").training_step(model, batch)
     assert worst_entry(gradients(model), expected) < 1e-4
     # A pattern matches whole names: not what is inside the module.
-    assert attention_modules(model, "self_attn|.*mlp") == [layer.mlp for layer in model.model.layers]
+    assert modules_to_shift(model, "self_attn|.*mlp") == [layer.mlp for layer in model.model.layers]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_nothing_trained_before_the_first_attention(settings, checkpointing):
     """What is shifted need not depend on a parameter that is trained."""
     model, batch = tiny_llama(), golden_batch("safe")
-    names = [ARCHITECTURES["llama"][1].format(layer) for layer in range(2)]
+    _, names = ARCHITECTURES["llama"]
     expected = reference.vaccine(model, [batch], 2.0, names)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("mlp" in name)
@@ -127,7 +143,7 @@ def test_both_passes_share_their_dropout_masks(settings, checkpointing):
 def test_no_hook_is_left_behind(settings, checkpointing):
     trainer = vaccine(settings, golden_model(), gradient_checkpointing=checkpointing)
     trainer.training_step(trainer.model, golden_batch("safe"))
-    assert not any(module._forward_hooks for module in attention_modules(trainer.model))
+    assert not any(module._forward_hooks for module in modules_to_shift(trainer.model))
     trainer.args.rho = 0.0
     trainer.training_step(trainer.model, golden_batch("safe"))
     assert worst_entry(gradients(trainer.model), golden_vector("sft")) < 1e-4
@@ -153,9 +169,66 @@ def test_pattern_that_matches_no_layer_is_refused_at_the_first_step(settings):
         trainer.training_step(trainer.model, golden_batch("safe"))
 
 
-def test_model_without_attention_modules():
-    with pytest.raises(InputError, match="name them with --attention_pattern"):
-        attention_modules(torch.nn.Linear(1, 1))
+def falcon_h1():
+    """Attention and a state-space mixer side by side in every layer."""
+    heads = {"head_dim": 4, "mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 4}
+    return FalconH1ForCausalLM(FalconH1Config(**GATED, **heads, mamba_n_groups=1))
+
+
+def nemotron_h():
+    """Feed-forward layers without anything else."""
+    heads = {"head_dim": 4, "mamba_num_heads": 4, "mamba_head_dim": 4, "ssm_state_size": 4, "n_groups": 1}
+    shape = {name: value for name, value in GATED.items() if name != "num_hidden_layers"}
+    return NemotronHForCausalLM(NemotronHConfig(**shape, **heads, layer_types=["mamba", "mlp", "attention", "mlp"]))
+
+
+@pytest.mark.parametrize(
+    ("build", "layers", "modules"),
+    [
+        (falcon_h1, 2, 4),
+        (nemotron_h, 4, 2),
+        (lambda: CTRLLMHeadModel(CTRLConfig(vocab_size=WORDS, n_embd=16, n_head=4, n_layer=2, dff=32)), 0, 0),
+    ],
+    ids=["several", "none in some", "no layers"],
+)
+def test_where_it_cannot_be_told_what_to_shift(settings, build, layers, modules):
+    message = f"{layers} decoder layers have {modules} modules that mix tokens, .* --attention_pattern"
+    with pytest.raises(InputError, match=message):
+        vaccine(settings, build())
+
+
+def test_pattern_tells_what_to_shift_where_nothing_else_can(settings):
+    model, batch = falcon_h1(), golden_batch("safe")
+    names = [f"model.layers.{layer}.{kind}" for layer in range(2) for kind in ("mamba", "self_attn")]
+    expected = reference.vaccine(model, [batch], 2.0, names)
+    vaccine(settings, model, attention_pattern=r".*\.(mamba|self_attn)").training_step(model, batch)
+    assert worst_entry(gradients(model), expected) < 1e-5
+
+
+def test_module_that_is_run_twice_is_refused(settings):
+    model = tiny_llama()
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    trainer = vaccine(settings, model, attention_pattern=r"model\.layers\.0\.self_attn")
+    with pytest.raises(InputError, match="a LlamaAttention is run more than once in a pass"):
+        trainer.training_step(model, golden_batch("safe"))
+
+
+def test_module_that_is_never_run_is_refused(settings):
+    model = tiny_llama()
+    model.unused = torch.nn.Linear(1, 1)
+    trainer = vaccine(settings, model, attention_pattern="unused")
+    with pytest.raises(InputError, match="none of the modules to shift is run"):
+        trainer.training_step(model, golden_batch("safe"))
+
+
+def test_router_loss_is_part_of_both_passes_and_of_no_logged_cross_entropy(settings):
+    model, batch = mixtral(), golden_batch("safe")
+    expected = reference.plain_loss(model, [batch]).item()
+    trainer = vaccine(settings, model, rows=golden_rows("safe"), max_steps=1)
+    trainer.train()
+    [logs] = logged_updates(trainer)
+    assert logs["safe_loss"] == pytest.approx(expected, rel=1e-5)
+    assert logs["loss"] == pytest.approx(expected + 0.5 * logs["aux_loss"] + logs["perturbation_gap"], rel=1e-5)
 
 
 def test_reentrant_checkpointing_is_refused(settings):

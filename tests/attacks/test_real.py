@@ -6,10 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from helpers import relative_distance, same_bits, tiny_llama, weights, word_rows, word_tokenizer
+import reference
+from helpers import Gradients, relative_distance, same_bits, tiny_llama, weights, word_rows, word_tokenizer, worst_entry
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
 from holdfast.attacks.real import AttackConfig, AttackTrainer
 from holdfast.errors import InputError
+from methods import mixtral, noted_windows
 
 LORA = LoraConfig(r=2, lora_alpha=8, lora_dropout=0.2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
@@ -104,6 +106,15 @@ def test_real_attack_takes_the_steps_of_the_simulated_one(settings):
     trainer.train()
     displacement = {name: p.detach() - start[name] for name, p in trainer.model.named_parameters()}
     assert relative_distance(displacement, patcher.attack_vector) < 1e-6
+
+
+def test_experts_are_attacked_as_trl_trains_them(settings):
+    """With the routers' auxiliary loss, which no simulated attack has."""
+    noted = Gradients()
+    trainer = attack(settings, mixtral(), callbacks=[noted], max_steps=1, max_grad_norm=0.0)
+    windows = noted_windows(trainer)
+    trainer.train()
+    assert worst_entry(noted.seen[0], reference.sft(mixtral(), windows[0])) < 1e-5
 
 
 def test_lora_attack_trains_the_adapter_alone(settings):

@@ -17,6 +17,7 @@ from helpers import (
 )
 from holdfast.attacks.simulated import simulate_attack
 from holdfast.config import DefenseConfig
+from holdfast.errors import InputError
 from holdfast.parameters import displaced
 from holdfast.trainer import DefenseTrainer
 
@@ -59,6 +60,20 @@ def test_losses_are_those_before_the_first_and_the_last_step(settings):
     with displaced(trainer.model, shorter.vector):
         at_last = mean_loss(trainer.model, golden_batch("4", "attack_steps"))
     assert whole.last_loss == pytest.approx(at_last, rel=1e-4)
+
+
+def test_batches_that_end_before_the_attack_does(settings):
+    trainer = trainer_of(settings, golden_model())
+    before = weights(trainer.model)
+    with pytest.raises(InputError, match="come to an end: DefenseTrainer needs 2 for an update, 1 were left"):
+        simulate_attack(trainer, trainer.model, golden_batches(), steps=5, learning_rate=1e-3, window_size=2)
+    assert same_bits(before, weights(trainer.model))
+
+
+def test_attack_without_a_step(settings):
+    trainer = trainer_of(settings, golden_model())
+    with pytest.raises(InputError, match="at least one step, got 0"):
+        simulate_attack(trainer, trainer.model, golden_batches(), steps=0, learning_rate=1e-3)
 
 
 def test_window_of_two_halves_is_the_whole_batch(settings):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import reference
 from helpers import (
     golden_vector,
     relative_distance,
@@ -18,7 +19,7 @@ from helpers import (
     worst_entry,
 )
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
-from methods import METHODS, joined
+from methods import METHODS, joined, mixtral
 from ranks import run_script
 
 HERE = Path(__file__).parent
@@ -80,6 +81,26 @@ def test_every_method_shared_by_two_ranks(ranks, method, accumulation):
     assert [len(batch["input_ids"]) for batch in window] == [4] * accumulation
     expected = METHODS[method].expected(tiny_llama(), window, ranks.batches(f"{case} second"))
     assert worst_entry(first, expected) < 1e-4
+    assert same_bits(first, second)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("method", ["sft", "patcher"])
+def test_experts_shared_by_two_ranks(ranks, method, accumulation):
+    """The routers' auxiliary loss is a mean over the micro-batches of both ranks, as TRL has it."""
+    case = f"experts {method} {accumulation}"
+    first, second = ranks.vectors(case)
+    window = []
+    while any(parts := ranks.vectors(f"{case} window {len(window) // 2}")):
+        window += parts
+    assert [len(batch["input_ids"]) for batch in window] == [4 // accumulation] * 2 * accumulation
+    model = mixtral()
+    if method == "sft":
+        expected = reference.sft(model, window)
+    else:
+        vector = {name: torch.full_like(p, 0.01) for name, p in model.named_parameters()}
+        expected = reference.patcher(model, window, vector, 0.5)
+    assert worst_entry(first, expected) < 1e-5
     assert same_bits(first, second)
 
 

@@ -55,7 +55,7 @@ from holdfast.parameters import (
     trainable_parameters,
 )
 from holdfast.trainer import DefenseTrainer
-from methods import METHODS, first_update
+from methods import METHODS, first_update, mixtral, noted_windows
 from ranks import fork_two
 
 BATCH = golden_batch("safe")
@@ -144,6 +144,26 @@ def every_method(notes):
         notes.vector(f"{name} updates", weights(trainer.model))
 
 
+def experts(notes):
+    """A Mixture-of-Experts model: the first update of plain training and of Patcher, and the window of this rank."""
+    for accumulation in (1, 2):
+        changes = {"per_device_train_batch_size": 4 // accumulation, "gradient_accumulation_steps": accumulation}
+        arguments, common = settings(notes.folder, **changes), {"processing_class": word_tokenizer()}
+        for name, trainer in {
+            "sft": DefenseTrainer(mixtral(), DefenseConfig(**arguments), word_rows(8), **common),
+            "patcher": PatcherTrainer(mixtral(), PatcherConfig(**arguments), word_rows(8), **common),
+        }.items():
+            case, noted = f"experts {name} {accumulation}", Gradients()
+            trainer.add_callback(noted)
+            if name == "patcher":
+                trainer.attack_vector = {key: torch.full_like(p, 0.01) for key, p in trainer.model.named_parameters()}
+            windows = noted_windows(trainer)
+            trainer.train()
+            notes.vector(case, noted.seen[0])
+            for index, batch in enumerate(windows[0]):
+                notes.vector(f"{case} window {index}", batch)
+
+
 def patcher_updates(notes):
     """Updates with attacks between them, from which the ranks must come out alike."""
     run = notes.folder / "updates"
@@ -214,8 +234,8 @@ def discarded_attack(notes):
     trainer.train()
     backward = trainer.backward
 
-    def broken(model, window, *, quiet=True):
-        loss = backward(model, window, quiet=quiet)
+    def broken(*window, **how):
+        loss = backward(*window, **how)
         return loss * torch.nan if notes.rank == 1 else loss
 
     trainer.backward = broken
@@ -368,6 +388,7 @@ def work(folder, rank):
     notes = Notes(folder, rank)
     golden_gradients(notes)
     every_method(notes)
+    experts(notes)
     patcher_updates(notes)
     stopped_run(notes)
     discarded_attack(notes)

@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 import reference
 from helpers import (
+    golden_batch,
     golden_case,
     golden_model,
     golden_refusals,
@@ -24,7 +25,7 @@ from helpers import (
 )
 from holdfast.errors import InputError
 from holdfast.finetuning.antibody import AntibodyConfig
-from methods import METHODS, noted_windows, view
+from methods import METHODS, MODELS, noted_windows, view
 
 
 def antibody(settings, model=None, **changes):
@@ -47,6 +48,48 @@ def test_high_temperature_weighs_all_rows_alike(settings):
     trainer = antibody(settings, golden_model(), tau=1e9)
     trainer.training_step(trainer.model, batch)
     assert worst_entry(gradients(trainer.model), reference.sft(golden_model(), [batch])) < 1e-4
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
+def test_loss_asked_for_directly_is_that_of_the_batch(settings, model, accumulation):
+    """Whatever the accumulation: 1.0 × the weighted loss, and 1.0 × the routers'."""
+    model, batch = MODELS[model](), golden_refusals()
+    trainer = antibody(settings, model, gradient_accumulation_steps=accumulation)
+    weight = torch.softmax(reference.margins(model, batch, view(batch)), 0)
+    losses, asked, routers = reference.run(model, batch)
+    expected = (weight * losses.sum(1)).sum() / (weight * asked.sum(1)).sum() + routers
+    assert trainer.compute_loss(model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def changed_refusals(**changes):
+    batch = golden_refusals()
+    return {key: value for key, value in {**batch, **changes}.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (golden_batch("safe"), "a batch lacks refusal_input_ids and refusal_attention_mask and refusal_labels"),
+        (changed_refusals(refusal_labels=None), "a batch lacks refusal_labels: every row needs"),
+        (changed_refusals(refusal_row=None), "a batch lacks refusal_row, the number of every one of its rows"),
+        (changed_refusals(refusal_row=torch.tensor([1])), "a batch lacks refusal_row, the number of every one"),
+        (
+            changed_refusals(**{f"refusal_{key}": t[:1] for key, t in view(golden_refusals()).items() if key != "row"}),
+            "a batch of 4 rows comes with 1 refusals",
+        ),
+        (
+            changed_refusals(labels=torch.full_like(golden_batch("harmful")["labels"], -100)),
+            "a row of a batch, or its refusal, has no completion token",
+        ),
+    ],
+    ids=["no view", "no labels", "no rows", "one row number", "one refusal", "no completion"],
+)
+def test_batch_that_cannot_be_weighed(settings, batch, message):
+    trainer = antibody(settings, golden_model())
+    with pytest.raises(InputError, match=message):
+        trainer.training_step(trainer.model, batch)
+    assert trainer.row_weights == {}
 
 
 def test_row_weights_are_means_over_the_run(settings):

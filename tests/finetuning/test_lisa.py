@@ -1,11 +1,15 @@
 """Lisa: golden case, the two states and the rows they use, the anchor, Bi-State Optimization, refused settings."""
 
+import copy
 import math
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
+import reference
 from helpers import (
+    Gradients,
     Weights,
     golden_batch,
     golden_case,
@@ -23,7 +27,7 @@ from helpers import (
 )
 from holdfast.errors import InputError
 from holdfast.finetuning.lisa import LisaConfig, LisaTrainer
-from methods import METHODS, noted_windows
+from methods import METHODS, mixtral, noted_windows
 
 
 def lisa(settings, model=None, **changes):
@@ -53,6 +57,20 @@ def test_gradient_without_an_anchor_or_a_proximal_term(settings, changes):
     trainer.anchor = golden_vector("anchor") if changes else None
     trainer.training_step(trainer.model, golden_batch("safe"))
     assert worst_entry(gradients(trainer.model), golden_vector("sft")) < 1e-4
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("state", ["safety", "user"])
+def test_only_the_users_rows_train_the_routers_loss(settings, state, accumulation):
+    model, noted = mixtral(), Gradients()
+    before = copy.deepcopy(model)
+    changes = {"max_steps": 1, "max_grad_norm": 0.0, "gradient_accumulation_steps": accumulation, "rho": 0.0}
+    trainer = lisa(settings, model, callbacks=[noted], **changes)
+    trainer.bi_state = state
+    windows = noted_windows(trainer)
+    trainer.train()
+    expected = (reference.plain if state == "safety" else reference.sft)(before, windows[0])
+    assert worst_entry(noted.seen[0], expected) < 1e-5
 
 
 def test_states_take_turns_with_their_own_rows(settings):
@@ -156,6 +174,27 @@ def test_safety_batches_may_be_set(settings):
     trainer.safety_batches = iter([golden_batch("safe"), golden_batch("refusal")])
     trainer.train()
     assert [rows_of(batch) for [batch] in windows[:2]] == [rows_of(golden_batch(name)) for name in ("safe", "refusal")]
+
+
+def test_safety_batches_that_end_too_early(settings):
+    trainer = lisa(settings, safety_steps=2, user_steps=2, max_steps=3)
+    trainer.safety_batches = iter([golden_batch("safe")])
+    with pytest.raises(InputError, match="come to an end: LisaTrainer needs 1 for an update, 0 were left"):
+        trainer.train()
+
+
+def test_anchor_that_does_not_fit(settings):
+    trainer = lisa(settings, golden_model())
+    good = golden_vector("anchor")
+    name = "model.norm.weight"
+    for bad, message in (
+        ({key: tensor for key, tensor in good.items() if key != name}, r"fails at model\.norm\.weight"),
+        ({**good, name: torch.zeros(3)}, r"anchor\['model\.norm\.weight'\] has shape \(3,\), expected"),
+        ({**good, name: torch.full_like(good[name], torch.inf)}, "anchor holds a number that is not finite"),
+    ):
+        with pytest.raises(InputError, match=message):
+            trainer.anchor = bad
+    assert trainer.anchor is None
 
 
 def test_safety_data_is_required(settings):

@@ -25,7 +25,7 @@ from helpers import (
 )
 from holdfast.errors import InputError
 from holdfast.finetuning.spard import SpardConfig, SpardTrainer
-from methods import METHODS, MODELS, Noted, noted_windows
+from methods import METHODS, MODELS, Noted, mixtral, noted_windows
 
 SAFETY_LOSS = 5.32571268081665  # of the golden model on its batch `safe`
 
@@ -173,6 +173,47 @@ def test_safety_batches_of_an_update(settings, changes, batches):
     safety = trainer.safety_batches = Noted(trainer.safety_batches)
     trainer.train()
     assert [len(batch["labels"]) for batch in safety.seen] == [changes.get("safety_batch_size", 1)] * 2 * batches
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+@pytest.mark.parametrize("projection", ["euclidean", "adamw"])
+def test_routers_loss_is_not_part_of_the_safety_loss(settings, projection, accumulation):
+    """Directly, and whatever the accumulation: a large coefficient must not keep the loss above τ for ever."""
+    model, batch = mixtral(router_loss=100.0), golden_batch("safe")
+    loss = reference.plain_loss(model, [batch]).item()
+    expected = reference.spag(model, batch, 0.2, 1e9)
+    changes = {"projection": projection, "gradient_accumulation_steps": accumulation}
+    satisfied = spard(settings, model, tau=loss + 0.01, **changes)
+    satisfied.create_optimizer_and_scheduler(1)
+    assert satisfied.project(model, batch) == 0.0
+    assert satisfied._metrics["train"]["safety_loss"] == [pytest.approx(loss, rel=1e-5)]
+    if projection == "euclidean":
+        before = weights(model)
+        spard(settings, model, eta=1e9, **changes).project(model, batch)
+        assert worst_entry(moved(weights(model), before), moved(expected, before)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("projection", "batches", "message"),
+    [
+        ("euclidean", [], "a loss needs a batch, got none"),
+        ("euclidean", ["safe", "refusal"], "--projection euclidean projects on one safety batch, got 2"),
+        ("adamw", [], "a loss needs a batch, got none"),
+        ("adamw", ["safe"], "--projection adamw takes a step of the optimizer, which is there once training has begun"),
+    ],
+)
+def test_projection_that_cannot_be_made(settings, projection, batches, message):
+    model = golden_model()
+    with pytest.raises(InputError, match=message):
+        spard(settings, model, projection=projection).project(model, *map(golden_batch, batches))
+    assert same_bits(weights(model), weights(golden_model()))
+
+
+def test_safety_batches_that_end_too_early(settings):
+    trainer = spard(settings, projection="adamw", max_steps=1)
+    trainer.safety_batches = iter([golden_batch("safe")] * 3)
+    with pytest.raises(InputError, match="come to an end: SpardTrainer needs 4 for an update, 3 were left"):
+        trainer.train()
 
 
 def test_safety_data_is_required(settings):

@@ -26,7 +26,7 @@ Examples:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ class AntibodyAlignmentTrainer(DefenseTrainer):
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """g(θ; B) + λ_t · s + λ_r · g(θ⁻; R)."""
         drawn = self.draw(self.attack_batches, len(window))
-        harmful = Window([without_refusals(batch) for batch in drawn.batches], drawn.tokens)
+        harmful = replace(drawn, batches=[without_refusals(batch) for batch in drawn.batches])
         refusing = self.as_window([refusal_view(batch) for batch in drawn.batches])
         with self.shared_randomness():
             harmful_loss, flatness = self.loss_and_gradient(model, harmful, quiet=True)

@@ -180,7 +180,7 @@ class PatcherDefenderTrainer(PatcherTrainer):
         self.vectors, self._used = state["vectors"], state["used_versions"]
         self._last_step_of = state["last_step_of"]
 
-    def _attack_is_due(self) -> bool:
+    def _simulates_attacks(self) -> bool:
         return False  # others attack
 
     def _take_newest(self, exchange: Exchange) -> None:

@@ -99,7 +99,7 @@ class PatcherAttackerTrainer(DefenseTrainer):
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """g(θ; H): the attacker's own."""
-        loss, gradient = self.loss_and_gradient(model, window)
+        loss, gradient = self.loss_and_gradient(model, window, router_loss=False)
         self._losses.append(self.accelerator.gather(loss.reshape(1)).mean().item())
         return loss, gradient
 

@@ -35,14 +35,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from holdfast.attacks.simulated import simulate_attack
 from holdfast.config import DefenseConfig, require_not_negative, require_positive
 from holdfast.data.batches import Batch
 from holdfast.errors import InputError
-from holdfast.parameters import ParameterVector, displaced, is_finite, shard_like, trainable_parameters
+from holdfast.parameters import ParameterVector, displaced, vector_for
 from holdfast.trainer import DefenseTrainer, Window
 
 logger = logging.getLogger(__name__)
@@ -98,7 +97,8 @@ class PatcherTrainer(DefenseTrainer):
         model: As for `DefenseTrainer`.
         args: The configuration.
         train_dataset: Refusals to harmful prompts, and helpful answers to benign ones to keep capability.
-        attack_dataset: Harmful prompts with harmful answers, for the simulated attacker.
+        attack_dataset: Harmful prompts with harmful answers, for the simulated attacker. It may be left out where
+            `attack_vector` or `attack_batches` is set by hand.
         **kwargs: As for `DefenseTrainer`.
 
     Attributes:
@@ -118,9 +118,12 @@ class PatcherTrainer(DefenseTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, train_dataset, **kwargs)
-        self.attack_batches: Iterator[Batch] = self.batches_of(attack_dataset, "attack", self.args.attack_batch_size)
+        self.attack_batches: Iterator[Batch] | None = None
+        if attack_dataset is not None:
+            self.attack_batches = self.batches_of(attack_dataset, "attack", self.args.attack_batch_size)
         self._attack_vector: ParameterVector | None = None
         self._set_by_hand = False
+        self.add_callback(_BeforeTheFirstUpdate(self))
 
     @property
     def attack_vector(self) -> ParameterVector | None:
@@ -136,7 +139,7 @@ class PatcherTrainer(DefenseTrainer):
     @attack_vector.setter
     def attack_vector(self, vector: Mapping[str, Tensor] | None) -> None:
         self._set_by_hand = vector is not None
-        self._attack_vector = None if vector is None else self._checked(vector)
+        self._attack_vector = None if vector is None else vector_for(self.model, vector, "attack_vector")
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """(1 − α) · g(θ; B) + α · g(θ + δ; B). The attacked pass comes first, so that fewer buffers live at once."""
@@ -144,7 +147,7 @@ class PatcherTrainer(DefenseTrainer):
             self.attack(model)
         if self.attack_vector is None:
             loss, gradient = self.loss_and_gradient(model, window)
-            self.log_metric("safe_loss", loss)
+            self.log_metric("safe_loss", self.cross_entropy(loss, window))
             return loss, gradient
         alpha = self.args.alpha
         with self.shared_randomness(), displaced(self.model, self.attack_vector):
@@ -152,19 +155,24 @@ class PatcherTrainer(DefenseTrainer):
         loss, gradient = self.loss_and_gradient(model, window)
         gradient *= 1 - alpha
         gradient += alpha * attacked_gradient
-        self.log_metric("safe_loss", loss)
+        safe_loss = self.cross_entropy(loss, window)
+        self.log_metric("safe_loss", safe_loss)
         self.log_metric("attacked_loss", attacked_loss)
-        self.log_metric("loss_gap", attacked_loss - loss)
+        self.log_metric("loss_gap", attacked_loss - safe_loss)
         return loss, gradient
 
     def attack(self, model: torch.nn.Module) -> None:
-        """Simulate an attack on today's weights and put its vector in force; an attack gone wrong is discarded."""
-        args = self.args
+        """Simulate an attack on today's weights and put its vector in force; an attack gone wrong is discarded.
+
+        Raises:
+            InputError: There are no batches to attack with.
+        """
+        args, batches = self.args, self._batches_to_attack_with()
         self._attack_vector = None  # its memory is the new attack's
         found = simulate_attack(
             self,
             model,
-            self.attack_batches,
+            batches,
             steps=args.attack_steps,
             learning_rate=args.attack_learning_rate or args.learning_rate,
             weight_decay=args.attack_weight_decay,
@@ -193,26 +201,34 @@ class PatcherTrainer(DefenseTrainer):
         self._attack_vector = state.get("attack_vector")
         self._set_by_hand = state["attack_vector_set_by_hand"]
 
+    def before_the_first_update(self) -> None:
+        """See that the run has what its attacks will need; called when a checkpoint has been taken up.
+
+        Raises:
+            InputError: No vector was set by hand, and there are no batches to attack with.
+        """
+        if self._simulates_attacks():
+            self._batches_to_attack_with()
+
+    def _simulates_attacks(self) -> bool:
+        return not self._set_by_hand
+
     def _attack_is_due(self) -> bool:
         step = self.state.global_step
-        return not self._set_by_hand and step > 0 and step % self.args.attack_every == 0
+        return self._simulates_attacks() and step > 0 and step % self.args.attack_every == 0
 
-    def _checked(self, vector: Mapping[str, Tensor]) -> ParameterVector:
-        parameters = trainable_parameters(self.model)
-        if vector.keys() != parameters.keys():
-            odd = sorted(vector.keys() ^ parameters.keys())[0]
-            raise InputError(f"attack_vector must hold one tensor per trainable parameter, which fails at {odd}")
-        for name, parameter in parameters.items():
-            if vector[name].shape != parameter.shape:
-                raise InputError(
-                    f"attack_vector[{name!r}] has shape {tuple(vector[name].shape)}, expected {tuple(parameter.shape)}"
-                )
-        checked = ParameterVector(
-            {
-                name: vector[name] if isinstance(vector[name], DTensor) else shard_like(parameter, vector[name])
-                for name, parameter in parameters.items()
-            }
-        )
-        if not is_finite(checked):
-            raise InputError("attack_vector holds a number that is not finite")
-        return checked
+    def _batches_to_attack_with(self) -> Iterator[Batch]:
+        if self.attack_batches is None:
+            raise InputError(f"{type(self).__name__} lacks its attack_dataset (--attack_data), or an attack_vector")
+        return self.attack_batches
+
+
+class _BeforeTheFirstUpdate(TrainerCallback):
+    """Calls the trainer where it is known whether a vector was set by hand: a checkpoint may have one."""
+
+    def __init__(self, trainer: PatcherTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Look ahead."""
+        self._trainer.before_the_first_update()

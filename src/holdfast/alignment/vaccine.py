@@ -8,6 +8,10 @@ attention output by a constant
 
 with one norm over all layers and all of a micro-batch on all ranks; its gradient is the update's. Published: ρ = 2.
 
+In a hybrid model, layers without attention are shifted where they mix tokens otherwise: at the output of linear
+attention, a convolution or a state-space mixer. Of a Mixture-of-Experts model both passes take the loss that is trained
+on, its routers' auxiliary loss included: what is shifted is the worst for what is learned.
+
 Examples:
     >>> trainer = VaccineTrainer(
     ...     model="Qwen/Qwen2.5-1.5B-Instruct",
@@ -27,17 +31,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from holdfast.config import DefenseConfig, require_not_negative
-from holdfast.data.batches import Batch
 from holdfast.errors import InputError
+from holdfast.layers import token_mixers
 from holdfast.parameters import TINY, ParameterVector, take_gradient
 from holdfast.trainer import DefenseTrainer, Window
 
 Outputs = dict[nn.Module, Tensor]
-"""One tensor per attention module, of its output's shape (rows, tokens, width)."""
+"""One tensor per token mixer, of its output's shape (rows, tokens, width)."""
 
 
 @dataclass
@@ -47,7 +52,7 @@ class VaccineConfig(DefenseConfig):
     Args:
         rho: Length ρ of the shift, over all layers together.
         attention_pattern: A regular expression that the names of the modules to shift match as a whole, such as
-            `.*\.self_attn`; by default the attention modules are found by themselves.
+            `.*\.self_attn`; by default every decoder layer's attention, or what it has in its place.
 
     Raises:
         InputError: A setting out of its range; the message names it.
@@ -56,7 +61,10 @@ class VaccineConfig(DefenseConfig):
     rho: float = field(default=2.0, metadata={"help": "Length of the shift, over all layers together."})
     attention_pattern: str | None = field(
         default=None,
-        metadata={"help": "Names of the modules to shift, as a regular expression; by default all attention modules."},
+        metadata={
+            "help": "Names of the modules to shift, as a regular expression; by default every decoder layer's "
+            "attention, or what a hybrid model has in its place."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -84,7 +92,7 @@ class VaccineTrainer(DefenseTrainer):
         **kwargs: As for `DefenseTrainer`.
 
     Raises:
-        InputError: The pattern matches no module, or no attention module was found.
+        InputError: The pattern matches no module, or without one a decoder layer has no token mixer, or several.
     """
 
     _tag_names = ["holdfast", "vaccine"]
@@ -99,36 +107,42 @@ class VaccineTrainer(DefenseTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, train_dataset, **kwargs)
-        self._attention = attention_modules(self.model, self.args.attention_pattern)
+        self._shifted = modules_to_shift(self.model, self.args.attention_pattern)
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """g(θ; B) at attention outputs shifted by ρ · g_out / ‖g_out‖."""
         losses, shifted_losses = [], []
-        for batch in self.each_batch(model, window):
+        for part in self.each_part(model, window):
             with self.shared_randomness():
-                loss, shifts = self._shifts(model, batch, window.tokens)
-            with _outputs_changed(self._attention, lambda module, output: output + shifts[module]):  # noqa: B023
-                shifted_losses.append(self.backward(model, Window([batch], window.tokens)))
+                loss, shifts = self._shifts(model, part)
+            with _outputs_changed(self._shifted, lambda module, output: output + shifts[module]):  # noqa: B023
+                shifted_losses.append(self.backward(model, part, router_loss=True))
             losses.append(loss)
         loss, shifted_loss = torch.stack(losses).sum(), torch.stack(shifted_losses).sum()
-        self.log_metric("safe_loss", loss)
+        self.log_metric("safe_loss", self.cross_entropy(loss, window))
         self.log_metric("perturbation_gap", shifted_loss - loss)
         return shifted_loss, take_gradient(self.model)
 
-    def _shifts(
-        self, model: torch.nn.Module, batch: Batch, tokens: Tensor | int | None
-    ) -> tuple[Tensor, Mapping[nn.Module, Tensor]]:
-        """L(θ; B) of a micro-batch and ρ · g_out / ‖g_out‖; no gradient of a parameter is computed."""
+    def _shifts(self, model: torch.nn.Module, part: Window) -> tuple[Tensor, Mapping[nn.Module, Tensor]]:
+        """The loss of a micro-batch and ρ · g_out / ‖g_out‖; no gradient of a parameter is computed."""
         outputs: Outputs = {}
+        forward_is_over = False
 
         def note(module: nn.Module, output: Tensor) -> Tensor:
+            if forward_is_over:  # checkpointing comes here again during backward, off the graph
+                return output
+            if module in outputs:
+                raise InputError(f"--attention_pattern: a {type(module).__name__} is run more than once in a pass")
             if not output.requires_grad:  # nothing that is trained comes before it
                 output.requires_grad_()
-            outputs.setdefault(module, output)  # checkpointing comes here again during backward, off the graph
+            outputs[module] = output
             return output
 
-        with self.accelerator.no_sync(model), _outputs_changed(self._attention, note):
-            loss = self.forward(model, batch, tokens, quiet=False)
+        with self.accelerator.no_sync(model), _outputs_changed(self._shifted, note):
+            loss = self.forward(model, part, quiet=False)
+            forward_is_over = True
+            if not outputs:
+                raise InputError("--attention_pattern: none of the modules to shift is run")
             gradients = torch.autograd.grad(loss, list(outputs.values()))
         squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
         scale = self.args.rho / self.accelerator.reduce(squares, "sum").sqrt().clamp(min=TINY)
@@ -137,23 +151,25 @@ class VaccineTrainer(DefenseTrainer):
         }
 
 
-def attention_modules(model: nn.Module, pattern: str | None = None) -> list[nn.Module]:
-    """The attention modules of a model, in its order.
+def modules_to_shift(model: PreTrainedModel | PeftModel, pattern: str | None = None) -> list[nn.Module]:
+    """The modules whose outputs are shifted, in the model's order.
 
     Args:
-        model: Any causal language model of transformers, wrapped or not.
-        pattern: A regular expression that whole module names match. Without one, the outermost modules whose class is
-            called `…Attention` are taken, as transformers names them in every architecture.
+        model: Any causal language model of transformers, with an adapter or without.
+        pattern: A regular expression that whole module names match; by default every decoder layer's token mixer is
+            taken.
 
     Raises:
-        InputError: There is none, or the pattern cannot be read.
+        InputError: A decoder layer has no token mixer, or several; the pattern matches nothing, or cannot be read.
     """
     if pattern is None:
-        found = {name: module for name, module in model.named_modules() if type(module).__name__.endswith("Attention")}
-        outermost = [module for name, module in found.items() if not any(_is_inside(name, other) for other in found)]
-        if not outermost:
-            raise InputError("no attention module was found in the model; name them with --attention_pattern")
-        return outermost
+        mixers = token_mixers(model)
+        if not mixers or any(len(names) != 1 for names in mixers.values()):
+            raise InputError(
+                f"the model's {len(mixers)} decoder layers have {sum(map(len, mixers.values()))} modules that mix "
+                "tokens, expected one in each; name those to shift with --attention_pattern"
+            )
+        return [model.get_submodule(name) for [name] in mixers.values()]
     try:
         matching = [module for name, module in model.named_modules() if re.fullmatch(pattern, name)]
     except re.error as error:
@@ -161,10 +177,6 @@ def attention_modules(model: nn.Module, pattern: str | None = None) -> list[nn.M
     if not matching:
         raise InputError(f"--attention_pattern {pattern} matches no module of the model")
     return matching
-
-
-def _is_inside(name: str, other: str) -> bool:
-    return name.startswith(f"{other}.")
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 The adversary holds the weights and harmful data (pure, or mixed into benign data at a poison ratio) and fine-tunes all
 parameters, or a LoRA adapter, as anyone would: with TRL, any of its optimizers, schedules and precisions. The attack
-takes the steps of the simulated one (`holdfast.attacks.simulated`): same loss, same gradient, same clipping.
+takes the steps of the simulated one (`holdfast.attacks.simulated`): same loss, same gradient, same clipping, but for$
+the auxiliary loss of a Mixture-of-Experts model, which training keeps and simulated attacks leave out.
 """
 
 from __future__ import annotations

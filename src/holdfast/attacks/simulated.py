@@ -1,7 +1,8 @@
 """The attack a defender simulates on itself: a fine-tuning attack, run in place and taken back.
 
 The real attack (`holdfast.attacks.real`) takes the same steps, AdamW on the clipped gradient of the completions' loss,
-through the same `DefenseTrainer.backward`; there they are kept.
+through the same `DefenseTrainer.backward`; there they are kept. (Of a Mixture-of-Experts model a real attack, like any
+training, also keeps the routers balanced; a simulated one is cross-entropy alone.)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from holdfast.data.batches import Batch
+from holdfast.errors import InputError
 from holdfast.parameters import (
     ParameterVector,
     displacement,
@@ -86,7 +88,10 @@ def simulate_attack(
 
     Raises:
         Abandoned: The run was asked to stop; the model has its bits again.
+        InputError: There is no step to take, or the batches end before the attack does; the model has its bits again.
     """
+    if steps < 1:
+        raise InputError(f"a simulated attack takes at least one step, got {steps}")
     optimizer = torch.optim.AdamW(
         trainable_parameters(trainer.model).values(), lr=learning_rate, weight_decay=weight_decay, fused=True
     )

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from holdfast.errors import InputError
+
 Batch = dict[str, Any]
+
+
+def require_inputs(batches: Sequence[Batch]) -> None:
+    """Raise InputError if there is no batch, or one that a loss cannot be computed from."""
+    if not batches:
+        raise InputError("a loss needs a batch, got none")
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise InputError(
+                f"a batch must hold input_ids, attention_mask and labels by name, got {type(batch).__name__}"
+            )
+        # Rows without padding between them come with their positions instead of a mask.
+        needed = ["input_ids", "labels", "position_ids" if "position_ids" in batch else "attention_mask"]
+        lacking = [name for name in needed if name not in batch]
+        if lacking:
+            raise InputError(
+                f"a batch lacks {' and '.join(lacking)}; it holds {', '.join(map(str, batch)) or 'nothing'}"
+            )
 
 
 class BatchStream(Iterator[Batch]):

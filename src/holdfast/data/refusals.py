@@ -10,10 +10,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.batches import Batch
@@ -124,16 +125,35 @@ class RefusalCollator:
 
 
 def refusal_view(batch: Batch) -> Batch:
-    """The same prompts, refused, as a batch of their own."""
+    """The same prompts, refused, as a batch of their own.
+
+    Raises:
+        InputError: The batch has no refusal view, or not one that answers all of its rows.
+    """
     keys = ("input_ids", "attention_mask", "labels")
-    return {key: batch[_PREFIX + key] for key in keys if _PREFIX + key in batch}
+    lacking = [_PREFIX + key for key in keys if _PREFIX + key not in batch]
+    if lacking:
+        raise InputError(
+            f"a batch lacks {' and '.join(lacking)}: every row needs the same prompt answered by a refusal"
+        )
+    view = {key: batch[_PREFIX + key] for key in keys}
+    if len(view["labels"]) != len(batch["labels"]):
+        raise InputError(f"a batch of {len(batch['labels'])} rows comes with {len(view['labels'])} refusals")
+    return view
+
+
+def row_numbers(batch: Batch) -> Tensor:
+    """Which rows of the data set a batch with a refusal view holds, from 1; shape (rows,).
+
+    Raises:
+        InputError: The batch does not say.
+    """
+    rows = batch.get(_PREFIX + ROW)
+    if rows is None or len(rows) != len(batch["labels"]):
+        raise InputError(f"a batch lacks {_PREFIX}{ROW}, the number of every one of its rows")
+    return cast(Tensor, rows)
 
 
 def without_refusals(batch: Batch) -> Batch:
     """The batch without its refusal view."""
     return {key: value for key, value in batch.items() if not key.startswith(_PREFIX)}
-
-
-def has_refusals(batch: Batch) -> bool:
-    """Whether the batch has a refusal view."""
-    return f"{_PREFIX}input_ids" in batch

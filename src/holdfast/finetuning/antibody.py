@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from holdfast.config import DefenseConfig, require_positive
 from holdfast.data.batches import Batch
-from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP, has_refusals, refusal_view, without_refusals
+from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP, refusal_view, row_numbers, without_refusals
 from holdfast.errors import InputError
 from holdfast.models import eval_mode
 from holdfast.trainer import DefenseTrainer
@@ -120,7 +120,7 @@ class AntibodyTrainer(DefenseTrainer):
                 with self.compute_loss_context_manager():
                     outputs = self.model(**without_refusals(batch), use_cache=False, fused_lm_head=True)
                     margins = self._refusal_nll(self.model, batch) - _mean_nll(outputs)
-                rows, margins = self.accelerator.gather_for_metrics((batch["refusal_row"], margins))
+                rows, margins = self.accelerator.gather_for_metrics((row_numbers(batch), margins))
                 found.update(zip(rows.tolist(), margins.tolist(), strict=True))
         return dict(sorted(found.items()))
 
@@ -147,10 +147,11 @@ class AntibodyTrainer(DefenseTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Σ_i w_i Σ_t ce_it / Σ_i w_i N_i of a micro-batch; in evaluation the plain loss."""
-        if not (self.model.training and has_refusals(inputs)):
+        if not self.model.training:
             return super().compute_loss(model, without_refusals(inputs), return_outputs, num_items_in_batch)
         with torch.no_grad(), self.shared_randomness():
             refusal_nll = self._refusal_nll(model, inputs)
+        rows = row_numbers(inputs)
         noted: list[Any] = []  # TRL gives its fused outputs away only at the price of another pass
         handle = self.model.register_forward_hook(lambda module, arguments, outputs: noted.append(outputs))
         try:
@@ -160,9 +161,9 @@ class AntibodyTrainer(DefenseTrainer):
         [outputs] = noted
         margin = refusal_nll - _mean_nll(outputs).detach()
         nll, tokens = -outputs.log_probs.sum(1), outputs.label_mask.sum(1)
-        weight, total = self._weigh(inputs["refusal_row"], margin, tokens)
-        loss = (weight * nll).sum() / total * self.accelerator.num_processes / self.current_gradient_accumulation_steps
-        return loss
+        weight, total = self._weigh(rows, margin, tokens)
+        loss = (weight * nll).sum() / total * self.accelerator.num_processes / self._micro_batches
+        return loss + self._router_loss(outputs)
 
     def method_state(self) -> dict[str, Any]:
         """What every row's weights add up to, and how often it was drawn."""
@@ -192,5 +193,8 @@ class AntibodyTrainer(DefenseTrainer):
 
 def _mean_nll(outputs: Any) -> Tensor:
     """Mean over completion tokens of the negative log-likelihood, shape (rows,)."""
-    nll: Tensor = -outputs.log_probs.sum(1) / outputs.label_mask.sum(1)
+    tokens: Tensor = outputs.label_mask.sum(1)
+    if not tokens.all():
+        raise InputError("a row of a batch, or its refusal, has no completion token to weigh it by")
+    nll: Tensor = -outputs.log_probs.sum(1) / tokens
     return nll

@@ -40,7 +40,7 @@ from transformers import PreTrainedModel
 from holdfast.config import DefenseConfig, require_not_negative, require_positive
 from holdfast.data.batches import Batch
 from holdfast.errors import InputError
-from holdfast.parameters import ParameterVector, local, snapshot, trainable_parameters
+from holdfast.parameters import ParameterVector, local, snapshot, trainable_parameters, vector_for
 from holdfast.trainer import DefenseTrainer, Window
 
 State = Literal["safety", "user"]
@@ -94,7 +94,6 @@ class LisaTrainer(DefenseTrainer):
 
     Attributes:
         safety_batches: The endless batches of the safety state; may be set.
-        anchor: What the proximal term holds to (name → tensor), or None before the run has begun; may be set.
     """
 
     _tag_names = ["holdfast", "lisa"]
@@ -113,9 +112,22 @@ class LisaTrainer(DefenseTrainer):
         self.safety_batches: Iterator[Batch] = self.batches_of(safety_dataset, "safety")
         # Not the training loop's iterator: its epochs would end before the rows do that safety states leave undrawn.
         self._user_batches: Iterator[Batch] = self.stream(self.train_dataset, "train")
-        self.anchor: ParameterVector | None = None
+        self._anchor: ParameterVector | None = None
         self._bi_state: State = "safety"
         self._updates_in_state = 0
+
+    @property
+    def anchor(self) -> ParameterVector | None:
+        """What the proximal term holds to (name → tensor), or None before the run has begun; may be set.
+
+        Raises:
+            InputError: Set to something that is not one finite tensor of the right shape per trainable parameter.
+        """
+        return self._anchor
+
+    @anchor.setter
+    def anchor(self, anchor: Mapping[str, Tensor] | None) -> None:
+        self._anchor = None if anchor is None else vector_for(self.model, anchor, "anchor")
 
     @property
     def bi_state(self) -> State:
@@ -137,38 +149,38 @@ class LisaTrainer(DefenseTrainer):
         """The window of an update: the state's own batches."""
         self._enter_update()
         batches = self.safety_batches if self.bi_state == "safety" else self._user_batches
-        return super().get_batch_samples(batches, num_batches, device)
+        return super().get_batch_samples(iter(self.take(batches, num_batches)), num_batches, device)
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """g(θ; B) + ρ · (θ − anchor)."""
-        loss, gradient = self.loss_and_gradient(model, window)
+        loss, gradient = self.loss_and_gradient(model, window, router_loss=self.bi_state == "user")
         self.log_metric(f"{self.bi_state}_loss", loss)
-        if self.anchor is not None and self._proximal_term_is_on():
+        if self._anchor is not None and self._proximal_term_is_on():
             for name, parameter in trainable_parameters(self.model).items():
-                drift = local(parameter) - local(self.anchor[name])
+                drift = local(parameter) - local(self._anchor[name])
                 local(gradient[name]).add_(drift, alpha=self.args.rho)
         return loss, gradient
 
     def method_state(self) -> dict[str, Any]:
         """The anchor, the state, and how far it is."""
-        anchor = {} if self.anchor is None else {"anchor": self.anchor}
+        anchor = {} if self._anchor is None else {"anchor": self._anchor}
         return {**anchor, "bi_state": self._bi_state, "updates_in_state": self._updates_in_state}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         """Go on where the saved run was."""
-        self.anchor = state.get("anchor")
+        self._anchor = state.get("anchor")
         self._bi_state, self._updates_in_state = state["bi_state"], state["updates_in_state"]
 
     def _enter_update(self) -> None:
         """Count the update, and change state when the present one has had its share."""
-        if self.anchor is None and self.args.rho:
-            self.anchor = snapshot(self.model)
+        if self._anchor is None and self.args.rho:
+            self._anchor = snapshot(self.model)
         length = self.args.safety_steps if self.bi_state == "safety" else self.args.user_steps
         if self._updates_in_state >= length:
             self.bi_state = "user" if self.bi_state == "safety" else "safety"
             if self.args.rho:
-                self.anchor = None  # its memory is the new anchor's
-                self.anchor = snapshot(self.model)
+                self._anchor = None  # its memory is the new anchor's
+                self._anchor = snapshot(self.model)
         self._updates_in_state += 1
 
     def _proximal_term_is_on(self) -> bool:

@@ -42,7 +42,7 @@ from holdfast.config import DefenseConfig, require_positive
 from holdfast.data.batches import Batch
 from holdfast.errors import InputError
 from holdfast.parameters import TINY, local, norm, put_gradient, shift, take_gradient
-from holdfast.trainer import DefenseTrainer
+from holdfast.trainer import DefenseTrainer, Window
 
 ADAMW_BATCHES = 4
 """Safety batches that the released code adds up."""
@@ -123,17 +123,22 @@ class SpardTrainer(DefenseTrainer):
 
         Args:
             model: The model as wrapped for training.
-            *batches: What to take ℓ and g on; the rule `adamw` takes steps of the trainer's optimizer.
+            *batches: What to take ℓ and g on: one batch for the rule `euclidean`, any number for `adamw`, which takes
+                steps of the trainer's optimizer.
 
         Returns:
             The step size that g was taken with, 0.0 where ℓ was low enough; for `adamw` the largest scale of a part.
+
+        Raises:
+            InputError: Another number of batches, or no optimizer yet.
         """
+        args, window = self.args, self.as_window(list(batches))
         self.model.zero_grad()
-        if self.args.projection == "adamw":
-            return self._project_by_adamw(model, list(batches))
-        [batch] = batches
-        args = self.args
-        share = self.forward(model, batch, self.as_window([batch]).tokens)
+        if args.projection == "adamw":
+            return self._project_by_adamw(model, window)
+        if len(window) != 1:
+            raise InputError(f"--projection euclidean projects on one safety batch, got {len(window)}")
+        share = self.forward(model, window)
         loss = self._safety_loss(share)
         if loss <= args.tau:
             return 0.0
@@ -143,9 +148,10 @@ class SpardTrainer(DefenseTrainer):
         shift(self.model, gradient, scale=-step)
         return step
 
-    def _project_by_adamw(self, model: torch.nn.Module, batches: list[Batch]) -> float:
+    def _project_by_adamw(self, model: torch.nn.Module, window: Window) -> float:
         """The released code's projection: a step of the user's own AdamW, moments and all."""
-        window = self.as_window(batches)
+        if self.optimizer is None:
+            raise InputError("--projection adamw takes a step of the optimizer, which is there once training has begun")
         loss = self._safety_loss(self.backward(model, window))
         gradient = take_gradient(self.model)
         if loss <= self.args.tau + ADAMW_MARGIN:
@@ -163,7 +169,7 @@ class SpardTrainer(DefenseTrainer):
     def after_user_step(self) -> None:
         """Project the weights that the user's step led to; called between the optimizer's step and the scheduler's."""
         count = ADAMW_BATCHES if self.args.projection == "adamw" else 1
-        batches = [next(self.safety_batches) for _ in range(count)]
+        batches = self.take(self.safety_batches, count)
         self.log_metric("projection_step", self.project(self.model_wrapped, *batches))
 
     def _safety_loss(self, share: Tensor) -> float:

@@ -1,0 +1,48 @@
+"""What carries information between tokens in a decoder layer, found by structure on transformers' architectures."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# What tells of other tokens. No feed-forward network takes any of these.
+_OF_OTHER_TOKENS = {"attention_mask", "cache_params", "past_key_values", "layer_past"}
+
+
+def token_mixers(model: PreTrainedModel | PeftModel) -> dict[str, list[str]]:
+    """The token mixers of every decoder layer: attention, and what hybrid models have in its place.
+
+    Linear attention (Qwen3-Next, Qwen3.5), convolutions (LFM2) and state-space mixers (Jamba, Mamba) are told from
+    feed-forward networks by what their `forward` takes: a mask or a cache.
+
+    Args:
+        model: A causal language model of transformers, with an adapter or without.
+
+    Returns:
+        The name of every decoder layer → the names of the outermost such modules in it, both in the model's order.
+        Most architectures have one in every layer; Falcon-H1 has two side by side, Nemotron-H has layers without any.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    layers = _decoder_layers(model.get_decoder()) or _decoder_layers(model)  # ModernBERT calls its head a decoder
+    return {names[layer]: [names[mixer] for mixer in _outermost(layer, _mixes_tokens)] for layer in layers}
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    return _outermost(model, lambda module: isinstance(module, GradientCheckpointingLayer))
+
+
+def _outermost(inside: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The modules below one that are wanted, without what lies in them."""
+    found: list[nn.Module] = []
+    for child in inside.children():
+        found += [child] if wanted(child) else _outermost(child, wanted)
+    return found
+
+
+def _mixes_tokens(module: nn.Module) -> bool:
+    return not _OF_OTHER_TOKENS.isdisjoint(inspect.signature(type(module).forward).parameters)
