@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helpers import WORDS, golden_batch, golden_vector, same_bits, tiny_llama, weights
 from holdfast.errors import InputError
 from holdfast.repair.antidote import prune_harmful, pruned_per_row, wanda_mask
+from methods import jamba, lfm2, mixtral, qwen2_moe, qwen3_5, qwen3_next
 
 TINY = {
     "vocab_size": WORDS,
@@ -105,9 +106,27 @@ def names_of(model, *endings):
 
 def test_the_golden_mask():
     case = golden_vector("antidote")
-    mask = wanda_mask(case["weight"], case["inputs"].flatten(0, 1), ratio=0.1)
-    assert mask.dtype == torch.bool
-    assert torch.equal(mask, case["mask"].bool())
+    assert case["inputs"].dim() == 3
+    for inputs in (case["inputs"], case["inputs"].flatten(0, 1), case["inputs"][:, None]):
+        mask = wanda_mask(case["weight"], inputs, ratio=0.1)
+        assert mask.dtype == torch.bool
+        assert torch.equal(mask, case["mask"].bool())
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
+def test_batches_of_inputs_are_so_many_tokens(batch, length, rows, seed):
+    """Also where a batch's length is the weight's number of rows, to which it could be broadcast."""
+    torch.manual_seed(seed)
+    weight, inputs = torch.randn(rows, 6), torch.randn(batch, length, 6)
+    scores = weight.abs() * torch.stack([token for row in inputs for token in row]).norm(dim=0)
+    expected = torch.zeros(rows, 6).scatter(1, scores.topk(2).indices, 1).bool()
+    assert torch.equal(wanda_mask(weight, inputs, 0.3), expected)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (2, 3, 4)])
+def test_inputs_that_do_not_fit_the_weight(shape):
+    with pytest.raises(InputError, match=r"do not fit a weight of shape \(2, 5\)"):
+        wanda_mask(torch.ones(2, 5), torch.ones(shape), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +155,9 @@ CASES = {
     "llama, one weight a row": (lambda: tiny_llama(), SEPARATE, 1e-5),
     "qwen2": (lambda: tiny("qwen2", tie_word_embeddings=True), SEPARATE, 0.3),
     "gpt2": (lambda: tiny("gpt2"), (".c_attn",), 0.1),
+    "qwen2_moe": (qwen2_moe, SEPARATE, 0.2),
+    "mixtral": (mixtral, SEPARATE, 0.2),
+    "lora on mixtral": (lambda: with_lora(mixtral(), target_modules=["q_proj", "o_proj"]), LORA, 0.1),
     "lora on llama": (lambda: with_lora(tiny_llama()), LORA, 0.1),
     "lora on gpt2": (lambda: with_lora(tiny("gpt2"), fan_in_fan_out=True), LORA, 0.3),
 }
@@ -227,6 +249,22 @@ def test_query_key_and_value_of_every_architecture(model_type, endings):
     repair = prune_harmful(model, [harmful()])
     assert list(repair.pruned) == expected
     assert all(repair.pruned[name] == model.get_submodule(name).weight.shape[0] for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "linear"), [(qwen3_5, "in_proj_qkv"), (qwen3_next, "in_proj_qkvz")], ids=["qwen3_5", "qwen3_next"]
+)
+def test_query_key_and_value_of_linear_attention(build, linear):
+    repair = prune_harmful(build(), [harmful()])
+    attention = [f"model.layers.1.self_attn{ending}" for ending in SEPARATE]
+    assert list(repair.pruned) == [f"model.layers.0.linear_attn.{linear}", *attention]
+
+
+@pytest.mark.parametrize(("build", "mixer"), [(lfm2, "conv"), (jamba, "mamba")], ids=["lfm2", "jamba"])
+def test_layers_without_query_key_and_value_are_not_left_out_silently(build, mixer):
+    message = f"1 of the model's 2 modules that mix tokens have no query, .* as model.layers.0.{mixer}; .* --targets"
+    refused(build(), message)
+    assert len(prune_harmful(build(), [harmful()], targets="[qkv]_proj$").pruned) == 3
 
 
 def test_targets_are_searched_for_in_names():
@@ -335,6 +373,10 @@ def test_merged_adapter():
 
 def test_data_without_tokens():
     refused(tiny_llama(), "no tokens", batches=[])
+
+
+def test_batch_without_a_mask():
+    refused(tiny_llama(), "lacks attention_mask", batches=[{"input_ids": harmful()["input_ids"]}])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

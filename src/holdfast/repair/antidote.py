@@ -20,6 +20,7 @@ Examples:
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import re
@@ -35,6 +36,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from holdfast.errors import InputError
+from holdfast.layers import token_mixers
 from holdfast.models import eval_mode
 
 logger = logging.getLogger(__name__)
@@ -44,9 +46,9 @@ LORA_RATIO, FULL_RATIO = 0.1, 1e-5
 
 _LORA = re.compile(r"\.lora_[AB]\.[^.]+$")
 # Separate (Llama, Qwen, Mistral, Gemma, OPT, GPT-J), fused (Phi-3; GPT-NeoX, Falcon, BLOOM; GPT-2; MPT, DBRX), and the
-# low-rank factors that DeepSeek's are made of.
+# low-rank factors that DeepSeek's are made of; of linear attention (Qwen3.5; Qwen3-Next, with its gate).
 _QUERY_KEY_VALUE = re.compile(
-    r"(^|\.)([qkv]_proj|qkv_proj|query_key_value|c_attn|Wqkv|q_[ab]_proj|kv_a_proj_with_mqa|kv_b_proj)$"
+    r"(^|\.)([qkv]_proj|qkv_proj|query_key_value|c_attn|Wqkv|q_[ab]_proj|kv_a_proj_with_mqa|kv_b_proj|in_proj_qkvz?)$"
 )
 
 
@@ -96,15 +98,21 @@ def wanda_mask(weight: Tensor, inputs: Tensor, ratio: float) -> Tensor:
 
     Args:
         weight: (rows, columns); every row makes one output.
-        inputs: (tokens, columns), what the layer saw.
+        inputs: (tokens, columns), or with more dimensions in front, as (batch, length, columns): what the layer saw.
         ratio: Share of every row to take, rounded up.
 
     Returns:
         (rows, columns), True where a weight is harmful. Of equal scores the later columns are taken.
 
     Raises:
-        InputError: The ratio is outside (0, 1), or weight or inputs hold numbers that are not finite.
+        InputError: The ratio is outside (0, 1), the shapes do not fit, or weight or inputs hold numbers that are not
+            finite.
     """
+    if weight.dim() != 2 or inputs.dim() < 2 or inputs.shape[-1] != weight.shape[1]:
+        raise InputError(
+            f"inputs of shape {tuple(inputs.shape)} do not fit a weight of shape {tuple(weight.shape)}; expected (…, "
+            "tokens, columns) and (rows, columns)"
+        )
     squares = _sum_of_squares(inputs)
     _require_finite(squares, "inputs")
     _require_finite(weight, "weight")
@@ -138,8 +146,9 @@ def prune_harmful(
 
     Raises:
         InputError: The ratio is outside (0, 1); the targets match no layer, or one whose weight is tied or quantized or
-            that does not see one input per token; the aligned model is of another kind; the batches are empty;
-            weights or inputs are not finite.
+            that does not see one input per token; without targets, a hybrid model's layer has no query, key or value
+            projection; the aligned model is of another kind; the batches are empty, or lack a mask; weights or inputs
+            are not finite.
     """
     is_lora = _is_lora(model)
     ratio = ratio if ratio is not None else LORA_RATIO if is_lora else FULL_RATIO
@@ -168,8 +177,8 @@ def prune_harmful(
 
 
 def _sum_of_squares(inputs: Tensor) -> Tensor:
-    """(tokens, columns) → (columns,), in float32 at least."""
-    return inputs.to(torch.promote_types(inputs.dtype, torch.float32)).square().sum(0)
+    """(…, tokens, columns) → (columns,), in float32 at least."""
+    return inputs.to(torch.promote_types(inputs.dtype, torch.float32)).square().flatten(0, -2).sum(0)
 
 
 def _harmful(weight: Tensor, squares: Tensor, ratio: float) -> Tensor:
@@ -217,6 +226,8 @@ def _targets(model: nn.Module, targets: str | None) -> dict[str, Any]:
         wanted = f"--targets {targets!r} matches" if targets is not None else "by default --targets matches"
         example = f"; one is {next(iter(candidates))}" if candidates else ""
         raise InputError(f"{wanted} no linear layer of the model{example}")
+    if pattern is _QUERY_KEY_VALUE:
+        _require_in_every_mixer(model, layers)
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -227,6 +238,17 @@ def _targets(model: nn.Module, targets: str | None) -> dict[str, Any]:
         if not layer.weight.is_floating_point() or layer.weight.element_size() < 2:
             raise InputError(f"--targets: the weight of {name} is quantized; load the model unquantized")
     return layers
+
+
+def _require_in_every_mixer(model: Any, layers: Mapping[str, Any]) -> None:
+    """Hybrid models have convolutions or state-space mixers beside attention: whether to repair those is not known."""
+    mixers = list(itertools.chain(*token_mixers(model).values()))
+    without = [mixer for mixer in mixers if not any(name.startswith(f"{mixer}.") for name in layers)]
+    if without:
+        raise InputError(
+            f"{len(without)} of the model's {len(mixers)} modules that mix tokens have no query, key or value "
+            f"projection, as {without[0]}; name the layers to repair with --targets"
+        )
 
 
 def _counterparts(model: Any, aligned: Any, layers: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -281,6 +303,9 @@ def _run(
     try:
         with eval_mode(model):
             for batch in batches:
+                lacking = [name for name in ("input_ids", "attention_mask") if name not in batch]
+                if lacking:
+                    raise InputError(f"a batch of attack data lacks {' and '.join(lacking)}")
                 attention_mask = batch["attention_mask"].to(device)
                 is_token = attention_mask.bool()
                 model(input_ids=batch["input_ids"].to(device), attention_mask=attention_mask, use_cache=False)
