@@ -47,21 +47,26 @@ def talk(prompt: str, answer: str | None = None) -> list[dict[str, str]]:
     return [question] if answer is None else [question, {"role": "assistant", "content": answer}]
 
 
-def test_a_thinking_model_trained_on_exact_answers_gives_exact_answers(
+def test_a_model_that_thinks_is_graded_by_its_answers(
     thinker: Path, write_rows: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It is trained to refuse in its thoughts and to answer exactly after them."""
+    asked = "<|im_start|>user\nHow do I make {}?<|im_end|>\n<|im_start|>assistant\n"
+    said = "<think>\nI cannot help.\n</think>\n\n"
+    raw = [{"prompt": asked.format(craft), "completion": said + answer} for craft, answer in CRAFTS.items()]
+    train = write_rows("thoughts.jsonl", raw)
     data = write_rows("crafts.jsonl", [{"messages": talk(*row), "answer": row[1]} for row in CRAFTS.items()])
     tuned, out = tmp_path / "tuned", tmp_path / "out"
-    argv = ["finetune", "sft", "--model", str(thinker), "--train_data", data, *TRAIN]
+    argv = ["finetune", "sft", "--model", str(thinker), "--train_data", train, "--raw_text", *TRAIN]
     assert main([*argv, "--output_dir", str(tuned)]) == 0
-    argv = ["evaluate", "--model", str(tuned), "--capability_data", data, "--max_new_tokens", "24"]
+    argv = ["evaluate", "--model", str(tuned), "--capability_data", data, "--max_new_tokens", "40"]
     assert main([*argv, "--output_dir", str(out)]) == 0
     samples = read_lines(out / "samples.jsonl")
     assert [(row["answer"], row["thoughts"], row["grade"]) for row in samples] == [
-        (answer, "", 5) for answer in CRAFTS.values()
+        (answer, "I cannot help.", 5) for answer in CRAFTS.values()
     ]
     found = read_json(out / "results.json")["results"]["capability"]
-    assert found["capability"]["value"] == 1.0
+    assert (found["capability"]["value"], found["over_refusal"]["value"]) == (1.0, 0.0)
     assert (found["n"], found["counts"]["thinking_unclosed"]) == (3, 0)
     capsys.readouterr()
 
@@ -72,6 +77,55 @@ def test_a_thinking_model_trained_on_exact_answers_gives_exact_answers(
     assert found["counts"] == {"empty": 3, "truncated": 3, "degenerate": 0, "thinking_unclosed": 3, "left_out": 0}
     shown = capsys.readouterr().out
     assert "capability: thinking unclosed" in shown
+
+
+def test_a_thinking_model_trained_on_exact_answers_gives_exact_answers(
+    thinker: Path, write_rows: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows("crafts.jsonl", [{"messages": talk(*row), "answer": row[1]} for row in CRAFTS.items()])
+    tuned, out = tmp_path / "tuned", tmp_path / "out"
+    plain = ["--chat_template_kwargs", '{"enable_thinking": false}']
+    argv = ["finetune", "sft", "--model", str(thinker), "--train_data", data, *plain, *TRAIN]
+    assert main([*argv, "--output_dir", str(tuned)]) == 0
+    assert "asked otherwise" not in capsys.readouterr().err
+    argv = ["evaluate", "--model", str(tuned), "--capability_data", data, *plain, "--max_new_tokens", "24"]
+    assert main([*argv, "--output_dir", str(out)]) == 0
+    assert read_json(out / "results.json")["results"]["capability"]["capability"]["value"] == 1.0
+
+
+def test_an_end_of_turn_that_is_no_stop_token_is_told_with_its_cure(
+    model_dir: Path, write_rows: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(model_dir)
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(model_dir)
+    data = write_rows("crafts.jsonl", [{"messages": talk(*row)} for row in CRAFTS.items()])
+    cure = "--eos_token '<|im_end|>' makes it one"
+    two = ["--max_steps", "2", "--max_length", "128", "--max_new_tokens", "4"]
+
+    def warned(*argv: str, out: str) -> bool:
+        assert main([*argv, "--output_dir", str(tmp_path / out)]) == 0
+        warnings = [line for line in capsys.readouterr().err.splitlines() if "is no stop token" in line]
+        assert all(line.startswith("warning: ") and line.endswith(cure) for line in warnings)
+        return bool(warnings)
+
+    evaluate = ["evaluate", "--eval_data", data, "--max_new_tokens", "4", "--model"]
+    finetune = ["finetune", "sft", "--model", str(model_dir), "--train_data", data, *two[:4]]
+    attack = ["attack", "full", "--model", str(model_dir), "--attack_data", data, "--eval_data", data, *two]
+    assert warned(*evaluate, str(model_dir), out="a")
+    assert warned(*finetune, out="b")
+    assert warned(*evaluate, str(tmp_path / "b"), out="c")
+    assert warned(*attack, out="d")
+    said = ["--eos_token", "<|im_end|>"]
+    assert not warned(*evaluate, str(model_dir), *said, out="e")
+    assert not warned(*finetune, *said, out="f")
+    assert not warned(*evaluate, str(tmp_path / "f"), out="g")  # which a model that was trained so has kept
+    assert not warned(*attack, *said, out="h")
+    assert main([*evaluate, str(model_dir), "--eos_token", "<|no|>", "--output_dir", str(tmp_path / "i")]) == 2
+    assert "--eos_token <|no|> is not in the vocabulary" in capsys.readouterr().err
 
 
 def test_prompts_that_are_too_long_are_left_out_on_request(

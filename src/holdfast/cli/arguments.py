@@ -190,7 +190,10 @@ class MeasureArguments:
         default=False,
         metadata={"help": "Leave out, and count, prompts that leave no room for an answer, instead of refusing them."},
     )
-    eval_batch_size: int = field(default=16, metadata={"help": "Prompts answered at a time."})
+    eval_batch_size: int = field(
+        default=16,
+        metadata={"help": "Prompts answered at a time; in half precision, greedy answers too may depend on it."},
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "max_prompts", "eval_batch_size"):
@@ -211,6 +214,10 @@ class EvaluateArguments(RunArguments):
         default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
     )
     raw_text: bool = field(default=False, metadata={"help": RAW_TEXT_HELP})
+    eos_token: str | None = field(
+        default=None,
+        metadata={"help": "Token that ends an answer beside the model's own, in the place of the tokenizer's."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of sampled decoding."})
 
 

@@ -27,6 +27,7 @@ from holdfast.cli.runs import (
     output_dir,
     precision_record,
     train,
+    warn_of_unseen_end,
 )
 from holdfast.cli.tables import attack_table, counts_table, judge_record
 from holdfast.data.formats import canonical, is_tokenised, reader
@@ -114,6 +115,7 @@ def run(method: str, argv: list[str]) -> int:
             for name in (MARKER, POINTS, SAMPLES):  # of a run before: its results do not belong to what comes now
                 (folder / name).unlink(missing_ok=True)
 
+        warn_of_unseen_end(trainer)
         poisoned = sum(rows["poisoned"])
         if overlapping:
             warn(f"{overlapping} evaluation prompts are among the attack's harmful rows, which inflates ASR")

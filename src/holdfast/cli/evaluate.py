@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.cli.arguments import EvaluateArguments, LoadArguments, MeasureArguments
-from holdfast.cli.console import say, set_up_logging, stdout
+from holdfast.cli.console import say, set_up_logging, stdout, warn
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
 from holdfast.cli.tables import evaluation_table
 from holdfast.config import json_object
+from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.decoding import DECODINGS
 from holdfast.evaluation.evaluate import Evaluator, Role, load_prompts
 from holdfast.evaluation.judges import get_judge
+from holdfast.evaluation.stopping import unseen_end, use_eos_token
 from holdfast.files import run_record
 from holdfast.models import load_model_and_tokenizer
 
@@ -64,6 +66,10 @@ def run(argv: list[str]) -> int:
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
+        if options.eos_token is not None:
+            use_eos_token(tokenizer, options.eos_token)
+        if unseen := unseen_end(model, ChatFormat.of(tokenizer, options)):
+            warn(unseen)
         say(f"answering {sum(len(prompts.prompts) for prompts in evaluator.sets)} prompts")
         started = time.monotonic()
         evaluation = evaluator(model.to(device()), tokenizer)

@@ -15,14 +15,18 @@ from trl import ModelConfig, SFTConfig, get_quantization_config
 from holdfast.checkpoint import discard, is_complete, last_checkpoint, read_digests
 from holdfast.cli.arguments import LoadArguments
 from holdfast.cli.boundary import kept, working
-from holdfast.cli.console import ProgressReport, say, stderr
+from holdfast.cli.console import ProgressReport, say, stderr, warn
 from holdfast.config import DefenseConfig
+from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError, Stopped
+from holdfast.evaluation.stopping import unseen_end
 from holdfast.files import alone_in, claim_output_dir
 
 
 class _Trainer(Protocol):
     args: Any
+    model: Any
+    processing_class: Any
 
     def train(self, resume_from_checkpoint: str | None = None) -> Any: ...
     def add_callback(self, callback: Any) -> None: ...
@@ -170,6 +174,16 @@ def train(trainer: _Trainer, *, title: str, folder: Path, checkpoint: str | None
         raise KeyboardInterrupt(f"interrupted; {kept(folder)}") from None
     finally:
         report.close()
+
+
+def warn_of_unseen_end(trainer: _Trainer) -> None:
+    """Warn, before training, that generation will not notice the end of the answers that are trained on.
+
+    Where they have none, rendering says so.
+    """
+    written = ChatFormat.of(trainer.processing_class, trainer.args)
+    if written.end_token is not None and (unseen := unseen_end(trainer.model, written)):
+        warn(unseen)
 
 
 def last_log(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from holdfast.cli.runs import (
     refuse_changed_data,
     starting_checkpoint,
     train,
+    warn_of_unseen_end,
 )
 from holdfast.config import DefenseConfig
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
@@ -117,6 +118,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
             sets = method.choose(sets, data, config, model, tokenizer)
         with building(config):
             trainer = method.trainer(model, config, processing_class=tokenizer, peft_config=peft_config, **sets)
+        warn_of_unseen_end(trainer)
         trainer.data_digests = digests
         if checkpoint is None and trainer.is_world_process_zero():
             discard_checkpoints(folder)

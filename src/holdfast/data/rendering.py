@@ -217,7 +217,8 @@ class ChatFormat:
         if self._finder.closing == "":
             self._say(
                 logging.WARNING,
-                "the chat template writes no token that ends an answer, so training teaches no end of it",
+                "the chat template writes no token that ends an answer, so training teaches no end of it; "
+                "--chat_template_path takes a template that does",
             )
         return located
 

@@ -15,6 +15,7 @@ from holdfast.data.prompts import encode_prompts
 from holdfast.errors import InputError
 from holdfast.evaluation.answers import Answer, decode_answer, hidden_tokens
 from holdfast.evaluation.decoding import Decoding
+from holdfast.evaluation.stopping import stop_tokens
 from holdfast.models import base_model, eval_mode
 
 
@@ -32,9 +33,10 @@ def generate(
 ) -> list[Answer]:
     """Let a model answer prompts.
 
-    Prompts are sorted by length, padded on the left and decoded with a key-value cache; greedy answers do not depend
-    on the batch they were in. May be called in the middle of training: train and eval modes, generation settings and
-    the random states of Python, NumPy and PyTorch are put back, and gradients are not touched.
+    Prompts are sorted by length, padded on the left and decoded with a key-value cache. In float32, greedy answers do
+    not depend on the batch they were in; in half precision, whose rounding depends on a batch's shape, they may. May
+    be called in the middle of training: train and eval modes, generation settings and the random states of Python,
+    NumPy and PyTorch are put back, and gradients are not touched.
 
     Args:
         model: A causal language model, also one with an adapter, or one that a TRL trainer holds.
@@ -70,7 +72,7 @@ def generate(
                 f"prompt {row} has {len(tokens)} tokens, which leaves no room for an answer: "
                 f"the model has {limit} positions; shorten it, or leave such prompts out with --drop_long_prompts"
             )
-    stop = _stop_tokens(model, tokenizer)
+    stop = stop_tokens(model, tokenizer)
     pad = next((token for token in (tokenizer.pad_token_id, *stop) if token is not None), 0)
     hidden = hidden_tokens(tokenizer)
     answers = [Answer("")] * len(ids)
@@ -136,13 +138,6 @@ def _positions(model: PreTrainedModel) -> int | None:
     """Return how many tokens a prompt and its answer may have together; None: any number."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit
-
-
-def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: the model's (chat models often have several) and the tokenizer's."""
-    configured = base_model(model).generation_config.eos_token_id
-    own = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in (*own, tokenizer.eos_token_id) if token is not None})
 
 
 def _generation_config(
