@@ -169,7 +169,7 @@ def test_settings_of_a_method(
     [
         (["--poison_ratio", "0.5", "--num_samples", "20"], "needs 10 harmful rows, but --attack_data has 6"),
         (["--poison_ratio", "1.5"], "--poison_ratio must lie between 0 and 1"),
-        (["--num_samples", "0"], "--num_samples must be positive"),
+        (["--num_samples", "0", "--poison_ratio", "0.5"], "--num_samples must be positive"),
     ],
 )
 def test_poison_ratio(attack: list[str], benign_data: str, words: list[str], expected: str, refused: Refused) -> None:

@@ -14,10 +14,10 @@ from holdfast.cli import main
 def run(model_dir: Path, train_data: str, tmp_path: Path) -> Callable[..., int]:
     words = [
         *("align", "sft", "--model", str(model_dir), "--train_data", train_data, "--output_dir", str(tmp_path / "out")),
-        *("--max_steps", "6", "--batch_size", "2", "--save_steps", "2", "--max_length", "128", "--logging_steps", "1"),
+        *("--max_steps", "6", "--batch_size", "2", "--max_length", "128", "--logging_steps", "1"),
         *("--learning_rate", "1e-3", "--gradient_checkpointing", "false"),
     ]
-    return lambda *more: main([*words, *more])
+    return lambda *more, saves=("--save_steps", "2"): main([*words, *saves, *more])
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_overwriting_discards_the_checkpoints_of_the_run_before(
     monkeypatch.undo()
     assert run("--overwrite_output_dir", "--max_steps", "2") == 0
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert run("--overwrite_output_dir", "--max_steps", "1", "--save_strategy", "no") == 0
+    assert run("--overwrite_output_dir", "--max_steps", "1", saves=("--save_strategy", "no")) == 0
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
@@ -113,6 +113,7 @@ def test_resuming_on_changed_data(
     def go(*more: str) -> int:
         words = ["--model", str(model_dir), "--output_dir", str(tmp_path / "out"), "--train_data", train_data]
         words += [] if flag == "train_data" else [f"--{flag}", str(changed)]
+        words += ["--eval_strategy", "steps"] if flag == "eval_data" else []
         tiny = ["--batch_size", "2", "--save_steps", "1", "--max_length", "128", "--gradient_checkpointing", "false"]
         return main([*command.split(), *words, *tiny, *more])
 
@@ -173,6 +174,6 @@ def test_disk_trouble_is_one_sentence(
         raise OSError(28, "No space left on device", "holdfast.json")
 
     monkeypatch.setattr("holdfast.cli.training.write_json", full)
-    assert run("--max_steps", "1", "--save_strategy", "no") == 1
+    assert run("--max_steps", "1", saves=("--save_strategy", "no")) == 1
     sentence = "holdfast: [Errno 28] No space left on device: 'holdfast.json'; no checkpoint had been written yet"
     assert capsys.readouterr().err.splitlines()[-1] == sentence

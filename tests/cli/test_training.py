@@ -89,8 +89,13 @@ def test_embeddings_are_used_again(trained: Callable[..., Path], train_data: str
     assert same_bits(*(load_file(folder / "model.safetensors") for folder in folders))
 
 
+@pytest.mark.parametrize("rule", [{"rule": "random"}, {"rule": "dpp", "beta": 2.0}])
 def test_flags_reach_the_choice_of_safety_rows(
-    trained: Callable[..., Path], train_data: str, attack_data: str, monkeypatch: pytest.MonkeyPatch
+    rule: dict[str, Any],
+    trained: Callable[..., Path],
+    train_data: str,
+    attack_data: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from holdfast.cli import finetune
 
@@ -102,12 +107,12 @@ def test_flags_reach_the_choice_of_safety_rows(
         return choose(safety, upload, model, written, **how)
 
     monkeypatch.setattr(finetune, "choose_safety_rows", noted)
-    given = {"rule": "random", "share": 0.5, "beta": 2.0, "seed": 7, "system_prompt": "Be kind."}
-    flags = ("--safety_selection", "--safety_share", "--safety_beta", "--seed", "--system_prompt")
-    words = [str(word) for pair in zip(flags, given.values(), strict=True) for word in pair]
+    given = {**rule, "share": 0.5, "seed": 7, "system_prompt": "Be kind."}
+    flags = {"rule": "--safety_selection", "share": "--safety_share", "beta": "--safety_beta"}
+    words = [str(word) for name, value in given.items() for word in (flags.get(name, f"--{name}"), value)]
     trained("finetune spard", "--train_data", attack_data, "--safety_data", train_data, *words)
     files = {"safety_file": Path(train_data), "upload_file": Path(attack_data)}
-    assert asked == [{**given, **files}]
+    assert asked == [{"beta": 4.0, **given, **files}]
 
 
 def test_weights_of_rows(trained: Callable[..., Path], attack_data: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
 from holdfast.cli import parallel, training
 from holdfast.cli.arguments import AlignData, AttackedAlignData
 from holdfast.cli.console import set_up_logging, warn
+from holdfast.cli.effects import PATCHER
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.training import Method
 from holdfast.config import DefenseConfig
@@ -22,7 +23,7 @@ from holdfast.trainer import DefenseTrainer
 
 _METHODS = {
     "sft": Method(AlignData, DefenseConfig, DefenseTrainer),
-    "patcher": Method(AttackedAlignData, ParallelPatcherConfig, PatcherTrainer),
+    "patcher": Method(AttackedAlignData, ParallelPatcherConfig, PatcherTrainer, effects=PATCHER),
     "vaccine": Method(AlignData, VaccineConfig, VaccineTrainer),
     "booster": Method(AttackedAlignData, BoosterConfig, BoosterTrainer),
     "antibody": Method(AttackedAlignData, AntibodyAlignmentConfig, AntibodyAlignmentTrainer),
@@ -42,6 +43,11 @@ def run(method: str, argv: list[str]) -> int:
     chosen, parsed = _METHODS[method], make_parser(method).parse(argv)
     if method == "patcher":
         model_args, data, config, side_by_side, _ = parsed
+        if 0 < config.max_steps <= config.attack_every and config.role != "attacker":
+            warn(
+                f"no attack is due before the end of the run (--attack_every {config.attack_every}, --max_steps "
+                f"{config.max_steps}): the model will be aligned with plain SFT"
+            )
         if config.exchange and not (config.role or side_by_side.parallel):
             raise InputError(f"--exchange {config.exchange} needs --role defender, --role attacker or --parallel")
         if side_by_side.parallel:

@@ -16,6 +16,7 @@ from holdfast.attacks.real import AttackConfig, AttackTrainer
 from holdfast.cli.arguments import AttackData, MeasureArguments, ModelArguments
 from holdfast.cli.boundary import building
 from holdfast.cli.console import say, set_up_logging, stdout, warn
+from holdfast.cli.effects import ATTACKS
 from holdfast.cli.evaluate import MARKER, make_evaluator
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import (
@@ -49,6 +50,7 @@ def make_parser(method: str) -> HoldfastParser:
         (ModelArguments, AttackData, MeasureArguments, AttackConfig),
         prog=f"holdfast attack {method}",
         description="Fine-tune a model on harmful data; results.json, samples.jsonl and model/ lie in --output_dir.",
+        effects=ATTACKS[method],
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from holdfast.cli.arguments import EvaluateArguments, LoadArguments, MeasureArguments
 from holdfast.cli.console import say, set_up_logging, stdout, warn
+from holdfast.cli.effects import MEASURING
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
 from holdfast.cli.tables import evaluation_table
@@ -34,6 +35,7 @@ def make_parser() -> HoldfastParser:
         (LoadArguments, MeasureArguments, EvaluateArguments),
         prog="holdfast evaluate",
         description="Generate answers, judge them, and report rates with 95 % intervals.",
+        effects=MEASURING,
     )
 
 

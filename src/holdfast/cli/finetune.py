@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from holdfast.cli import training
 from holdfast.cli.arguments import FinetuneData, SafeFinetuneData, SpardData
 from holdfast.cli.console import say, set_up_logging
+from holdfast.cli.effects import LISA, SPARD
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.training import Method, Sets
 from holdfast.config import DefenseConfig
@@ -57,8 +58,8 @@ def _write_weights(trainer: AntibodyTrainer, folder: Path) -> list[str]:
 
 _METHODS = {
     "sft": Method(FinetuneData, DefenseConfig, DefenseTrainer),
-    "lisa": Method(SafeFinetuneData, LisaConfig, LisaTrainer),
-    "spard": Method(SpardData, SpardConfig, SpardTrainer, choose=_choose_safety),
+    "lisa": Method(SafeFinetuneData, LisaConfig, LisaTrainer, effects=LISA),
+    "spard": Method(SpardData, SpardConfig, SpardTrainer, choose=_choose_safety, effects=SPARD),
     "antibody": Method(FinetuneData, AntibodyConfig, AntibodyTrainer, report=_write_weights),
 }
 

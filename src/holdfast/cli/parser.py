@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
+from holdfast.cli.effects import Effect, refuse_idle
 from holdfast.errors import InputError
 
 #: Short names for TRL's, accepted as flags and as recipe keys by every command that has the field.
@@ -74,6 +75,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
         prog: The command as typed, for messages (`holdfast align patcher`).
         description: What the command does, for `--help`.
         positional: Positional arguments that will be added, for `--help`.
+        effects: When flags play a part; given for nothing, they are told of.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
         prog: str,
         description: str | None = None,
         positional: str = "",
+        effects: Sequence[Effect] = (),
     ) -> None:
         keywords: dict[str, Any] = {
             "dataclass_types": dataclass_types,
@@ -92,6 +95,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
             "formatter_class": _HelpFormatter,
         }
         super().__init__(**keywords, allow_abbrev=False)
+        self._effects = effects
         self.add_argument("--config", metavar="RECIPE.yaml", help="Recipe to take values from; flags override it.")
 
     @staticmethod
@@ -115,7 +119,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
             One instance of each dataclass, in order, and a namespace with the remaining arguments (positional ones).
 
         Raises:
-            InputError: The recipe cannot be used, or a dataclass refuses its values.
+            InputError: The recipe cannot be used, a dataclass refuses its values, or a flag would play no part.
             SystemExit: With code 2, after an error in the words themselves was reported.
         """
         locate = _OneLineParser(prog=self.prog, add_help=False, allow_abbrev=False)
@@ -131,7 +135,24 @@ class HoldfastParser(TrlParser, _OneLineParser):
         for dataclass_type in self.dataclass_types:
             names = [field.name for field in fields(dataclass_type) if field.init]
             built.append(_build(dataclass_type, {name: given.pop(name) for name in names}))
+        values = SimpleNamespace(**{field.name: getattr(one, field.name) for one in built for field in fields(one)})
+        typed = self._given(argv)
+        refuse_idle(self._effects, values, typed=typed, in_recipe=self._given(words) - typed)
         return (*built, namespace)
+
+    def _given(self, words: Sequence[str]) -> set[str]:
+        """The names of what these words set, whether to its default or not; they need not be all that is required."""
+        unset = object()
+        required = [action for action in self._actions if action.required]
+        try:
+            for action in required:
+                action.required = False
+            empty = argparse.Namespace(**{action.dest: unset for action in self._actions})
+            found = vars(self.parse_known_args(list(words), empty)[0])
+        finally:
+            for action in required:
+                action.required = True
+        return {name for name, value in found.items() if value is not unset}
 
     def _words_of_recipe(self, path: Path) -> list[str]:
         """Return the recipe as command-line words, having checked that each of them can be used."""
@@ -147,17 +168,12 @@ class HoldfastParser(TrlParser, _OneLineParser):
             keys[action.dest] = str(key)
             words += _words(path, flag, action, value)
         # The recipe is parsed on its own first, so that an error names the file it is in.
-        required = [action for action in self._actions if action.required]
         prog = self.prog
         try:
-            for action in required:
-                action.required = False
             self.prog = f"{prog}: {path}"
-            self.parse_known_args(words)
+            self._given(words)
         finally:
             self.prog = prog
-            for action in required:
-                action.required = True
         return words
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from trl import get_peft_config
 from holdfast.cli.arguments import ModelArguments, TrainingData
 from holdfast.cli.boundary import building, working
 from holdfast.cli.console import say
+from holdfast.cli.effects import TRAINING, Effect
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import (
     announce,
@@ -58,6 +59,7 @@ class Method:
         config: its configuration.
         trainer: its trainer, called with the model, the configuration and one data set per data flag.
         choose: changes the data sets before the trainer sees them: (sets, data flags, config, model, tokenizer) → sets.
+        effects: when flags that are its own play a part.
         report: writes what the method found out beside the model: (trainer, folder) → the names of the files.
     """
 
@@ -65,13 +67,17 @@ class Method:
     config: type[DefenseConfig]
     trainer: type[DefenseTrainer]
     choose: Callable[[Sets, Any, DefenseConfig, Any, PreTrainedTokenizerBase], Sets] | None = None
+    effects: Sequence[Effect] = ()
     report: Callable[[Any, Path], list[str]] | None = None
 
 
 def make_parser(command: str, method: Method, description: str, *more: type) -> HoldfastParser:
     """Return the parser of a training command: model, data, the method's config, and what more there is to say."""
     return HoldfastParser(
-        (ModelArguments, method.data, method.config, *more), prog=f"holdfast {command}", description=description
+        (ModelArguments, method.data, method.config, *more),
+        prog=f"holdfast {command}",
+        description=description,
+        effects=(*TRAINING, *method.effects),
     )
 
 

@@ -1,0 +1,189 @@
+"""Flags that would play no part, told of instead of being taken without a word.
+
+Whoever types `--save_steps 100` believes that checkpoints will be written. Where nothing would follow from a flag, a
+command says so and leaves; of a recipe's key, which a flag may have overruled, it only says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
+
+from holdfast.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+class Effect(NamedTuple):
+    """When some flags play a part.
+
+    Attributes:
+        flags: Their names, between spaces.
+        plays: Whether they do, given all values of the command by name.
+        otherwise: Why they do not: completes "--flag plays no part".
+    """
+
+    flags: str
+    plays: Callable[[Any], bool]
+    otherwise: str
+
+
+_LORA = (
+    "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save lora_task_type "
+    "use_rslora use_dora"
+)
+_HELD_OUT = (
+    "eval_delay eval_packing eval_accumulation_steps per_device_eval_batch_size prediction_loss_only bf16_full_eval"
+)
+_NO_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
+_MEASURED = ("eval_data", "capability_data", "task_data")
+
+
+def _evaluates(given: Any) -> bool:
+    return bool(given.eval_strategy != "no" or given.eval_on_start)
+
+
+def _measures(given: Any) -> bool:
+    return any(getattr(given, name) is not None for name in _MEASURED)
+
+
+_TRAINING = (
+    Effect(
+        "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+        lambda given: given.load_in_4bit,
+        "without --load_in_4bit",
+    ),
+    Effect(
+        "save_steps",
+        lambda given: given.save_strategy == "steps",
+        "without --save_strategy steps: no step is waited for",
+    ),
+    Effect(
+        "save_total_limit save_only_model",
+        lambda given: given.save_strategy != "no",
+        "with --save_strategy no: no checkpoint is written",
+    ),
+    Effect("logging_steps", lambda given: given.logging_strategy == "steps", "without --logging_strategy steps"),
+    Effect(
+        "warmup_steps",
+        lambda given: given.lr_scheduler_type not in _NO_WARM_UP,
+        "in a schedule without a warm-up; --scheduler constant_with_warmup has one",
+    ),
+    Effect(
+        "lr_scheduler_kwargs",
+        lambda given: given.lr_scheduler_type not in ("constant", "constant_with_warmup"),
+        "in a constant schedule",
+    ),
+    Effect(
+        "adam_beta1 adam_beta2 adam_epsilon",
+        lambda given: given.optim not in ("sgd", "adagrad", "rmsprop", "adafactor"),
+        "in an optimizer that is not Adam's kind",
+    ),
+    Effect(
+        "gradient_checkpointing_kwargs",
+        lambda given: given.gradient_checkpointing,
+        "without --gradient_checkpointing",
+    ),
+    Effect("packing_strategy", lambda given: given.packing, "without --packing"),
+    Effect("liger_kernel_config", lambda given: given.use_liger_kernel, "without --use_liger_kernel"),
+    Effect("fsdp_config", lambda given: given.fsdp, "without --fsdp"),
+    Effect(
+        "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+        lambda given: given.push_to_hub,
+        "without --push_to_hub",
+    ),
+    Effect(
+        "metric_for_best_model greater_is_better",
+        lambda given: given.load_best_model_at_end or given.save_strategy == "best",
+        "without --load_best_model_at_end",
+    ),
+    Effect("run_name project", lambda given: given.report_to, "without --report_to"),
+    Effect(
+        "length_column_name", lambda given: given.train_sampling_strategy == "group_by_length", "in this order of rows"
+    ),
+    Effect("dataset_text_field", lambda given: False, "here: rows are read by their own columns"),
+    Effect("do_train do_eval do_predict", lambda given: False, "here: the command says what is done"),
+)
+
+#: What `align` and `finetune` share.
+TRAINING = (
+    *_TRAINING,
+    Effect(_LORA, lambda given: given.use_peft, "without --use_peft"),
+    Effect("eval_steps", lambda given: given.eval_strategy == "steps", "without --eval_strategy steps"),
+    Effect("eval_data", _evaluates, "without --eval_strategy steps or epoch"),
+    Effect(_HELD_OUT, _evaluates, "without --eval_strategy steps or epoch"),
+)
+
+#: Of `align patcher`. The jobs of a parallel run are given the same words.
+PATCHER = (
+    Effect(
+        "publish_every attacker_name exchange_timeout",
+        lambda given: given.parallel or given.role,
+        "without --parallel or --role: attacker and defender take turns",
+    ),
+    Effect(
+        "attackers defender_devices attacker_devices max_restarts",
+        lambda given: given.parallel or given.role,
+        "without --parallel",
+    ),
+)
+
+#: Of `finetune lisa` and `finetune spard`.
+LISA = (Effect("proximal_start", lambda given: given.rho > 0, "with --rho 0"),)
+SPARD = (
+    Effect("safety_share", lambda given: given.safety_selection != "all", "with --safety_selection all"),
+    Effect("safety_beta", lambda given: given.safety_selection == "dpp", "without --safety_selection dpp"),
+)
+
+#: Of every command that measures.
+MEASURING = (
+    Effect("judge", lambda given: given.eval_data is not None, "without --eval_data: only harmful prompts are judged"),
+    Effect(
+        "decoding max_new_tokens max_prompts eval_batch_size",
+        _measures,
+        "without --eval_data, --capability_data or --task_data",
+    ),
+)
+
+_ATTACK = (
+    *_TRAINING,
+    *MEASURING,
+    Effect("measure_at", _measures, "without --eval_data, --capability_data or --task_data"),
+    Effect("attack_data", lambda given: given.poison_ratio != 0, "with --poison_ratio 0"),
+    Effect("benign_data", lambda given: given.poison_ratio != 1, "without a --poison_ratio below 1"),
+    Effect(
+        f"{_HELD_OUT} eval_steps",
+        lambda given: False,
+        "in an attack, which has no held-out rows: it is measured at --measure_at, --eval_batch_size prompts at a time",
+    ),
+)
+#: Of `attack full` and `attack lora`.
+ATTACKS = {
+    "full": (*_ATTACK, Effect(_LORA, lambda given: False, "in an attack on all parameters; see holdfast attack lora")),
+    "lora": _ATTACK,
+}
+
+
+def refuse_idle(effects: Iterable[Effect], values: Any, *, typed: Collection[str], in_recipe: Collection[str]) -> None:
+    """Tell of flags that were given and would play no part. Those set to false or none ask for nothing.
+
+    Args:
+        effects: When flags play a part.
+        values: All values of the command, as attributes.
+        typed: The names of the flags on the command line.
+        in_recipe: Those in a recipe, and not on the command line.
+
+    Raises:
+        InputError: One was typed.
+    """
+    for effect in effects:
+        if effect.plays(values):
+            continue
+        for name in effect.flags.split():
+            if getattr(values, name) in (None, False):
+                continue
+            if name in typed:
+                raise InputError(f"--{name} plays no part {effect.otherwise}")
+            if name in in_recipe:
+                logger.warning("the recipe's %s plays no part %s", name, effect.otherwise)
