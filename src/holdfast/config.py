@@ -13,6 +13,18 @@ from trl import SFTConfig
 from holdfast.errors import InputError
 
 RAW_TEXT_HELP = "Take prompts and completions as they stand, in training as in evaluation, without the chat template."
+_MAPPINGS = (
+    "model_init_kwargs",
+    "lr_scheduler_kwargs",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing_kwargs",
+    "dataset_kwargs",
+    "liger_kernel_config",
+)
+#: What transformers and `torch.utils.checkpoint.checkpoint` take that can be written as JSON.
+_CHECKPOINTING = frozenset(
+    {"use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "every_n_layers", "offload"}
+)
 
 
 @dataclass
@@ -60,8 +72,12 @@ class DefenseConfig(SFTConfig):
     def __post_init__(self) -> None:
         """Check what was given and choose a device and a precision."""
         require_positive(self, "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
-        require_positive(self, "max_length")
+        require_positive(self, "max_length", "dataloader_prefetch_factor")
         self._choose_length()
+        require_not_negative(self, "weight_decay", "max_grad_norm", "neftune_noise_alpha", "dataloader_num_workers")
+        for name in _MAPPINGS:
+            if isinstance(value := getattr(self, name), str) and not value.lstrip().startswith("{"):
+                json_object(name, value)
         refused = {
             "trust_remote_code": "Holdfast never runs code that comes with a model",
             "fp16": "its loss scaling would scale simulated attacks too; use bf16",
@@ -84,7 +100,15 @@ class DefenseConfig(SFTConfig):
             self.use_cpu = True
             self.bf16 = bool(self.bf16)
             self.dataloader_pin_memory = False
+            if self.activation_offloading:
+                raise InputError("--activation_offloading needs an accelerator to take the activations from")
         super().__post_init__()
+        require_positive(self, "pad_to_multiple_of")
+        if unknown := (self.activation_checkpointing_kwargs or {}).keys() - _CHECKPOINTING:
+            raise InputError(
+                f"--activation_checkpointing_kwargs has no {', '.join(sorted(unknown))}; "
+                f"it takes {', '.join(sorted(_CHECKPOINTING))}"
+            )
         if self.fsdp and self.fsdp_config.get("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
             raise InputError("--fsdp_config state_dict_type must be FULL_STATE_DICT: others are read by unpickling")
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:

@@ -22,11 +22,12 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, *, base_model: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Args:
         source: A model folder, an adapter folder (whose own tokenizer comes before its base model's) or a Hub id.
+        base_model: As for `load_model`.
 
     Returns:
         The tokenizer.
@@ -36,25 +37,31 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     _check_exists(source)
     folder = Path(source).expanduser()
-    base = _base_of(source)
+    base = _base_of(source, base_model)
     if folder.is_dir() and not _has_any(folder, _VOCABULARIES):
         if base is not None:
+            _check_base(base, source)
             return load_tokenizer(base)
         raise InputError(f"model folder {source} has no tokenizer (tokenizer.json); save the tokenizer in it")
     try:
         return AutoTokenizer.from_pretrained(_location(source), trust_remote_code=False)
     except Exception as error:  # a broken file raises whatever its parser raises
         if base is not None and not folder.is_dir():
+            _check_base(base, source)
             return load_tokenizer(base)
         raise InputError(f"the tokenizer of model {source} cannot be loaded ({reason(error)})") from error
 
 
-def load_model(source: str, *, trainable: bool = False, **kwargs: Any) -> PreTrainedModel | PeftModel:
+def load_model(
+    source: str, *, trainable: bool = False, base_model: str | None = None, **kwargs: Any
+) -> PreTrainedModel | PeftModel:
     """Load a causal language model, in float32 unless told otherwise, from safetensors only.
 
     Args:
         source: A model folder, an adapter folder (which is put on its base model) or a Hub id.
         trainable: Whether the weights of an adapter are to be trained.
+        base_model: What to put an adapter on, and to name in it when it is saved, instead of the base model that it
+            names; of no account for a full model.
         **kwargs: Passed to `from_pretrained` of the (base) model, such as `dtype` or `attn_implementation`.
 
     Returns:
@@ -66,14 +73,18 @@ def load_model(source: str, *, trainable: bool = False, **kwargs: Any) -> PreTra
     if kwargs.pop("trust_remote_code", False):
         raise InputError("--trust_remote_code is not supported: a model must not bring code of its own")
     _check_exists(source)
-    base = _base_of(source)
+    base = _base_of(source, base_model)
     if base is not None:
         _check_adapter_weights(source)
+        _check_base(base, source)
         model = load_model(base, **kwargs)
         try:
-            return PeftModel.from_pretrained(model, _location(source), is_trainable=trainable)
+            adapter = PeftModel.from_pretrained(model, _location(source), is_trainable=trainable)
         except Exception as error:  # peft raises many kinds for an adapter that does not fit
             raise InputError(f"adapter {source} cannot be put on its base model {base} ({reason(error)})") from error
+        for config in adapter.peft_config.values():
+            config.base_model_name_or_path = base
+        return adapter
     folder = Path(source).expanduser()
     if folder.is_dir():
         _check_model_folder(source, folder)
@@ -92,16 +103,18 @@ def load_model(source: str, *, trainable: bool = False, **kwargs: Any) -> PreTra
 
 
 def load_model_and_tokenizer(
-    source: str, *, trainable: bool = False, **kwargs: Any
+    source: str, *, trainable: bool = False, base_model: str | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load a model with the tokenizer that lies beside it. See `load_model` and `load_tokenizer`.
 
     Raises:
-        InputError: As theirs; or the tokenizer knows tokens that the model does not, as when an adapter's base model
+        InputError: As theirs; a base model is given for what is no adapter; or the tokenizer knows tokens that the model does not, as when an adapter's base model
             has become another one.
     """
-    tokenizer = load_tokenizer(source)
-    model = load_model(source, trainable=trainable, **kwargs)
+    tokenizer = load_tokenizer(source, base_model=base_model)
+    model = load_model(source, trainable=trainable, base_model=base_model, **kwargs)
+    if base_model is not None and not isinstance(model, PeftModel):
+        raise InputError(f"--base_model {base_model}: {source} is no adapter, but a model of its own")
     last, known = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if last >= known:
         raise InputError(
@@ -131,6 +144,13 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> No
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model inside an adapter; one without an adapter itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def base_names(model: PreTrainedModel | PeftModel) -> list[str]:
+    """The base models of an adapter, by folder or Hub id; none for a full model."""
+    if not isinstance(model, PeftModel):
+        return []
+    return [config.base_model_name_or_path for config in model.peft_config.values()]
 
 
 def below_adapter(model: PeftModel) -> dict[str, nn.Parameter]:
@@ -192,8 +212,16 @@ def _check_safetensors(source: str, folder: Path, pattern: str) -> None:
     raise InputError(f"model folder {source} has no weights (model.safetensors)")
 
 
-def _base_of(source: str) -> str | None:
-    """Return the base model that an adapter names, or None if the source is not an adapter.
+def _check_base(base: str, adapter: str) -> None:
+    """Check that an adapter's base model is there."""
+    try:
+        _check_exists(base)
+    except InputError as error:
+        raise InputError(f"adapter {adapter}: its base {error}; name it with --base_model") from error
+
+
+def _base_of(source: str, given: str | None = None) -> str | None:
+    """Return the base model of an adapter: the one given, or the one it names; None if the source is not an adapter.
 
     Raises:
         InputError: If the adapter names no base model, or itself.
@@ -204,14 +232,18 @@ def _base_of(source: str) -> str | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    if config is None:
-        return None
+    if config is None or given is not None:
+        return None if config is None else given
     try:
         base = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"adapter {source} has an {_ADAPTER_CONFIG} that names no base model") from error
+        raise InputError(
+            f"adapter {source} has an {_ADAPTER_CONFIG} that names no base model; name it with --base_model"
+        ) from error
     if not isinstance(base, str) or not base or base == source:
-        raise InputError(f"adapter {source} has an {_ADAPTER_CONFIG} that names no base model")
+        raise InputError(
+            f"adapter {source} has an {_ADAPTER_CONFIG} that names no base model; name it with --base_model"
+        )
     return base
 
 

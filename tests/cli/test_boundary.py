@@ -1,5 +1,6 @@
 """What libraries refuse, and what the machine cannot do, is one sentence at the command line: never a traceback."""
 
+import json
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from holdfast.checkpoint import is_complete
 from holdfast.cli import main
@@ -55,6 +58,21 @@ REFUSED = [
     ),
     ("align", '--scheduler cosine --lr_scheduler_kwargs {"cycles":2}', "--lr_scheduler_kwargs {'cycles': 2}: "),
     ("align", "--scheduler reduce_lr_on_plateau", "lr_scheduler_type reduce_lr_on_plateau requires an eval strategy"),
+    ("align", '--accelerator_config {"foo":1}', "got an unexpected keyword argument 'foo'"),
+    ("align", "--accelerator_config nope.json", "No such file or directory: 'nope.json'"),
+    ("align", "--model_init_kwargs [1]", "--model_init_kwargs must be a JSON object, got '[1]'"),
+    ("align", '--gradient_checkpointing_kwargs {"foo":1}', "--activation_checkpointing_kwargs has no foo; it takes"),
+    ("align", "--activation_offloading", "--activation_offloading needs an accelerator"),
+    ("align", "--torch_compile_mode nonsense", "Unrecognized mode=nonsense, should be one of"),
+    ("align", "--weight_decay -1", "--weight_decay must not be negative, got -1.0"),
+    ("align", "--max_grad_norm -1", "--max_grad_norm must not be negative, got -1.0"),
+    ("align", "--neftune_noise_alpha -1", "--neftune_noise_alpha must not be negative, got -1.0"),
+    ("align", "--dataloader_num_workers -1", "--dataloader_num_workers must not be negative, got -1"),
+    ("align", "--dataloader_prefetch_factor 0", "--dataloader_prefetch_factor must be greater than 0, got 0"),
+    ("align", "--pad_to_multiple_of 0", "--pad_to_multiple_of must be greater than 0, got 0"),
+    ("align", "--use_peft --lora_task_type NONSENSE", "Invalid task type: 'NONSENSE'"),
+    ("align", "--use_peft --lora_r 0", "--lora_r should be a positive integer value but the value passed is 0"),
+    ("align", "--base_model some/where", "--base_model some/where: "),
     ("align", "--load_in_4bit", "cannot be loaded with --load_in_4bit (Using `bitsandbytes` 4-bit"),
     ("attack", "--load_in_8bit", "cannot be loaded with --load_in_8bit (Using `bitsandbytes` 8-bit"),
     ("align", "--eos_token <nope>", "--eos_token ('<nope>') is not found in the vocabulary"),
@@ -161,3 +179,37 @@ def test_a_fault_of_our_own_keeps_its_traceback(
     monkeypatch.setattr(DefenseTrainer, "defended_gradient", faulty)
     with pytest.raises(ValueError, match="a bug"):
         main([*words["align"], "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.fixture
+def adapter(model_dir: Path, tmp_path: Path) -> Path:
+    """An adapter whose base model has moved."""
+    base = AutoModelForCausalLM.from_pretrained(model_dir)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "gone")
+    adapted.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_an_adapter_whose_base_is_gone(
+    words: dict[str, list[str]], command: str, adapter: Path, model_dir: Path, tmp_path: Path, refused: Refused
+) -> None:
+    adapted = [*words[command], "--model", str(adapter)]
+    sentence = refused(*adapted)
+    assert f"adapter {adapter}: its base model {tmp_path / 'gone'} is neither a folder nor" in sentence
+    assert sentence.endswith("name it with --base_model")
+    out = tmp_path / "out"
+    assert main([*adapted, "--base_model", str(model_dir), "--output_dir", str(out)]) == 0
+    if command in ("align", "finetune", "repair"):  # what is saved goes on standing where it stood now
+        saved = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+        assert saved["base_model_name_or_path"] == str(model_dir)
+
+
+@pytest.mark.parametrize("command", ["align", "repair"])
+def test_an_adapter_is_not_written_into_its_base(
+    words: dict[str, list[str]], command: str, adapter: Path, model_dir: Path, refused: Refused
+) -> None:
+    adapted = [*words[command], "--model", str(adapter), "--base_model", str(model_dir)]
+    assert "would write into" in refused(*adapted, "--output_dir", str(model_dir), output=False)
+    assert not list(model_dir.glob("adapter*"))

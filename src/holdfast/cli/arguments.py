@@ -11,6 +11,7 @@ from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP
 from holdfast.errors import InputError
 
 _MODEL_HELP = "A model folder, a LoRA adapter folder, or a model of the Hugging Face Hub."
+_BASE_HELP = "What to put an adapter on, where the base model that it names is elsewhere now."
 
 
 @dataclass
@@ -18,6 +19,7 @@ class ModelArguments(ModelConfig):
     """TRL's model flags (`--dtype`, `--use_peft`, `--lora_r`, …) with `--model` required."""
 
     model_name_or_path: str = field(metadata={"help": _MODEL_HELP, "aliases": ["--model"]})
+    base_model: str | None = field(default=None, metadata={"help": _BASE_HELP})
 
 
 @dataclass
@@ -25,6 +27,7 @@ class LoadArguments:
     """The model flags of a command that does not train."""
 
     model_name_or_path: str = field(metadata={"help": _MODEL_HELP, "aliases": ["--model"]})
+    base_model: str | None = field(default=None, metadata={"help": _BASE_HELP})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model of the Hub."})
     dtype: str = field(
         default="float32",

@@ -38,7 +38,7 @@ from holdfast.data.rendering import ChatFormat, adopt_chat_template
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
 from holdfast.files import append_jsonl, run_record, write_json
-from holdfast.models import load_model_and_tokenizer
+from holdfast.models import base_names, load_model_and_tokenizer
 
 #: What is added to as an attack is measured: its points, which in the end go into the record, and every answer.
 POINTS, SAMPLES = "points.jsonl", "samples.jsonl"
@@ -96,6 +96,8 @@ def run(method: str, argv: list[str]) -> int:
         )
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
+        for base in base_names(model):
+            keep_apart(folder, attacked, base)
         loaded = model.dtype
         adopt_chat_template(tokenizer, config.chat_template_path)
         written = ChatFormat.of(tokenizer, config)

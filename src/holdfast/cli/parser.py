@@ -227,5 +227,9 @@ def _build(dataclass_type: type[Any], values: dict[str, Any]) -> Any:
     except json.JSONDecodeError as error:
         flag = next((f"--{name}" for name, value in values.items() if value == error.doc), "a flag")
         raise InputError(f"{flag}: {error.doc!r} is not valid JSON ({error.msg})") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # files may be named, too
+        raise InputError(str(error)) from error
+    except TypeError as error:  # an unknown key of accelerate's configuration, which is built in there
+        if "unexpected keyword argument" not in str(error):
+            raise
         raise InputError(str(error)) from error

@@ -21,7 +21,7 @@ from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.rendering import ChatFormat
 from holdfast.data.tokens import padded_batches, whole_rows
 from holdfast.files import run_record, write_json
-from holdfast.models import load_model, load_model_and_tokenizer
+from holdfast.models import base_names, load_model, load_model_and_tokenizer
 from holdfast.repair.antidote import check_ratio, prune_harmful
 
 
@@ -59,13 +59,13 @@ def run(method: str, argv: list[str]) -> int:
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
         rows = _attack_rows(options, tokenizer)
-        for base in _bases(model):
+        for base in base_names(model):
             keep_apart(folder, folder, base)
         _check_limits(rows, model)
         aligned = None
         if options.aligned_model is not None:
             say(f"loading {options.aligned_model}")
-            aligned = load_model(options.aligned_model, dtype=load.dtype)
+            aligned = load_model(options.aligned_model, dtype=load.dtype, base_model=load.base_model)
         say(f"repairing {source} with {method} on {len(rows)} rows of {options.attack_data}")
         started = time.monotonic()
         with steps_shown(f"repair {method}") as show:
@@ -120,13 +120,6 @@ def _check_limits(rows: list[list[int]], model: PreTrainedModel | PeftModel) -> 
     for number, row in enumerate(rows, 1):
         limits.check_tokens(row, f"row {number} of the attack data")
         limits.check_length(len(row), f"row {number} of the attack data")
-
-
-def _bases(model: PreTrainedModel | PeftModel) -> list[str]:
-    """The base models of an adapter; none for a full model."""
-    if not isinstance(model, PeftModel):
-        return []
-    return [config.base_model_name_or_path for config in model.peft_config.values()]
 
 
 def _batches(

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import ModelConfig, SFTConfig, get_quantization_config
+from trl import SFTConfig, get_quantization_config
 
 from holdfast.checkpoint import discard, is_complete, last_checkpoint, read_digests
-from holdfast.cli.arguments import LoadArguments
+from holdfast.cli.arguments import LoadArguments, ModelArguments
 from holdfast.cli.boundary import kept, working
 from holdfast.cli.console import ProgressReport, say, stderr, warn
 from holdfast.config import DefenseConfig
@@ -194,13 +194,14 @@ def last_log(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in latest.items() if not isinstance(value, float) or math.isfinite(value)}
 
 
-def model_keywords(model: ModelConfig, config: SFTConfig) -> dict[str, Any]:
-    """Take the keywords of `from_pretrained` out of the model flags and out of --model_init_kwargs.
+def model_keywords(model: ModelArguments, config: SFTConfig) -> dict[str, Any]:
+    """Take the keywords of `load_model` out of the model flags and out of --model_init_kwargs.
 
     Raises:
         InputError: They ask for code that comes with a model.
     """
     keywords = {
+        "base_model": model.base_model,
         "revision": model.model_revision,
         "dtype": model.dtype,
         "attn_implementation": model.attn_implementation,
@@ -214,8 +215,13 @@ def model_keywords(model: ModelConfig, config: SFTConfig) -> dict[str, Any]:
 
 
 def load_keywords(load: LoadArguments) -> dict[str, Any]:
-    """Take the keywords of `from_pretrained` out of the flags of a command that does not train."""
-    keywords = {"revision": load.model_revision, "dtype": load.dtype, "attn_implementation": load.attn_implementation}
+    """Take the keywords of `load_model` out of the flags of a command that does not train."""
+    keywords = {
+        "base_model": load.base_model,
+        "revision": load.model_revision,
+        "dtype": load.dtype,
+        "attn_implementation": load.attn_implementation,
+    }
     return {name: value for name, value in keywords.items() if value is not None}
 
 

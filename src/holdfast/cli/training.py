@@ -38,7 +38,7 @@ from holdfast.data.rendering import adopt_chat_template
 from holdfast.errors import InputError
 from holdfast.files import digest, run_record, write_json
 from holdfast.interruption import on_sigterm
-from holdfast.models import load_model_and_tokenizer
+from holdfast.models import base_names, load_model_and_tokenizer
 from holdfast.trainer import DefenseTrainer
 
 #: What a finished run has, beside the model; written last.
@@ -115,9 +115,12 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
             refuse_changed_data(checkpoint, sources, digests, method=method.trainer.__name__)
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
+        for base in base_names(model):
+            keep_apart(folder, folder, base)
         loaded = model.dtype
         adopt_chat_template(tokenizer, config.chat_template_path)
-        peft_config = get_peft_config(model_args)
+        with building(config):
+            peft_config = get_peft_config(model_args)
         if peft_config is not None and isinstance(model, PeftModel):
             raise InputError(f"--use_peft: {source} is an adapter already, and it is this adapter that is trained")
         if method.choose is not None:
