@@ -83,13 +83,6 @@ def test_model_and_tokenizer_come_together(adapter):
     assert tokenizer.eos_token == "t2"
 
 
-def test_base_model_with_another_vocabulary_than_the_adapters(folder, adapter):
-    word_tokenizer().save_pretrained(adapter)
-    tiny_llama(vocab_size=90).save_pretrained(folder)
-    message = refused(load_model_and_tokenizer, adapter)
-    assert "has token ids up to 96, but the model's vocabulary has 90 entries" in message
-
-
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 @pytest.mark.parametrize("source", ["no/such/folder", "./missing", "a b", "/nowhere/model"])
 def test_a_path_that_is_neither_a_folder_nor_a_hub_id_is_refused(load, source):

@@ -108,19 +108,12 @@ def load_model_and_tokenizer(
     """Load a model with the tokenizer that lies beside it. See `load_model` and `load_tokenizer`.
 
     Raises:
-        InputError: As theirs; a base model is given for what is no adapter; or the tokenizer knows tokens that the model does not, as when an adapter's base model
-            has become another one.
+        InputError: As theirs; or a base model is given for what is no adapter.
     """
     tokenizer = load_tokenizer(source, base_model=base_model)
     model = load_model(source, trainable=trainable, base_model=base_model, **kwargs)
     if base_model is not None and not isinstance(model, PeftModel):
         raise InputError(f"--base_model {base_model}: {source} is no adapter, but a model of its own")
-    last, known = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
-    if last >= known:
-        raise InputError(
-            f"the tokenizer of model {source} has token ids up to {last}, but the model's vocabulary has {known} "
-            "entries; expected the vocabulary that the model was aligned with"
-        )
     return model, tokenizer
 
 

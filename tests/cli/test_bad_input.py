@@ -279,22 +279,6 @@ def test_second_adapter_on_an_adapter(sft: list[str], model_dir: Path, tmp_path:
     assert "--use_peft" in refused(*sft, "--model", str(adapter), "--use_peft")
 
 
-@pytest.mark.parametrize("command", ["finetune sft", "attack"])
-def test_model_whose_vocabulary_is_not_the_tokenizers(
-    sft: list[str], attack: list[str], model_dir: Path, tmp_path: Path, command: str, refused: Refused
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    smaller = Path(shutil.copytree(model_dir, tmp_path / "smaller"))
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    size = model.config.vocab_size
-    model.resize_token_embeddings(size - 3)
-    model.save_pretrained(smaller)
-    words = attack if command == "attack" else [*command.split(), *sft[2:]]
-    sentence = refused(*words, "--model", str(smaller))
-    assert f"has token ids up to {size - 1}, but the model's vocabulary has {size - 3} entries" in sentence
-
-
 def test_organism_into_a_folder_that_is_not_empty(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert f"{tmp_path} is not empty" in refused("organism", str(tmp_path), output=False)

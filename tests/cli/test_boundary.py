@@ -11,13 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from holdfast.checkpoint import is_complete
 from holdfast.cli import main
 from holdfast.trainer import DefenseTrainer
 
 Refused = Callable[..., str]
+
+# PEFT looks for the base model that an adapter names, to see whether its embeddings are larger now.
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
 
 QUICK = ("--max_steps", "2", "--batch_size", "2", "--gradient_checkpointing", "false")
 
@@ -213,3 +216,68 @@ def test_an_adapter_is_not_written_into_its_base(
     adapted = [*words[command], "--model", str(adapter), "--base_model", str(model_dir)]
     assert "would write into" in refused(*adapted, "--output_dir", str(model_dir), output=False)
     assert not list(model_dir.glob("adapter*"))
+
+
+EXTRA = "<soft_token>"
+
+
+@pytest.fixture
+def with_extra_token(model_dir: Path) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, which now has a token more than the model knows, as that of some Gemma 3 has."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.add_tokens([EXTRA], special_tokens=True)
+    tokenizer.save_pretrained(model_dir)
+    return tokenizer
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_a_token_that_the_model_does_not_know(
+    words: dict[str, list[str]],
+    command: str,
+    with_extra_token: PreTrainedTokenizerBase,
+    write_rows: Callable[..., str],
+    tmp_path: Path,
+    refused: Refused,
+) -> None:
+    """It is refused where it occurs, and there alone."""
+    flag, row = ("--eval_data", "prompt 2") if command == "evaluate" else (words[command][-2], "row 2 of the")
+    if flag == "--gradient_checkpointing":
+        flag = "--attack_data" if command == "attack" else "--train_data"
+    rows = [{"prompt": f"How do I make {thing}?", "response": "No."} for thing in ("rust", EXTRA)]
+    sentence = refused(*words[command], flag, write_rows("extra.jsonl", rows))
+    token = with_extra_token.convert_tokens_to_ids(EXTRA)
+    assert f"{row} " in sentence
+    assert f"has the token {token}, but the model's vocabulary has {token} entries" in sentence
+    assert main([*words[command], "--output_dir", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_a_padding_token_that_the_model_does_not_know(
+    words: dict[str, list[str]],
+    command: str,
+    with_extra_token: PreTrainedTokenizerBase,
+    model_dir: Path,
+    tmp_path: Path,
+    refused: Refused,
+) -> None:
+    with_extra_token.pad_token = EXTRA
+    with_extra_token.save_pretrained(model_dir)
+    if command in ("repair", "evaluate"):  # nothing is learnt, and any token pads
+        assert main([*words[command], "--output_dir", str(tmp_path / "out")]) == 0
+        return
+    assert f"the padding token {EXTRA!r} is number" in refused(*words[command])
+    if command != "audit":
+        words[command] += ["--pad_token", "<|endoftext|>"]
+        assert main([*words[command], "--output_dir", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_an_adapter_on_a_base_with_a_smaller_vocabulary(
+    words: dict[str, list[str]], command: str, adapter: Path, model_dir: Path, refused: Refused
+) -> None:
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(adapter)
+    smaller = AutoModelForCausalLM.from_pretrained(model_dir)
+    smaller.resize_token_embeddings(300)
+    smaller.save_pretrained(model_dir)
+    sentence = refused(*words[command], "--model", str(adapter), "--base_model", str(model_dir))
+    assert "but the model's vocabulary has 300 entries" in sentence

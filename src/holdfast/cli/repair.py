@@ -67,11 +67,12 @@ def run(method: str, argv: list[str]) -> int:
             say(f"loading {options.aligned_model}")
             aligned = load_model(options.aligned_model, dtype=load.dtype, base_model=load.base_model)
         say(f"repairing {source} with {method} on {len(rows)} rows of {options.attack_data}")
+        pad = Limits.of(model).padding(tokenizer.pad_token_id, tokenizer.eos_token_id)
         started = time.monotonic()
         with steps_shown(f"repair {method}") as show:
             repair = prune_harmful(
                 model.to(device()),
-                _batches(rows, options.batch_size, tokenizer, show),
+                _batches(rows, options.batch_size, pad, show),
                 ratio=options.ratio,
                 targets=options.targets,
                 aligned=aligned,
@@ -123,11 +124,10 @@ def _check_limits(rows: list[list[int]], model: PreTrainedModel | PeftModel) -> 
 
 
 def _batches(
-    rows: list[list[int]], batch_size: int, tokenizer: PreTrainedTokenizerBase, show: Callable[[int, int], None]
+    rows: list[list[int]], batch_size: int, pad: int, show: Callable[[int, int], None]
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the batches, telling how many have gone through the model."""
     number = -(-len(rows) // batch_size)
-    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     for done, batch in enumerate(padded_batches(rows, batch_size, pad), 1):
         yield batch
         show(done, number)

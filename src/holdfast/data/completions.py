@@ -37,6 +37,12 @@ class CompletionTrainer(SFTTrainer):
     def __init__(self, model: PreTrainedModel | PeftModel, *args: Any, **kwargs: Any) -> None:
         self._limits: Callable[[], Limits] = functools.partial(Limits.of, model)  # which TRL may yet resize
         super().__init__(model, *args, **kwargs)
+        padding, vocabulary = self.processing_class.pad_token_id, self._limits().vocabulary
+        if padding is not None and padding >= vocabulary:
+            raise InputError(
+                f"the padding token {self.processing_class.pad_token!r} is number {padding}, but the model's "
+                f"vocabulary has {vocabulary} entries; name another one with --pad_token"
+            )
         if self.refused_sets:
             self.data_collator: Callable[..., Any] = RefusalCollator(self.data_collator)
 

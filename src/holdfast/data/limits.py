@@ -24,6 +24,10 @@ class Limits:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         return cls(positions, model.get_input_embeddings().num_embeddings)
 
+    def padding(self, *candidates: int | None) -> int:
+        """The first of these tokens that the model knows, else 0: what fills up rows where a mask hides it."""
+        return next((token for token in candidates if token is not None and token < self.vocabulary), 0)
+
     def check_length(self, length: int, where: str) -> None:
         """Raise InputError if a row of so many tokens, named by `where`, has more than the model can read at once.
 

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from holdfast.data.limits import Limits
 from holdfast.data.load import Prompt
 from holdfast.data.prompts import encode_prompts
 from holdfast.errors import InputError
@@ -56,7 +57,8 @@ def generate(
 
     Raises:
         InputError: If messages or a system prompt need a chat template that is not there, or a prompt is empty or
-            leaves no room for an answer within the model's positions; the row is named, counted from 1.
+            has a token that the model does not know, or leaves no room for an answer within the model's positions; the
+            row is named, counted from 1.
     """
     ids = encode_prompts(
         tokenizer,
@@ -65,15 +67,17 @@ def generate(
         chat_template_kwargs=chat_template_kwargs,
         raw_text=raw_text,
     )
-    limit = _positions(model)
+    limits = Limits.of(model)
+    limit = limits.positions
     for row, tokens in enumerate(ids, 1):
+        limits.check_tokens(tokens, f"prompt {row}")
         if limit is not None and len(tokens) >= limit:
             raise InputError(
                 f"prompt {row} has {len(tokens)} tokens, which leaves no room for an answer: "
                 f"the model has {limit} positions; shorten it, or leave such prompts out with --drop_long_prompts"
             )
     stop = stop_tokens(model, tokenizer)
-    pad = next((token for token in (tokenizer.pad_token_id, *stop) if token is not None), 0)
+    pad = limits.padding(tokenizer.pad_token_id, *stop)
     hidden = hidden_tokens(tokenizer)
     answers = [Answer("")] * len(ids)
     with torch.no_grad(), _preserved(model, seed):
@@ -116,7 +120,7 @@ def with_room(
         chat_template_kwargs=chat_template_kwargs,
         raw_text=raw_text,
     )
-    limit = _positions(model)
+    limit = Limits.of(model).positions
     return [place for place, tokens in enumerate(ids) if limit is None or len(tokens) < limit]
 
 
@@ -132,12 +136,6 @@ def _batches(ids: list[list[int]], batch_size: int, max_new_tokens: int, limit: 
         yield roomy[start : start + batch_size]
     for row in order[len(roomy) :]:
         yield [row]
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a prompt and its answer may have together; None: any number."""
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit
 
 
 def _generation_config(
