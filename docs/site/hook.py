@@ -6,9 +6,12 @@ repository works on the site; README is the home page.
 
 from pathlib import Path
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+import holdfast
 
 ROOT = Path(__file__).parents[2]
 _PATTERNS = ("*.md", "docs/*.md", "docs/images/*.png", "docs/site/*.css", "benchmarks/results/*.png")
@@ -31,7 +34,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted(paths):
         files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
     for module in _modules():
-        files.append(File.generated(config, _page(module), content=f"# `{module}`\n\n::: {module}\n"))
+        more = _public_names() if module == "holdfast" else ""
+        files.append(File.generated(config, _page(module), content=f"# `{module}`\n\n::: {module}\n\n{more}"))
     return files
 
 
@@ -47,6 +51,16 @@ def _modules() -> list[str]:
     parts = [path.relative_to(source).with_suffix("").parts for path in (source / "holdfast").rglob("*.py")]
     names = {".".join(part[:-1] if part[-1] == "__init__" else part) for part in parts if part[-1] != "__main__"}
     return sorted(names, key=lambda name: name.split("."))
+
+
+def _public_names() -> str:
+    """What `from holdfast import …` offers, as a table of links."""
+    package = griffe.load("holdfast", search_paths=[ROOT / "src"])
+    rows = ["| `from holdfast import …` | |", "|---|---|"]
+    for name in sorted(set(holdfast.__all__) - {"__version__"}):
+        meant = package[name].final_target
+        rows.append(f"| [`{name}`][{meant.path}] | {meant.docstring.value.splitlines()[0]} |")
+    return "\n".join(rows) + "\n"
 
 
 def _page(module: str) -> str:
