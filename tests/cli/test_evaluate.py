@@ -68,15 +68,16 @@ def test_a_model_that_thinks_is_graded_by_its_answers(
     found = read_json(out / "results.json")["results"]["capability"]
     assert (found["capability"]["value"], found["over_refusal"]["value"]) == (1.0, 0.0)
     assert (found["n"], found["counts"]["thinking_unclosed"]) == (3, 0)
-    capsys.readouterr()
+    assert "before their reasoning does" not in capsys.readouterr().err
 
     # The limit comes before the answer does.
     assert main([*argv, "--max_new_tokens", "1", "--output_dir", str(tmp_path / "cut")]) == 0
     found = read_json(tmp_path / "cut" / "results.json")["results"]["capability"]
     assert (found["capability"]["value"], found["over_refusal"]["value"]) == (0.0, 0.0)
     assert found["counts"] == {"empty": 3, "truncated": 3, "degenerate": 0, "thinking_unclosed": 3, "left_out": 0}
-    shown = capsys.readouterr().out
-    assert "capability: thinking unclosed" in shown
+    shown = capsys.readouterr()
+    assert "capability: thinking unclosed" in shown.out
+    assert "warning: 3 of 3 answers to capability prompts end before their reasoning does" in shown.err
 
 
 def test_a_thinking_model_trained_on_exact_answers_gives_exact_answers(

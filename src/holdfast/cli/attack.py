@@ -17,7 +17,7 @@ from holdfast.cli.arguments import AttackData, MeasureArguments, ModelArguments
 from holdfast.cli.boundary import building
 from holdfast.cli.console import say, set_up_logging, stdout, warn
 from holdfast.cli.effects import ATTACKS
-from holdfast.cli.evaluate import MARKER, make_evaluator
+from holdfast.cli.evaluate import MARKER, make_evaluator, warn_of_unclosed_thinking
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import (
     announce,
@@ -165,6 +165,7 @@ def run(method: str, argv: list[str]) -> int:
         (folder / POINTS).unlink(missing_ok=True)  # the record has them
         say(f"the attack moved {trainer.weights_moved:.2%} of the weights that it trained")
         if evaluator is not None:
+            warn_of_unclosed_thinking(trainer.measurements)
             stdout.print(attack_table(trainer.measurements, evaluator, title=f"{source} under attack ({method})"))
             if (counts := counts_table(trainer.measurements)) is not None:
                 stdout.print(counts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from holdfast.config import json_object
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.decoding import DECODINGS
-from holdfast.evaluation.evaluate import Evaluator, Role, load_prompts
+from holdfast.evaluation.evaluate import PREFIXES, Evaluator, Role, load_prompts
 from holdfast.evaluation.judges import get_judge
 from holdfast.evaluation.stopping import unseen_end, use_eos_token
 from holdfast.files import run_record
@@ -83,9 +84,27 @@ def run(argv: list[str]) -> int:
             "seconds": round(time.monotonic() - started, 3),
         }
         evaluation.write(folder, record)
+        warn_of_unclosed_thinking([evaluation.flat()])
         stdout.print(evaluation_table(evaluation, title=source))
         announce(folder, MARKER, "samples.jsonl")
     return 0
+
+
+def warn_of_unclosed_thinking(measurements: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of answers that nothing is graded of, which look like safety where prompts are harmful.
+
+    Args:
+        measurements: Figures as of `Evaluation.flat`.
+    """
+    up_to = "up to " if len(measurements) > 1 else ""
+    for role, prefix in PREFIXES.items():
+        n, unclosed = f"{prefix}n", f"{prefix}thinking_unclosed"
+        if worst := max(measurements, key=lambda point: point[unclosed] or 0)[unclosed]:
+            warn(
+                f"{up_to}{worst} of {measurements[0][n]} answers to {role} prompts end before their reasoning does, so "
+                "that nothing of them is graded; raise --max_new_tokens, or, where the chat template knows it, turn "
+                """reasoning off with --chat_template_kwargs '{"enable_thinking": false}'"""
+            )
 
 
 def make_evaluator(

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from holdfast.data.load import TRAIN_COLUMNS
-from holdfast.evaluation.evaluate import COUNTS, Evaluation, Evaluator
+from holdfast.evaluation.evaluate import COUNTS, PREFIXES, Evaluation, Evaluator
 from holdfast.evaluation.scores import Detection
 
 _NAMES = {
@@ -94,7 +94,7 @@ def counts_table(measurements: Sequence[Mapping[str, Any]]) -> Table | None:
     """Return what was counted of the answers at every measured step of an attack, or None if all of it is 0."""
     columns = [
         (name, f"{role}: {_COUNTS[kind]}")
-        for role, prefix in (("harmful", ""), ("capability", "capability_"), ("task", "task_"))
+        for role, prefix in PREFIXES.items()
         for kind in COUNTS
         if any(point[name := f"{prefix}{kind}"] for point in measurements)
     ]
@@ -170,7 +170,7 @@ def _talk(row: Mapping[str, Any]) -> str:
 def _caption(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator) -> str:
     roles = [prompts.role for prompts in evaluator.sets]
     harmful = "harmful" in roles
-    answered = {role: measurements[-1]["n" if role == "harmful" else f"{role}_n"] for role in roles}
+    answered = {role: measurements[-1][f"{PREFIXES[role]}n"] for role in roles}
     counts = ", ".join(f"{n} {role}" for role, n in answered.items())
     graded = f"harmful prompts graded by the {evaluator.judge.description}; HS: grades 3 and more; " if harmful else ""
     return f"{graded}n: {counts} prompts; brackets: 95 % intervals; loss: the attacker's"

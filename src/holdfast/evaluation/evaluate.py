@@ -25,6 +25,9 @@ SCHEMA = 2
 EMPTY_GRADE = 2
 """The grade of an empty answer, whoever judges: nothing was refused, and nothing given."""
 
+PREFIXES: dict[Role, str] = {"harmful": "", "capability": "capability_", "task": "task_"}
+"""What the names of a set's numbers begin with in `Evaluation.flat`, by its role."""
+
 COUNTS = (*MARKS, "left_out")
 """What is counted beside the rates of every set: the marked answers, and the prompts that were left out."""
 
@@ -145,7 +148,7 @@ class Evaluation:
     def flat(self) -> dict[str, float | int | None]:
         """Return the figures alone, None where not measured, for tables and plots.
 
-        `n` and the names of `COUNTS` are those of harmful prompts; those of the other sets begin with their role, as in
+        `n` and the names of `COUNTS` are those of harmful prompts; those of the other sets begin with `PREFIXES`, as in
         `capability_n` and `task_truncated`.
         """
         harmful, capability, task = (self.scores.get(role) for role in ("harmful", "capability", "task"))
@@ -162,15 +165,15 @@ class Evaluation:
             "capability": _value(capability.asr if capability else None),
             "over_refusal": _value(capability.refusal_rate if capability else None),
             "task_accuracy": _value(task.asr if task else None),
-            **self._numbers("harmful", ""),
-            **self._numbers("capability", "capability_"),
-            **self._numbers("task", "task_"),
+            **self._numbers("harmful"),
+            **self._numbers("capability"),
+            **self._numbers("task"),
         }
 
-    def _numbers(self, role: Role, prefix: str) -> dict[str, int | None]:
-        """The number of answers in a set and what is counted there, their names behind a prefix."""
+    def _numbers(self, role: Role) -> dict[str, int | None]:
+        """The number of answers in a set and what is counted there."""
         measured = {"n": self.scores[role].n, **self.counts[role]} if role in self.scores else {}
-        return {f"{prefix}{name}": measured.get(name) for name in ("n", *COUNTS)}
+        return {f"{PREFIXES[role]}{name}": measured.get(name) for name in ("n", *COUNTS)}
 
     def write(self, directory: Path | str, record: Mapping[str, Any]) -> None:
         """Write `samples.jsonl`, then `results.json`, which thus marks a finished evaluation.
