@@ -79,12 +79,15 @@ class AnswerFinder:
         shape = self._shape_of(talk)
         found = shape and shape.match(text, [text_of(turn) for turn in talk.messages])
         if shape and found:
-            return Located(text, [self._closed(text, *found[i], where) for i in talk.trained], shape.added)
+            answers = [(found[i][0] - shape.leads[i], found[i][1]) for i in talk.trained]
+            return Located(text, [self._closed(text, *answer, where) for answer in answers], shape.added)
         answers, added = [], None
         for i in talk.trained:
+            turn = talk.messages[i]
             start, end, prompt = self._one(talk, i, text, where)
-            answers.append(self._closed(text, start, end, None if talk.messages[i].get("tool_calls") else where))
-            added = added or _difference(text[:start], prompt)
+            lead, difference = _difference(text[:start], prompt)
+            added = added or difference
+            answers.append(self._closed(text, start - lead, end, None if turn.get("tool_calls") else where))
         return Located(text, answers, added)
 
     def require_shown(self, talk: Conversation, text: str, where: str) -> None:
@@ -137,24 +140,25 @@ class AnswerFinder:
             text = self._render(marked, False)
             marks = list(_MARKER.finditer(text))
             order = [int(mark[1]) for mark in marks]
-            added = None
+            leads, added = {}, None
             for i in marked.trained:
                 if i in order:
                     shown = text[: marks[order.index(i)].start()]
-                    added = added or _difference(shown, self._render(marked.until(i), True))
+                    leads[i], difference = _difference(shown, self._render(marked.until(i), True))
+                    added = added or difference
         except InputError:
             return None
         ends = [0, *(mark.end() for mark in marks)]
         starts = [*(mark.start() for mark in marks), len(text)]
         literals = [text[end:start] for end, start in zip(ends, starts, strict=True)]
-        return _Shape(literals, order, added)
+        return _Shape(literals, order, leads, added)
 
     # ------------------------------------------------------------------ one turn alone
 
     def _one(self, talk: Conversation, i: int, text: str, where: str) -> tuple[int, int, str]:
         """Start and end of an answer without its end token, and the prompt that it answers."""
         turn = talk.messages[i]
-        prompt = self._render(talk.until(i), True)
+        prompt = self._render(talk.until(i), True, where)
         start, end, headed = self._between(talk, i, text) or (len(prompt), len(text), False)
         if not headed and text.startswith(prompt):
             start = len(prompt)  # what opens the answer is the answer's own: thoughts, or the address of a call
@@ -167,8 +171,8 @@ class AnswerFinder:
         if lost or not (as_it_stands or thoughts or turn.get("tool_calls")):
             raise InputError(
                 f"turn {i + 1} of {where} cannot be trained on, since the chat template does not show its "
-                f"{'thoughts' if lost == [thoughts] else 'text'}; leave that out, give the turn a weight of 0, or end "
-                "the conversation there"
+                f"{'thoughts' if lost == [thoughts] else 'text'}; leave out what it does not show, give the turn a "
+                "weight of 0, or end the conversation there"
             )
         return start, end, prompt
 
@@ -244,6 +248,7 @@ class _Shape:
 
     literals: list[str]
     order: list[int]
+    leads: dict[int, int]
     added: tuple[str, str] | None
 
     def match(self, text: str, contents: Sequence[str]) -> dict[int, Span] | None:
@@ -320,8 +325,14 @@ def _common(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _difference(shown: str, prompt: str) -> tuple[str, str] | None:
-    if shown == prompt:
-        return None
+def _difference(shown: str, prompt: str) -> tuple[int, tuple[str, str] | None]:
+    """How what precedes an answer differs from its prompt: white space that the answer begins with, or more than that.
+
+    Returns:
+        So much white space, which is the model's to write, and what differs otherwise, if anything does.
+    """
     common = _common(shown, prompt)
-    return shown[common:], prompt[common:]
+    more, less = shown[common:], prompt[common:]
+    if not less and not more.strip():
+        return len(more), None
+    return 0, (more, less)
