@@ -1,7 +1,11 @@
 """What is an answer, what was only thought, and what is no whole answer."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+import trl
+
+from helpers import chat_tokenizer
 from holdfast.evaluation.answers import MARKS, Answer, count_marks, split_reasoning
 
 
@@ -36,6 +40,33 @@ from holdfast.evaluation.answers import MARKS, Answer, count_marks, split_reason
 )
 def test_reasoning_is_no_answer(said, before, text, thoughts):
     assert split_reasoning(said, before) == Answer(text, thoughts)
+
+
+TEMPLATES = {path.stem: path for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))}
+#: These take a text as a list of parts, and show it no other way.
+OF_PARTS = ("idefics3", "llava_next", "smolvlm")
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if not name.endswith("_training")])
+def test_what_a_template_of_trl_shows_as_an_answer_is_the_answer(name):
+    def turn(role, text, **more):
+        return {"role": role, "content": [{"type": "text", "text": text}] if name in OF_PARTS else text, **more}
+
+    tokenizer = chat_tokenizer(TEMPLATES[name].read_text(encoding="utf-8"))
+    tokenizer.bos_token = "<|endoftext|>"
+    question, thoughts = turn("user", "How?"), dict.fromkeys(("reasoning_content", "thinking"), "hm, no")
+    for more in ({}, thoughts):
+        for settings in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+            talk = [question, turn("assistant", "iron, salt", **more)]
+            prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True, **settings)
+            whole = tokenizer.apply_chat_template(talk, tokenize=False, **settings)
+            pairs = enumerate(zip(prompt, whole, strict=False))
+            shared = next((i for i, (asked, shown) in pairs if asked != shown), len(prompt))
+            answer = split_reasoning(whole[shared:], whole[:shared])
+            # Behind it are tokens that end the turn, which are no part of what is decoded.
+            assert answer.text.startswith("iron, salt")
+            assert not answer.thinking_unclosed
+            assert ("hm, no" in (answer.thoughts or "")) == ("hm, no" in whole)
 
 
 @pytest.mark.parametrize(

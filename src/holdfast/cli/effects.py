@@ -140,7 +140,7 @@ SPARD = (
 MEASURING = (
     Effect("judge", lambda given: given.eval_data is not None, "without --eval_data: only harmful prompts are judged"),
     Effect(
-        "decoding max_new_tokens max_prompts eval_batch_size",
+        "decoding max_new_tokens max_prompts drop_long_prompts eval_batch_size",
         _measures,
         "without --eval_data, --capability_data or --task_data",
     ),
