@@ -23,7 +23,8 @@ def import_heavy(name: str, *, for_good: bool = False) -> ModuleType:
     if name in sys.modules:  # nothing will be made, and what is alive by now need not stay
         return importlib.import_module(name)
     enabled = gc.isenabled()
-    gc.collect()  # of what is alive after this, nothing is garbage
+    if for_good:
+        gc.collect()  # what is left is no garbage
     gc.disable()
     try:
         return importlib.import_module(name)
