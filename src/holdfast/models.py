@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -144,6 +145,32 @@ def base_names(model: PreTrainedModel | PeftModel) -> list[str]:
     if not isinstance(model, PeftModel):
         return []
     return [config.base_model_name_or_path for config in model.peft_config.values()]
+
+
+def adapts_tied_embeddings(model: PeftModel) -> bool:
+    """Whether an adapter acts on an input or output embedding that shares its weight with the other."""
+    embeddings = _embeddings(model)
+    first, second = (getattr(embedding, "base_layer", embedding) for embedding in embeddings)
+    is_tied = second is not None and first.weight is second.weight
+    return is_tied and any(isinstance(embedding, BaseTunerLayer) for embedding in embeddings)
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The model with its adapter merged into it, which computes the same; the adapter is used up.
+
+    Tied input and output embeddings are parted where the adapter acts on one of them: peft would change both.
+    """
+    if adapts_tied_embeddings(model):
+        config, (_, output) = model.get_base_model().config, _embeddings(model)
+        head = getattr(output, "base_layer", output)
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+    return cast(PreTrainedModel, model.merge_and_unload())
+
+
+def _embeddings(model: PeftModel) -> tuple[Any, Any]:
+    base = model.get_base_model()
+    return base.get_input_embeddings(), base.get_output_embeddings()
 
 
 def below_adapter(model: PeftModel) -> dict[str, nn.Parameter]:

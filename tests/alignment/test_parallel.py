@@ -302,6 +302,15 @@ def test_lora_attacker_is_merged(settings, dtype):
         assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= 4
 
 
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True")
+def test_adapter_of_tied_embeddings_cannot_be_merged(settings):
+    tied = lambda: tiny_llama(seed=5, tie_word_embeddings=True)  # noqa: E731
+    Defender(settings, tied())
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    with pytest.raises(InputError, match="--lora_target_modules: an adapter of tied embeddings"):
+        attacker(settings, tied(), peft_config=adapter).train()
+
+
 def test_every_lora_attack_starts_from_a_fresh_adapter(settings):
     other = Defender(settings)
     adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")

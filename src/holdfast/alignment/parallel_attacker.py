@@ -22,7 +22,7 @@ from holdfast.alignment.parallel import ParallelPatcherConfig
 from holdfast.attacks.simulated import hardly_moved
 from holdfast.errors import InputError, Stopped, TrainingError
 from holdfast.exchange import DEFENDER, Exchange, Version, fingerprint_of, opened_with
-from holdfast.models import below_adapter
+from holdfast.models import adapts_tied_embeddings, below_adapter
 from holdfast.parameters import ParameterVector, local, share_moved, trainable_parameters
 from holdfast.precision import keep_in_float32
 from holdfast.trainer import DefenseTrainer, Window
@@ -90,6 +90,11 @@ class PatcherAttackerTrainer(DefenseTrainer):
         if isinstance(self.model, PeftModel) and opened_with(folder) != fingerprint:
             fingerprint = fingerprint_of(self.model, self.processing_class, below_adapter(self.model))
             self._merges = True
+            if adapts_tied_embeddings(self.model):
+                raise InputError(
+                    "--lora_target_modules: an adapter of tied embeddings cannot be merged into weights that stay "
+                    "tied; leave the embeddings out"
+                )
             keep_in_float32(self.model, frozen=True)  # half precision would round what the defender published
         with Exchange(folder, origin=self.args.attacker_name, run=None, fingerprint=fingerprint) as self._exchange:
             try:

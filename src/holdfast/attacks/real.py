@@ -31,7 +31,7 @@ from holdfast.attacks.simulated import hardly_moved
 from holdfast.config import DefenseConfig
 from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluation
-from holdfast.models import load_model, load_tokenizer
+from holdfast.models import load_model, load_tokenizer, merge
 from holdfast.parameters import ParameterVector, share_moved, snapshot_on_host, trainable_parameters
 from holdfast.precision import compute_in_bf16, keep_in_float32
 from holdfast.trainer import DefenseTrainer, Window
@@ -147,7 +147,7 @@ class AttackTrainer(DefenseTrainer):
         if isinstance(model, PeftModel):
             compute_in_bf16(model, args)
             keep_in_float32(model, frozen=True)  # a half precision base would take the adapter up rounded
-            model = model.merge_and_unload().requires_grad_(True)
+            model = merge(model).requires_grad_(True)
         super().__init__(model, args, train_dataset, processing_class, **kwargs)
         self.measurements: list[dict[str, Any]] = []
         self._measured = measured

@@ -38,7 +38,7 @@ from holdfast.data.rendering import ChatFormat, adopt_chat_template
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
 from holdfast.files import append_jsonl, run_record, write_json
-from holdfast.models import base_names, load_model_and_tokenizer
+from holdfast.models import base_names, load_model_and_tokenizer, merge
 
 #: What is added to as an attack is measured: its points, which in the end go into the record, and every answer.
 POINTS, SAMPLES = "points.jsonl", "samples.jsonl"
@@ -133,7 +133,7 @@ def run(method: str, argv: list[str]) -> int:
             raise type(error)(f"{error}{where}") from None
         if is_adapter and method == "lora" and trainer.is_world_process_zero():
             # The adapter that was attacked is merged into a base that lies nowhere on disk: save the whole model.
-            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(attacked)
+            merge(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(attacked)
             tokenizer.save_pretrained(attacked)
         elif not (is_adapter and method == "lora"):
             trainer.save_model(str(attacked))

@@ -22,7 +22,8 @@ class Limits:
     def of(cls, model: PreTrainedModel | PeftModel) -> Limits:
         """The limits of a model."""
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return cls(positions, model.get_input_embeddings().num_embeddings)
+        # Not `num_embeddings`, which an adapted embedding does not have.
+        return cls(positions, len(model.get_input_embeddings().weight))
 
     def padding(self, *candidates: int | None) -> int:
         """The first of these tokens that the model knows, else 0: what fills up rows where a mask hides it."""
