@@ -236,7 +236,7 @@ def _read(row: Row, where: str, plain: str | None) -> Example:
 
 def _messages(value: Any, where: str) -> list[Message]:
     messages = [as_message(turn) for turn in value] if isinstance(value, list) else []
-    if not messages or not all(_is_message(message) for message in messages):
+    if not messages or not all(is_message(message) for message in messages):
         raise InputError(f"{where} must hold text, or a list of messages with role and content, in both of its columns")
     for number, message in enumerate(messages, 1):
         if message["role"] == "assistant" and message.get("weight") not in (None, 0, 1):
@@ -246,12 +246,13 @@ def _messages(value: Any, where: str) -> list[Message]:
 
 def as_message(turn: Any) -> Any:
     """Return a turn of `conversations`, `from`/`value`, as a message; anything else as it is."""
-    if isinstance(turn, dict) and "from" in turn:
+    if isinstance(turn, dict) and turn.get("from") is not None:
         return {"role": _SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
     return turn
 
 
-def _is_message(message: Any) -> bool:
+def is_message(message: Any) -> bool:
+    """Whether a value is a message: a role, and text, which may be in parts; or an assistant's tool calls."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     content = message.get("content")

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from holdfast.data.formats import as_message, is_message
 from holdfast.data.readers import expected_files, is_data_file, kind_of_value, read_file
 from holdfast.errors import InputError
 from holdfast.hub import is_hub_id, reason, unreachable
@@ -32,9 +33,8 @@ def load_rows(source: str, *, flag: str, columns: Sequence[Sequence[str]] = ()) 
             is given). A file on disk wins over a Hub id.
         flag: The flag that named the source, for errors.
         columns: Groups of columns. The first group that the data has must be complete in every row, and its cells
-            must be text or messages (lists of objects with `role` and `content`, or in a column `conversations` also
-            with `from` and `value`), all of them alike; what is to be learnt must not be empty. Other columns are
-            carried along.
+            must be text or messages (lists of objects with `role` and `content`, or `from` and `value`), all of them
+            alike; answers that are text must not be empty. Other columns are carried along.
             Without groups nothing is checked.
 
     Returns:
@@ -105,14 +105,9 @@ def _problem(cell: Any, column: str) -> str | None:
     for message in cell:
         if not isinstance(message, dict):
             return f"holds {kind_of_value(message)} where a message is expected"
-        is_sharegpt = column == "conversations" and message.get("from") is not None
-        speaker, said = ("from", "value") if is_sharegpt else ("role", "content")
+        speaker, said = ("from", "value") if message.get("from") is not None else ("role", "content")
         if not isinstance(message.get(speaker), str):
             return f"has a message without a text {speaker!r}"
-        if message.get("tool_calls") and not message.get(said):
-            continue
-        if not isinstance(message.get(said), str):
+        if not is_message(as_message(message)):
             return f"has a message without a text {said!r}"
-        if column != "prompt" and message[speaker] in ("assistant", "gpt") and not message[said].strip():
-            return f"has an empty answer ({speaker!r} {message[speaker]})"
     return None
