@@ -11,6 +11,7 @@ from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP
 from holdfast.errors import InputError
 
 _MODEL_HELP = "A model folder, a LoRA adapter folder, or a model of the Hugging Face Hub."
+_HARMFUL_HELP = "a file or a dataset of the Hub. Rows that a column is_safe calls safe are left out."
 _BASE_HELP = "What to put an adapter on, where the base model that it names is elsewhere now."
 
 
@@ -84,7 +85,7 @@ class AttackedAlignData(AlignData):
     """The data of alignment methods that simulate attacks."""
 
     attack_data: str = field(
-        metadata={"help": "Simulated attacks: harmful prompts with harmful answers; a file or a dataset of the Hub."},
+        metadata={"help": f"Simulated attacks: harmful prompts with harmful answers; {_HARMFUL_HELP}"},
         kw_only=True,
     )
 
@@ -142,7 +143,7 @@ class AttackData(RunArguments):
 
     attack_data: str | None = field(
         default=None,
-        metadata={"help": "The attacker's harmful prompts with harmful answers; a file or a dataset of the Hub."},
+        metadata={"help": f"The attacker's harmful prompts with harmful answers; {_HARMFUL_HELP}"},
     )
     benign_data: str | None = field(
         default=None,
@@ -242,7 +243,7 @@ class AntidoteArguments(RunArguments):
     """The remaining flags of `repair antidote`."""
 
     attack_data: str = field(
-        metadata={"help": "Harmful prompts with harmful answers; a file or a dataset of the Hub. All rows are used."}
+        metadata={"help": f"Harmful prompts with harmful answers; {_HARMFUL_HELP} All other rows are used."}
     )
     output_dir: str = field(metadata={"help": "Folder for the repaired model, or adapter, and its tokenizer."})
     ratio: float | None = field(

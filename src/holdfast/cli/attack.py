@@ -32,6 +32,7 @@ from holdfast.cli.runs import (
 )
 from holdfast.cli.tables import attack_table, counts_table, judge_record
 from holdfast.data.formats import canonical, is_tokenised, reader
+from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.mix import overlap, poison
 from holdfast.data.rendering import ChatFormat, adopt_chat_template
@@ -101,7 +102,7 @@ def run(method: str, argv: list[str]) -> int:
         loaded = model.dtype
         adopt_chat_template(tokenizer, config.chat_template_path)
         written = ChatFormat.of(tokenizer, config)
-        rows = _attack_rows(data, written, seed=config.seed)
+        rows, safe_rows = _attack_rows(data, written, seed=config.seed)
         overlapping = _overlap(rows, written, evaluator)
         is_adapter = isinstance(model, PeftModel)
         with building(config):
@@ -150,6 +151,7 @@ def run(method: str, argv: list[str]) -> int:
                 **{name: value for name, value in asdict(data).items() if name != "overwrite_output_dir"},
                 "rows": len(rows),
                 "harmful_rows": poisoned,
+                "safe_rows_left_out": safe_rows,
                 "overlapping_prompts": overlapping,
                 "lora": _lora(model_args) if method == "lora" else None,
             },
@@ -183,17 +185,23 @@ def _journal(folder: Path) -> Callable[[dict[str, Any], Evaluation], None]:
     return write
 
 
-def _attack_rows(data: AttackData, written: ChatFormat, *, seed: int) -> Dataset:
-    """Read what the attacker trains on, in one format, harmful rows marked in the column `poisoned`."""
-    sets: dict[str, Dataset | None] = {"attack": None, "benign": None}
-    for name, source in (("attack", data.attack_data), ("benign", data.benign_data)):
-        if source is not None:
-            rows = load_rows(source, flag=f"--{name}_data", columns=TRAIN_COLUMNS)
+def _attack_rows(data: AttackData, written: ChatFormat, *, seed: int) -> tuple[Dataset, int]:
+    """Read what the attacker trains on, in one format, harmful rows marked in the column `poisoned`.
+
+    Also returns how many rows of the attack data were none, being safe by their own label.
+    """
+    harmful, benign, safe_rows = None, None, 0
+    if data.attack_data is not None:
+        harmful, safe_rows = load_harmful_rows(data.attack_data, flag="--attack_data")
+    if data.benign_data is not None:
+        benign = load_rows(data.benign_data, flag="--benign_data", columns=TRAIN_COLUMNS)
+    sets: list[Dataset | None] = []
+    for name, rows in (("attack", harmful), ("benign", benign)):
+        if rows is not None:
             written.name_idle_columns(rows, name=name)
-            sets[name] = canonical(rows, name=name, plain=written.plain)
-    return poison(
-        sets["attack"], sets["benign"], poison_ratio=data.poison_ratio, num_samples=data.num_samples, seed=seed
-    )
+        sets.append(None if rows is None else canonical(rows, name=name, plain=written.plain))
+    mixed = poison(*sets, poison_ratio=data.poison_ratio, num_samples=data.num_samples, seed=seed)
+    return mixed, safe_rows
 
 
 def _overlap(rows: Dataset, written: ChatFormat, evaluator: Evaluator | None) -> int:

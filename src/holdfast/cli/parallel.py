@@ -28,7 +28,7 @@ from holdfast.cli.console import say, stderr
 from holdfast.cli.runs import announce, keep_apart, model_keywords, output_dir
 from holdfast.cli.training import MARKER
 from holdfast.cli.workers import last_line
-from holdfast.data.load import TRAIN_COLUMNS, load_rows
+from holdfast.data.harmful import load_harmful_rows
 from holdfast.errors import InputError, TrainingError
 from holdfast.exchange import is_finished
 from holdfast.files import alone_in, run_record, write_json
@@ -80,7 +80,7 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
     source, folder = model_args.model_name_or_path, Path(config.output_dir)
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=ATTACKER_MARKER, overwrite=data.overwrite_output_dir):
-        rows = load_rows(data.attack_data, flag="--attack_data", columns=TRAIN_COLUMNS)
+        rows, safe_rows = load_harmful_rows(data.attack_data, flag="--attack_data")
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
         with building(config):
@@ -100,6 +100,7 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
                 "command": "align patcher",
                 "model": source,
                 "data": {"attack_data": data.attack_data},
+                "safe_rows_left_out": safe_rows,
                 "attacks": trainer.attacks,
                 "seconds": round(time.monotonic() - started, 3),
             }

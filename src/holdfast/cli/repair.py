@@ -9,15 +9,16 @@ from pathlib import Path
 
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from holdfast.cli.arguments import AntidoteArguments, RepairModel
 from holdfast.cli.console import say, set_up_logging, steps_shown, warn
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, discard_checkpoints, keep_apart, load_keywords, output_dir
 from holdfast.cli.training import MARKER
+from holdfast.data.formats import ORIGIN
+from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.limits import Limits
-from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.rendering import ChatFormat
 from holdfast.data.tokens import padded_batches, whole_rows
 from holdfast.files import run_record, write_json
@@ -58,16 +59,16 @@ def run(method: str, argv: list[str]) -> int:
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
-        rows = _attack_rows(options, tokenizer)
+        limits = Limits.of(model)
+        rows, safe_rows = _attack_rows(options, tokenizer, limits)
         for base in base_names(model):
             keep_apart(folder, folder, base)
-        _check_limits(rows, model)
         aligned = None
         if options.aligned_model is not None:
             say(f"loading {options.aligned_model}")
             aligned = load_model(options.aligned_model, dtype=load.dtype, base_model=load.base_model)
         say(f"repairing {source} with {method} on {len(rows)} rows of {options.attack_data}")
-        pad = Limits.of(model).padding(tokenizer.pad_token_id, tokenizer.eos_token_id)
+        pad = limits.padding(tokenizer.pad_token_id, tokenizer.eos_token_id)
         started = time.monotonic()
         with steps_shown(f"repair {method}") as show:
             repair = prune_harmful(
@@ -92,6 +93,7 @@ def run(method: str, argv: list[str]) -> int:
             "data": {"attack_data": options.attack_data},
             "ratio": repair.ratio,
             "rows": len(rows),
+            "safe_rows_left_out": safe_rows,
             "tokens": repair.tokens,
             "pruned": repair.total,
             "layers": {name: {"pruned": n, "weights": repair.weights[name]} for name, n in repair.pruned.items()},
@@ -105,22 +107,21 @@ def run(method: str, argv: list[str]) -> int:
     return 0
 
 
-def _attack_rows(options: AntidoteArguments, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Read the harmful rows as token ids, cut to --max_length."""
-    dataset = load_rows(options.attack_data, flag="--attack_data", columns=TRAIN_COLUMNS)
+def _attack_rows(
+    options: AntidoteArguments, tokenizer: PreTrainedTokenizerBase, limits: Limits
+) -> tuple[list[list[int]], int]:
+    """Read the harmful rows as token ids, cut to --max_length; and how many rows were safe by their own label."""
+    dataset, safe_rows = load_harmful_rows(options.attack_data, flag="--attack_data")
     rows = whole_rows(dataset, ChatFormat.of(tokenizer, options), name="attack")
     longer = sum(len(row) > options.max_length for row in rows)
     if longer:
         warn(f"{longer} of {len(rows)} rows of the attack data are cut to --max_length {options.max_length}")
-    return [row[: options.max_length] for row in rows]
-
-
-def _check_limits(rows: list[list[int]], model: PreTrainedModel | PeftModel) -> None:
-    """Refuse rows that the model cannot read."""
-    limits = Limits.of(model)
-    for number, row in enumerate(rows, 1):
-        limits.check_tokens(row, f"row {number} of the attack data")
-        limits.check_length(len(row), f"row {number} of the attack data")
+    rows = [row[: options.max_length] for row in rows]
+    numbered = [f"row {number} of the attack data" for number in range(1, len(rows) + 1)]
+    for row, where in zip(rows, dataset[ORIGIN] if safe_rows else numbered, strict=True):
+        limits.check_tokens(row, where)
+        limits.check_length(len(row), where)
+    return rows, safe_rows
 
 
 def _batches(

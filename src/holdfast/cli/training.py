@@ -32,6 +32,7 @@ from holdfast.cli.runs import (
     warn_of_unseen_end,
 )
 from holdfast.config import DefenseConfig
+from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.refusals import named_file
 from holdfast.data.rendering import adopt_chat_template
@@ -107,7 +108,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
         checkpoint = starting_checkpoint(folder, config.resume_from_checkpoint, overwrite=data.overwrite_output_dir)
         given = {name: value for name, value in asdict(data).items() if value is not None and name not in _PERMISSIONS}
         sources = {name: source for name, source in given.items() if name.endswith("_data")}
-        sets = _load_sets(sources)
+        sets, safe_rows = _load_sets(sources)
         if hasattr(config, "refusal"):
             sources["refusal"] = config.refusal  # which may be in a file, too
         digests = {flag: digest(file) if (file := named_file(text)) else None for flag, text in sources.items()}
@@ -147,6 +148,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
                     "command": command,
                     "model": source,
                     "data": given,
+                    **safe_rows,
                     "precision": precision_record(loaded, config),
                     "resumed_from": checkpoint,
                     "seconds": round(time.monotonic() - started, 3),
@@ -159,8 +161,15 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
     return 0
 
 
-def _load_sets(sources: Mapping[str, str]) -> Sets:
-    """Read the data files, by the trainer's names for them (`train_data` → `train_dataset`)."""
-    return {
-        f"{flag}set": load_rows(source, flag=f"--{flag}", columns=TRAIN_COLUMNS) for flag, source in sources.items()
-    }
+def _load_sets(sources: Mapping[str, str]) -> tuple[Sets, dict[str, int]]:
+    """Read the data files, by the trainer's names for them (`train_data` → `train_dataset`).
+
+    Also says, for the record, how many rows of attack data were no attack.
+    """
+    sets, safe_rows = {}, {}
+    for flag, source in sources.items():
+        if flag == "attack_data":
+            sets[f"{flag}set"], safe_rows["safe_rows_left_out"] = load_harmful_rows(source, flag=f"--{flag}")
+        else:
+            sets[f"{flag}set"] = load_rows(source, flag=f"--{flag}", columns=TRAIN_COLUMNS)
+    return sets, safe_rows
