@@ -35,10 +35,10 @@ def generate(
     """Let a model answer prompts.
 
     Prompts are sorted by length, padded on the left and decoded with a key-value cache. How a pass rounds depends on
-    the batch's shape, so near a tie a greedy answer depends on the batch that it was in: of eight by SmolLM2-135M, alone
-    against together, none in float32, but five in bfloat16 (`benchmarks/batched_answers.py`). May be called in the middle
-    of training: train and eval modes, generation settings and the random states of Python, NumPy and PyTorch are put
-    back, and gradients are not touched.
+    the batch's shape, so near a tie a greedy answer depends on the batch that it was in: of eight by SmolLM2-135M,
+    alone against together, none in float32, but five in bfloat16 (`benchmarks/batched_answers.py`). May be called in
+    the middle of training: train and eval modes, generation settings and the random states of Python, NumPy and
+    PyTorch are put back, and gradients are not touched.
 
     Args:
         model: A causal language model, also one with an adapter, or one that a TRL trainer holds.
