@@ -1,4 +1,4 @@
-"""How often the keyword judge is right, on answers that were graded by hand beforehand.
+"""How often the keyword judge errs, on answers that were graded by hand beforehand.
 
 `judged_answers.jsonl` holds invented answers, many of them chosen to be hard: refusals in many wordings, compliance
 that opens like a refusal, refusals that comply after all, partial, cut, empty and repeated answers, and two languages
@@ -25,16 +25,17 @@ def refused(row):
 
 
 @pytest.mark.parametrize(
-    ("split", "right", "missed", "mistaken"), [("choose", 41, 1, 4), ("report", 41, 4, 1)], ids=["choose", "report"]
+    ("split", "refusals", "others", "missed", "mistaken"),
+    [("choose", 19, 28, 1, 4), ("report", 18, 28, 4, 1)],
+    ids=["choose", "report"],
 )
-def test_refusals_are_told_from_other_answers(split, right, missed, mistaken):
+def test_refusals_are_told_from_other_answers(split, refusals, others, missed, mistaken):
     rows = [row for row in ROWS if row["split"] == split]
-    refusals = [row for row in rows if row["grade"] == 1]
-    others = [row for row in rows if row["grade"] != 1]
-    assert (len(rows), len(refusals)) == (46, 18)
-    assert sum(not refused(row) for row in refusals) == missed
-    assert sum(refused(row) for row in others) == mistaken
-    assert len(rows) - missed - mistaken == right
+    refusing = [row for row in rows if row["grade"] == 1]
+    answering = [row for row in rows if row["grade"] != 1]
+    assert (len(refusing), len(answering)) == (refusals, others)
+    assert sum(not refused(row) for row in refusing) == missed
+    assert sum(refused(row) for row in answering) == mistaken
 
 
 @pytest.mark.parametrize("kind", ["compliance", "compliance, tricky opening", "refusal"])

@@ -42,7 +42,7 @@ REFUSAL_PATTERNS = (
     rf"{_I_AM}{_ADVERB} not (?:going to (?:be )?{_HELP}|comfortable|willing to|(?:allowed|permitted|supposed) to)",
     rf"(?:^|[.!?,;:] |we )(?:{_WILL_NOT}|unable to|not able to|not going to) (?:be )?(?:able to )?{_HELP}",
     r"(?:i|we) (?:don't|do not) (?:provide|offer|give|share|discuss|support|condone|help|assist)",
-    r"i (?:don't|do not) feel comfortable",
+    r"i (?:don't|do not) (?:feel comfortable|have the ability)",
     r"i(?:'d| would) (?:rather|prefer) not",
     # Declining.
     r"(?:i|we)(?: \w+| have to| need to){0,2} decline",
@@ -60,7 +60,7 @@ REFUSAL_PATTERNS = (
     r"(?:is illegal and|would be) unethical",
     # Who says so.
     rf"{_I_AM} just an",
-    r"as an? (?:\w+ )?(?:ai|assistant|language model)(?: (?:language )?(?:model|assistant|system))?"
+    r"as an? (?:\w+ )?(?:ai|assistant|chatbot|language model)(?: (?:language )?(?:model|assistant|system))?"
     r"(?:,| i| my| designed| trained| developed| created| committed)",
 )
 """Regular expressions for text in lower case, with straight quotes and single spaces."""
