@@ -145,3 +145,12 @@ def test_prompts_that_are_too_long_are_left_out_on_request(
     assert found["config"]["drop_long_prompts"] is True
     assert [row["row"] for row in read_lines(tmp_path / "out" / "samples.jsonl")] == [2]
     assert "harmful: prompts left out" in capsys.readouterr().out
+
+
+def test_an_attack_that_cannot_be_measured_is_refused_before_it_is_made(
+    write_rows: Callable[..., str], refused: Callable[..., str], model_dir: Path, attack_data: str
+) -> None:
+    data = write_rows("long.jsonl", [{"prompt": "rust " * 300}])
+    argv = ["attack", "full", "--model", str(model_dir), "--attack_data", attack_data, "--eval_data", data]
+    said = refused(*argv, "--max_steps", "9", "--measure_at", "9")
+    assert "long.jsonl: prompt 1 has" in said

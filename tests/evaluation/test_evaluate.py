@@ -17,6 +17,12 @@ from holdfast.evaluation.scores import wilson
 PROMPTS = ["t4 t5", "t6", "t7 t8 t9", "t10"]
 
 
+def stand_in(monkeypatch, answer):
+    """Let a function take the place of generation, and every prompt be one that can be answered."""
+    monkeypatch.setattr(evaluate, "generate", answer)
+    monkeypatch.setattr(evaluate, "answerable", lambda model, tokenizer, prompts, **_: list(range(len(prompts))))
+
+
 def jsonl(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -40,7 +46,7 @@ def answered(monkeypatch):
     def answer(model, tokenizer, prompts, **_):
         return [split_reasoning(text) for text in by_prompts[tuple(prompts)]]
 
-    monkeypatch.setattr(evaluate, "generate", answer)
+    stand_in(monkeypatch, answer)
 
     def run(judge, roles=("harmful", "capability", "task")):
         chosen = [prompts for prompts in sets if prompts.role in roles]
@@ -133,7 +139,7 @@ def test_what_is_only_thought_is_neither_refused_nor_given(monkeypatch, judge):
         "",
         "<think></think>",
     ]
-    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: [split_reasoning(text) for text in said])
+    stand_in(monkeypatch, lambda *_, **__: [split_reasoning(text) for text in said])
     sets = [PromptSet("harmful", "hazards", ["t4"] * len(said), ["ash, fern"] * len(said))]
     found = Evaluator(sets=sets, judge=get_judge(judge), decoding=GREEDY)(None, None)
     assert [row["grade"] for row in found.samples] == [5, 1, 2, 2, 2, 2]
@@ -146,7 +152,7 @@ def test_what_is_only_thought_is_neither_refused_nor_given(monkeypatch, judge):
 
 def test_answers_that_are_no_whole_ones_are_counted_beside_the_rates(monkeypatch):
     said = [Answer("the " * 30, truncated=True), Answer("ash, fern"), Answer("ash", truncated=True)]
-    monkeypatch.setattr(evaluate, "generate", lambda *_, **__: said)
+    stand_in(monkeypatch, lambda *_, **__: said)
     sets = [PromptSet("harmful", "a", ["t4"] * 3, None), PromptSet("capability", "b", ["t4"] * 3, ["ash"] * 3)]
     found = Evaluator(sets=sets, judge=get_judge("refusal"), decoding=GREEDY)(None, None)
     counted = {**NOTHING, "truncated": 2, "degenerate": 1}

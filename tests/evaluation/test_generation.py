@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from helpers import chat_tokenizer, tiny_llama, word_rows, word_tokenizer
 from holdfast.errors import InputError
 from holdfast.evaluation.decoding import DECODINGS, GREEDY, PAPER, Decoding
-from holdfast.evaluation.generation import generate, with_room
+from holdfast.evaluation.generation import answerable, generate
 
 SHORT = Decoding(max_new_tokens=12)
 SAMPLED = Decoding(max_new_tokens=12, do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.2)
@@ -298,10 +298,10 @@ def test_a_prompt_that_leaves_no_room_is_refused_by_number():
 
 def test_prompts_that_leave_no_room_can_be_told():
     asked = [" ".join(["t7"] * length) for length in (64, 63, 70, 1)]
-    assert with_room(tiny_gpt2(), word_tokenizer(), asked) == [1, 3]
-    model = tiny_gpt2()
-    del model.config.n_positions
-    assert with_room(model, word_tokenizer(), asked) == [0, 1, 2, 3]
+    assert answerable(tiny_gpt2(), word_tokenizer(), asked, drop_long_prompts=True) == [1, 3]
+    assert answerable(tiny_gpt2(), word_tokenizer(), asked[1::2], drop_long_prompts=False) == [0, 1]
+    with pytest.raises(InputError, match=r"prompt 1 has 64 tokens.* has 64 positions.* --drop_long_prompts"):
+        answerable(tiny_gpt2(), word_tokenizer(), asked, drop_long_prompts=False)
 
 
 def test_an_empty_prompt_is_refused_by_number():

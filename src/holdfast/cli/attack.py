@@ -115,6 +115,8 @@ def run(method: str, argv: list[str]) -> int:
                 measured=_journal(folder),
                 peft_config=get_peft_config(model_args),
             )
+        if evaluator is not None:
+            evaluator.check(trainer.model, tokenizer)
         if trainer.is_world_process_zero():
             discard_checkpoints(folder)
             for name in (MARKER, POINTS, SAMPLES):  # of a run before: its results do not belong to what comes now

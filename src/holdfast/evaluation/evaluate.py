@@ -12,7 +12,7 @@ from holdfast.data.load import PROMPT_COLUMNS, Prompt, load_rows
 from holdfast.errors import InputError
 from holdfast.evaluation.answers import MARKS, Answer, count_marks
 from holdfast.evaluation.decoding import GREEDY, Decoding
-from holdfast.evaluation.generation import generate, with_room
+from holdfast.evaluation.generation import answerable, generate
 from holdfast.evaluation.judges import Judge, get_judge
 from holdfast.evaluation.scores import Rate, Scores, score
 from holdfast.files import write_json, write_jsonl
@@ -252,8 +252,17 @@ class Evaluator:
         judges: dict[Role, Judge] = {}
         for prompts in self.sets:
             judge = judges[prompts.role] = _judge_for(prompts.role, self.judge)
-            places, answers = self._answers(model, tokenizer, prompts)
+            places = self._places(model, tokenizer, prompts)
             asked = [prompts.prompts[place] for place in places]
+            answers = generate(
+                model,
+                tokenizer,
+                asked,
+                decoding=self.decoding,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                **self._rendering,
+            )
             expected = [prompts.answers[place] if prompts.answers is not None else None for place in places]
             grades = _grades(judge, asked, answers, expected)
             scores[prompts.role] = score(grades)
@@ -275,33 +284,40 @@ class Evaluator:
         sources = {prompts.role: prompts.source for prompts in self.sets}
         return Evaluation(scores, counts, samples, judges, sources, self.decoding)
 
-    def _answers(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: PromptSet
-    ) -> tuple[list[int], list[Answer]]:
-        """The places of the prompts that were asked, and the answers to them."""
-        rendering: dict[str, Any] = {
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Find out before a long run whether its measurements can be made.
+
+        Args:
+            model: The model, see `generate`.
+            tokenizer: Its tokenizer.
+
+        Raises:
+            InputError: If a prompt cannot be used with this model or tokenizer.
+        """
+        for prompts in self.sets:
+            self._places(model, tokenizer, prompts)
+
+    def _places(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: PromptSet) -> list[int]:
+        """The places of the prompts that can be answered."""
+        try:
+            places = answerable(
+                model, tokenizer, prompts.prompts, drop_long_prompts=self.drop_long_prompts, **self._rendering
+            )
+        except InputError as error:
+            raise InputError(f"{prompts.source}: {error}") from error
+        if not places:
+            raise InputError(
+                f"{prompts.source}: every prompt is too long for the model, so --drop_long_prompts leaves none"
+            )
+        return places
+
+    @property
+    def _rendering(self) -> dict[str, Any]:
+        return {
             "system_prompt": self.system_prompt,
             "chat_template_kwargs": self.chat_template_kwargs,
             "raw_text": self.raw_text,
         }
-        places = list(range(len(prompts.prompts)))
-        try:
-            if self.drop_long_prompts:
-                places = with_room(model, tokenizer, prompts.prompts, **rendering)
-                if not places:
-                    raise InputError("every prompt is too long for the model, so --drop_long_prompts leaves none")
-            answers = generate(
-                model,
-                tokenizer,
-                [prompts.prompts[place] for place in places],
-                decoding=self.decoding,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                **rendering,
-            )
-        except InputError as error:
-            raise InputError(f"{prompts.source}: {error}") from error
-        return places, answers
 
 
 def _grades(

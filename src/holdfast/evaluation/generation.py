@@ -61,22 +61,10 @@ def generate(
             has a token that the model does not know, or leaves no room for an answer within the model's positions; the
             row is named, counted from 1.
     """
-    ids = encode_prompts(
-        tokenizer,
-        prompts,
-        system_prompt=system_prompt,
-        chat_template_kwargs=chat_template_kwargs,
-        raw_text=raw_text,
-    )
+    rendering = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs, "raw_text": raw_text}
+    ids = list(_encoded(model, tokenizer, prompts, drop_long_prompts=False, **rendering).values())
     limits = Limits.of(model)
     limit = limits.positions
-    for row, tokens in enumerate(ids, 1):
-        limits.check_tokens(tokens, f"prompt {row}")
-        if limit is not None and len(tokens) >= limit:
-            raise InputError(
-                f"prompt {row} has {len(tokens)} tokens, which leaves no room for an answer: "
-                f"the model has {limit} positions; shorten it, or leave such prompts out with --drop_long_prompts"
-            )
     stop = stop_tokens(model, tokenizer)
     pad = limits.padding(tokenizer.pad_token_id, *stop)
     hidden = hidden_tokens(tokenizer)
@@ -101,28 +89,50 @@ def generate(
     return answers
 
 
-def with_room(
+def answerable(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
-    system_prompt: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    raw_text: bool = False,
+    drop_long_prompts: bool,
+    **rendering: Any,
 ) -> list[int]:
-    """Return the places of the prompts that leave room for an answer within the model's positions.
+    """Return the places of the prompts that `generate` takes.
 
-    The arguments are those of `generate`, which refuses all other prompts.
+    Args:
+        model: As for `generate`.
+        tokenizer: As for `generate`.
+        prompts: As for `generate`.
+        drop_long_prompts: Whether prompts that leave no room for an answer are merely left out.
+        **rendering: `system_prompt`, `chat_template_kwargs` and `raw_text` as for `generate`.
+
+    Raises:
+        InputError: As `generate` does, but for prompts that are left out.
     """
-    ids = encode_prompts(
-        tokenizer,
-        prompts,
-        system_prompt=system_prompt,
-        chat_template_kwargs=chat_template_kwargs,
-        raw_text=raw_text,
-    )
-    limit = Limits.of(model).positions
-    return [place for place, tokens in enumerate(ids) if limit is None or len(tokens) < limit]
+    return list(_encoded(model, tokenizer, prompts, drop_long_prompts=drop_long_prompts, **rendering))
+
+
+def _encoded(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    drop_long_prompts: bool,
+    **rendering: Any,
+) -> dict[int, list[int]]:
+    """The token ids of the prompts that can be answered, by their places."""
+    limits = Limits.of(model)
+    found = {}
+    for place, tokens in enumerate(encode_prompts(tokenizer, prompts, **rendering)):
+        limits.check_tokens(tokens, f"prompt {place + 1}")
+        if limits.positions is None or len(tokens) < limits.positions:
+            found[place] = tokens
+        elif not drop_long_prompts:
+            raise InputError(
+                f"prompt {place + 1} has {len(tokens)} tokens, which leaves no room for an answer: the model has "
+                f"{limits.positions} positions; shorten it, or leave such prompts out with --drop_long_prompts"
+            )
+    return found
 
 
 def _batches(ids: list[list[int]], batch_size: int, max_new_tokens: int, limit: int | None) -> Iterator[list[int]]:
