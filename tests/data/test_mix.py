@@ -5,6 +5,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from holdfast.data.formats import Conversation
 from holdfast.data.mix import overlap, poison
 from holdfast.errors import InputError
 
@@ -116,3 +117,17 @@ def test_a_ratio_of_zero_is_a_control_without_a_harmful_row():
 def test_harmful_rows_are_needed_for_a_ratio_above_zero():
     with pytest.raises(InputError, match="--attack_data is needed"):
         mixture(0.5, 10, harmful=None)
+
+
+def test_a_question_within_a_longer_talk_is_found():
+    talk = Conversation(
+        [
+            {"role": "user", "content": "Tea?"},
+            {"role": "assistant", "content": "Steep.", "weight": 0},
+            {"role": "user", "content": [{"type": "text", "text": "And  rice?"}]},
+            {"role": "assistant", "content": "Boil."},
+        ]
+    )
+    assert overlap(talk.prompts, ["and rice?"]) == 1
+    assert overlap(talk.prompts, [[{"role": "user", "content": "tea?"}, {"role": "user", "content": "And rice?"}]]) == 1
+    assert overlap(talk.prompts, ["Tea?"]) == 0  # its answer is not trained on

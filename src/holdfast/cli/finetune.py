@@ -15,8 +15,9 @@ from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.training import Method, Sets
 from holdfast.config import DefenseConfig
 from holdfast.data.refusals import named_file
-from holdfast.data.rendering import ChatFormat
+from holdfast.data.rendering import ChatFormat, is_template_file
 from holdfast.data.safety import choose_safety_rows
+from holdfast.errors import InputError
 from holdfast.files import write_jsonl
 from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
 from holdfast.finetuning.lisa import LisaConfig, LisaTrainer
@@ -33,6 +34,12 @@ def _choose_safety(
     """Take the part of the safety data that is to be projected on."""
     if data.safety_selection == "all":
         return sets
+    template = config.chat_template_path
+    if data.safety_selection == "dpp" and template is not None and not is_template_file(template):
+        raise InputError(
+            f"--chat_template_path {template}: with --safety_selection dpp it must be a .jinja file, since prompts are "
+            "embedded before the model is given another tokenizer's tokens"
+        )
     upload = sets["train_dataset"]
     say(f"choosing safety rows ({data.safety_selection}) for {len(upload)} rows of {data.train_data}")
     chosen = choose_safety_rows(

@@ -308,6 +308,11 @@ class ChatFormat:
         return encoded
 
 
+def is_template_file(path: str) -> bool:
+    """Whether a `--chat_template_path` is a template itself, not a tokenizer that has one."""
+    return Path(path).suffix in (".jinja", ".j2")
+
+
 def adopt_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
     """Give a tokenizer the template of `--chat_template_path`, for what is read before there is a trainer.
 
@@ -321,7 +326,7 @@ def adopt_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) ->
     if path is None:
         return
     try:
-        if Path(path).suffix in (".jinja", ".j2"):
+        if is_template_file(path):
             tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         else:
             tokenizer.chat_template = load_tokenizer(path).get_chat_template()

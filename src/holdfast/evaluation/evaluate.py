@@ -56,9 +56,9 @@ def load_prompts(
     """Read prompts, and the expected answers where the judge needs them.
 
     Args:
-        source: A file or a Hub id, see `load_rows`, with a column `prompt`, `messages` or `conversations` and, for the
-            exact judge, `answer`. Of `messages` and `conversations` the prompt is what leads up to the last user turn,
-            with it.
+        source: A file or a Hub id, see `load_rows`, with a column `prompt`, `messages` or `conversations`, perhaps
+            `system` and, for the exact judge, `answer`. Of `messages` and `conversations` the prompt is what leads up
+            to the last user turn, with it.
         flag: The flag that named the source, for errors.
         role: What the prompts are for. Capability and task prompts are always graded by the exact judge.
         judge_name: The judge of harmful prompts.
@@ -80,6 +80,12 @@ def load_prompts(
         rows = rows.select(range(min(max_prompts, len(rows))))
     column = next(name for (name,) in PROMPT_COLUMNS if name in rows.column_names)
     prompts = [_prompt(cell, column, f"{flag} {source}, row {number}") for number, cell in enumerate(rows[column], 1)]
+    for number, system in enumerate(rows["system"] if "system" in rows.column_names else (), 1):
+        if system:
+            prompts[number - 1] = _with_system(prompts[number - 1], system, f"{flag} {source}, row {number}")
+    for number, tools in enumerate(rows["tools"] if "tools" in rows.column_names else (), 1):
+        if tools:
+            raise InputError(f"{flag} {source}, row {number}: an evaluation has no place for tools; leave them out")
     answers = list(rows["answer"]) if needs_answer else None
     for number, answer in enumerate(answers or [], 1):
         if not isinstance(answer, str) or not answer.strip(" \t\r\n,."):
@@ -99,6 +105,14 @@ def _prompt(cell: Any, column: str, where: str) -> Prompt:
     if last is None:
         raise InputError(f"{where}: {column!r} has no user turn; expected one to answer")
     return messages[: last + 1]
+
+
+def _with_system(prompt: Prompt, system: Any, where: str) -> Prompt:
+    """A prompt behind the system line of its row, as training has it."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if not isinstance(system, str) or any(turn["role"] == "system" for turn in messages):
+        raise InputError(f"{where}: 'system' must be text, and no system turn stand beside it")
+    return [{"role": "system", "content": system}, *messages]
 
 
 @dataclass(frozen=True)
