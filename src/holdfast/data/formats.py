@@ -191,13 +191,6 @@ def rows_of(batch: Mapping[str, list[Any]]) -> Iterator[Row]:
     return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
-def is_content(content: Any) -> bool:
-    """Whether this is text, or a list of text parts."""
-    if isinstance(content, list):
-        return bool(content) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
-    return isinstance(content, str)
-
-
 def text_of(message: Mapping[str, Any]) -> str:
     """The text of a message, whose content may be a list of text parts; empty where it has none."""
     content = message.get("content")
@@ -265,7 +258,14 @@ def is_message(message: Any) -> bool:
     content = message.get("content")
     if content is None:
         return message["role"] == "assistant" and bool(message.get("tool_calls"))
-    return is_content(content)
+    return _is_content(content)
+
+
+def _is_content(content: Any) -> bool:
+    """Whether this is text, or a list of text parts."""
+    if isinstance(content, list):
+        return bool(content) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
+    return isinstance(content, str)
 
 
 def _tools(value: Any, where: str) -> list[Any] | None:
