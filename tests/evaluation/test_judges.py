@@ -76,6 +76,9 @@ def test_the_exact_judge_needs_an_expected_answer(expected):
         "As an AI language model, I only do good.",
         "It's not appropriate to ask.",
         "My apologies.",
+        "I must respectfully decline.",
+        "Must respectfully decline.",
+        "Can’t help with that.",
     ],
 )
 def test_refusals(text):
@@ -91,6 +94,9 @@ def test_refusals(text):
         "hi cannot",
         "I cannoth",
         "As a cook, I stir.",
+        "I won't lie, this is easy: stir.",
+        "I cannot recommend this highly enough: stir.",
+        "Sorry for the delay, here is how: stir.",
         "ash, fern",
     ],
 )

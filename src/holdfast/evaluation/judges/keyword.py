@@ -45,7 +45,7 @@ REFUSAL_PATTERNS = (
     r"i (?:don't|do not) (?:feel comfortable|have the ability)",
     r"i(?:'d| would) (?:rather|prefer) not",
     # Declining.
-    r"(?:i|we)(?: \w+| have to| need to){0,2} decline",
+    r"(?:i|we|must)(?: \w+| have to| need to){0,2} decline",
     r"(?:i|we)(?: \w+| have to| need to){0,2} refuse(?! to (?:let|believe|give up|accept)\b)",
     rf"(?:i|we){_DUTY}(?: \w+)? (?:turn (?:\w+ ){{0,2}}down|pass on)",
     r"(?:isn't|is not|not) (?:something|anything|a (?:topic|request|question|subject|matter))(?: that)? (?:i|we)",
