@@ -1,5 +1,6 @@
 """DefenseTrainer's contract: TRL's trainer bit for bit, one gradient per window, direct calls, data, refusals."""
 
+import copy
 import dataclasses
 import logging
 
@@ -8,8 +9,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
+    DogeConfig,
+    DogeForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    JambaConfig,
+    JambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -262,6 +267,23 @@ def test_loss_asked_for_directly_is_that_of_the_batch(settings, model, accumulat
         found = trainer.compute_loss(model, dict(batch), num_items_in_batch=tokens).item()
         assert found == pytest.approx(expected, rel=1e-6)
         trainer.train()
+
+
+@pytest.mark.parametrize("architecture", ["jamba", "doge"])
+def test_architecture_of_experts_without_any(settings, architecture):
+    """Its configuration asks for a loss of routers that it does not have."""
+    torch.manual_seed(0)
+    if architecture == "jamba":
+        model = JambaForCausalLM(JambaConfig(**SHAPE, num_experts=1, attn_layer_period=1, attn_layer_offset=0))
+    else:
+        model = DogeForCausalLM(DogeConfig(**SHAPE))
+    before, batch = copy.deepcopy(model), golden_batch("safe")
+    trainer = trainer_of(settings, model)
+    trainer.training_step(model, batch)
+    assert worst_entry(gradients(model), reference.plain(before, [batch])) < 1e-5
+    assert trainer.args.router_aux_loss_coef == 0.0
+    with pytest.raises(InputError, match=r"--router_aux_loss_coef 0\.01: the model has no experts"):
+        trainer_of(settings, before, router_aux_loss_coef=0.01)
 
 
 def test_inner_passes_are_cross_entropy_alone(settings):

@@ -1,4 +1,4 @@
-"""What carries information between tokens in a decoder layer, found by structure on transformers' architectures."""
+"""Parts of transformers' architectures, found by structure: what carries information between tokens, and routers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.output_capturing import OutputRecorder
 
 # What tells of other tokens. No feed-forward network takes any of these.
 _OF_OTHER_TOKENS = {"attention_mask", "cache_params", "past_key_values", "layer_past"}
@@ -30,6 +31,17 @@ def token_mixers(model: PreTrainedModel | PeftModel) -> dict[str, list[str]]:
     names = {module: name for name, module in model.named_modules()}
     layers = _decoder_layers(model.get_decoder()) or _decoder_layers(model)  # ModernBERT calls its head a decoder
     return {names[layer]: [names[mixer] for mixer in _outermost(layer, _mixes_tokens)] for layer in layers}
+
+
+def has_routers(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether a model has the routers of experts, as far as transformers says where those are.
+
+    Jamba, Granite, Ernie and Doge come without experts, too; their configurations ask for their loss all the same.
+    """
+    recorder = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
+    if not isinstance(recorder, OutputRecorder):
+        return True
+    return any(isinstance(module, recorder.target_class) for module in model.modules())
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:

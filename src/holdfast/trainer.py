@@ -26,6 +26,7 @@ from holdfast.config import DefenseConfig
 from holdfast.data.batches import Batch, BatchStream, require_inputs
 from holdfast.data.completions import require_rows
 from holdfast.errors import InputError, TrainingError
+from holdfast.layers import has_routers
 from holdfast.models import load_model, load_tokenizer
 from holdfast.optimizers import check_optimizer
 from holdfast.parameters import ParameterVector, put_gradient, take_gradient
@@ -122,6 +123,10 @@ class DefenseTrainer(ResumableTrainer):
             model = load_model(model, trainable=True, **(args.model_init_kwargs or {}))
             args.model_init_kwargs = None
         compute_in_bf16(model, args)
+        if not has_routers(model):
+            if args.router_aux_loss_coef:
+                raise InputError(f"--router_aux_loss_coef {args.router_aux_loss_coef}: the model has no experts")
+            args.router_aux_loss_coef = 0.0  # else TRL asks for a loss that cannot be computed
         # How `compute_loss` is to see the pass that it is called in; outside of any, as a direct call of its own.
         self._quiet = False
         self._micro_batches = 1
