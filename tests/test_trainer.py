@@ -269,6 +269,23 @@ def test_loss_asked_for_directly_is_that_of_the_batch(settings, model, accumulat
         trainer.train()
 
 
+def test_configuration_is_left_as_it_was(settings):
+    """TRL has models output their routers' logits for good, with which none can generate."""
+    model, twin, batch = mixtral(), mixtral(), golden_batch("safe")
+    model.config.output_router_logits = False
+    trainer = trainer_of(settings, model)
+    trainer.training_step(model, batch)
+    assert worst_entry(gradients(model), reference.sft(twin, [batch])) < 1e-5
+    model.zero_grad()
+    _, gradient = trainer.loss_and_gradient(model, trainer.as_window([batch]), quiet=True, router_loss=True)
+    assert worst_entry(gradient, reference.sft(twin, [batch])) < 1e-5
+    assert model.config.output_router_logits is False
+    assert (
+        model.generate(batch["input_ids"], max_new_tokens=2, do_sample=False).shape[1]
+        == 2 + batch["input_ids"].shape[1]
+    )
+
+
 @pytest.mark.parametrize("architecture", ["jamba", "doge"])
 def test_architecture_of_experts_without_any(settings, architecture):
     """Its configuration asks for a loss of routers that it does not have."""

@@ -131,9 +131,14 @@ class DefenseTrainer(ResumableTrainer):
         self._quiet = False
         self._micro_batches = 1
         self._window: Window | None = None
+        text_config = model.config.get_text_config()
+        asks_for_router_logits = getattr(text_config, "output_router_logits", None)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
         )
+        if asks_for_router_logits is not None:
+            # TRL turns it on for good, and a model cannot generate so. Passes that need the logits ask for them.
+            text_config.output_router_logits = asks_for_router_logits
         keep_in_float32(self.model)
         # SFTTrainer computes the loss from the token count itself, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
@@ -318,7 +323,8 @@ class DefenseTrainer(ResumableTrainer):
         if not self._quiet:
             self.current_gradient_accumulation_steps = self._micro_batches  # TRL divides the routers' loss by it
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        asked = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**inputs, **asked, use_cache=False, fused_lm_head=True)
         tokens = torch.as_tensor(num_items_in_batch).clamp(min=1)
         loss = -outputs.log_probs.sum() / tokens * (self.accelerator.num_processes // self.get_tp_size())
         return loss + self._router_loss(outputs)

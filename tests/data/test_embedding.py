@@ -15,6 +15,7 @@ from helpers import chat_tokenizer, same_bits, tiny_llama, weights, word_rows, w
 from holdfast.data.embedding import embed_prompts
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
+from methods import jamba, lfm2, mixtral, qwen2_moe, qwen3_next
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -67,7 +68,9 @@ class Passes:
         embedding.register_forward_pre_hook(lambda _, inputs: self.shapes.append(tuple(inputs[0].shape)))
 
 
-@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2, tiny_gpt2, tiny_lora])
+@pytest.mark.parametrize(
+    "build", [tiny_llama, tiny_qwen2, tiny_gpt2, tiny_lora, mixtral, qwen2_moe, qwen3_next, lfm2, jamba]
+)
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_an_embedding_is_the_mean_over_the_prompts_own_tokens(build, batch_size):
     model, tokenizer, asked = build(), word_tokenizer(), prompts(17)

@@ -13,6 +13,7 @@ from helpers import chat_tokenizer, tiny_llama, word_rows, word_tokenizer
 from holdfast.errors import InputError
 from holdfast.evaluation.decoding import DECODINGS, GREEDY, PAPER, Decoding
 from holdfast.evaluation.generation import answerable, generate
+from methods import jamba, lfm2, mixtral, qwen2_moe, qwen3_next
 
 SHORT = Decoding(max_new_tokens=12)
 SAMPLED = Decoding(max_new_tokens=12, do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.2)
@@ -76,7 +77,9 @@ def texts(*args, **settings):
     return [answer.text for answer in generate(*args, **settings)]
 
 
-@pytest.mark.parametrize("build", [tiny_llama, tiny_qwen2, tiny_gpt2, tiny_lora])
+@pytest.mark.parametrize(
+    "build", [tiny_llama, tiny_qwen2, tiny_gpt2, tiny_lora, mixtral, qwen2_moe, qwen3_next, lfm2, jamba]
+)
 def test_batched_answers_are_those_of_one_prompt_at_a_time(build):
     model, tokenizer, asked = build(), word_tokenizer(), prompts(17)
     answers = texts(model, tokenizer, asked, decoding=SHORT, batch_size=5)

@@ -171,17 +171,23 @@ def _preserved(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Seed sampling and switch to eval mode; on leaving, put back every module's mode and all random states.
 
     The model's own `generation_config` is put back, too: `generate` fills what a given one leaves open from it, so it
-    has to make way.
+    has to make way. So has a configuration that asks for router logits, as TRL leaves it: of tokens in the cache there
+    are none.
     """
     base = base_model(model)
-    own_config = base.generation_config
+    own_config, text_config = base.generation_config, base.config.get_text_config()
+    routed = getattr(text_config, "output_router_logits", False)
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     with torch.random.fork_rng(devices), eval_mode(model):
         torch.manual_seed(seed)
         try:
+            if routed:
+                text_config.output_router_logits = False
             yield
         finally:
+            if routed:
+                text_config.output_router_logits = routed
             base.generation_config = own_config
             random.setstate(python_state)
             np.random.set_state(numpy_state)
