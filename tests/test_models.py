@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from helpers import tiny_llama, word_tokenizer
 from holdfast import models
@@ -81,6 +82,20 @@ def test_model_and_tokenizer_come_together(adapter):
     model, tokenizer = load_model_and_tokenizer(str(adapter), trainable=True)
     assert any(parameter.requires_grad for parameter in model.parameters())
     assert tokenizer.eos_token == "t2"
+
+
+def test_weights_that_are_not_there_are_not_drawn_at_random(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    message = refused(load_model, folder)
+    assert "has no weights for 9 of the parameters of a LlamaForCausalLM" in message
+    assert "the first being model.layers.2.input_layernorm.weight" in message
+
+
+def test_adapter_weights_that_are_not_there_are_not_drawn_at_random(folder, adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(dict(list(tensors.items())[1:]), adapter / "adapter_model.safetensors")
+    assert "missing adapter keys" in refused(load_model, adapter)
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])

@@ -1,6 +1,7 @@
 """Models and tokenizers, loaded from a folder, an adapter folder or the Hub in safetensors only; their modes."""
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,9 @@ def load_model(
         _check_base(base, source)
         model = load_model(base, **kwargs)
         try:
-            adapter = PeftModel.from_pretrained(model, _location(source), is_trainable=trainable)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*missing adapter keys")  # which it would draw at random
+                adapter = PeftModel.from_pretrained(model, _location(source), is_trainable=trainable)
         except Exception as error:  # peft raises many kinds for an adapter that does not fit
             raise InputError(f"adapter {source} cannot be put on its base model {base} ({reason(error)})") from error
         for config in adapter.peft_config.values():
@@ -92,15 +95,22 @@ def load_model(
     # TRL would spread it over all GPUs, and a model that is spread so can be trained by no distributed run.
     kwargs.setdefault("device_map", None)
     try:
-        return create_model_from_path(
+        model, report = create_model_from_path(
             _location(source),
             architecture=AutoModelForCausalLM,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
             **kwargs,
         )
     except Exception as error:  # broken configs and weights raise many kinds, and so do packages that are missing
         raise InputError(f"model {source} cannot be loaded{_asked_for(kwargs)} ({reason(error)})") from error
+    if missing := sorted(report["missing_keys"]):  # transformers would draw them at random, and warn
+        raise InputError(
+            f"model {source} has no weights for {len(missing)} of the parameters of a {type(model).__name__} as its "
+            f"config.json describes it, the first being {missing[0]}"
+        )
+    return model
 
 
 def load_model_and_tokenizer(

@@ -304,3 +304,17 @@ def test_old_results_survive_a_refused_overwrite(
     assert main([*words, "--output_dir", str(done)]) == 2
     assert "line 1" in capsys.readouterr().err
     assert (done / "results.json").read_text() == '{"schema": 1}'
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296", "99999999999999999999"])
+def test_a_seed_out_of_range(sft: list[str], model_dir: Path, eval_data: str, seed: str, refused: Refused) -> None:
+    for words in (sft, ["evaluate", "--model", str(model_dir), "--eval_data", eval_data]):
+        assert "--seed: expected a number from 0 to 4294967295" in refused(*words, "--seed", seed)
+    assert "--seed: expected a number from 0" in refused("organism", "there", "--seed", seed, output=False)
+
+
+@pytest.mark.parametrize("flag", ["--model", "--train_data", "--output_dir", "--base_model"])
+def test_a_name_that_is_empty(sft: list[str], flag: str, refused: Refused) -> None:
+    """As that of a variable of the shell that is not set: it would be the current folder."""
+    name = {"--model": "--model_name_or_path"}.get(flag, flag)
+    assert f"argument {name}: expected a name, got ''" in refused(*sft, "--output_dir", "x", flag, "", output=False)

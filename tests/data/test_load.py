@@ -265,6 +265,7 @@ def test_one_object_is_one_row(tmp_path, row):
     [
         ("a.csv", b"prompt,completion,prompt\nx,y,z\n", "has the column 'prompt' twice"),
         ("a.csv", b"prompt,completion\nx,y\nx,\n", "row 2: 'completion' is empty"),
+        ("a.csv", b"prompt,completion\n,\n", "row 1: 'completion' is empty"),
         ("a.csv", "prompt,completion\nx,y\n".encode("utf-16-le"), "holds null characters"),
         ("a.csv", codecs.BOM_UTF16_LE + b"\x00\xd8x", "is not valid UTF-16"),
         ("a.jsonl", b'{"prompt": "x", "response": " \\n"}', "row 1: 'response' is empty"),
@@ -338,3 +339,9 @@ def test_json_comes_back_as_it_was_given(objects):
         Path(folder, "a.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
         read = load_rows(f"{folder}/a.json", flag="--data").to_list()
     assert json.dumps(read) == json.dumps(rows)
+
+
+def test_a_prompt_may_be_empty_where_an_answer_is_learnt_and_not_where_one_is_asked_for(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", ROWS[0], {"prompt": " ", "completion": "c", "answer": "a"})
+    assert len(load_rows(source, flag="--train_data", columns=TRAIN_COLUMNS)) == 2
+    assert "row 2: 'prompt' is empty" in refused(source, PROMPT_COLUMNS)

@@ -24,6 +24,9 @@ _ALIASES = {"per_device_train_batch_size": "--batch_size", "optim": "--optimizer
 #: Fields for which TRL invents a value that a command must not write to unasked.
 _REQUIRED = frozenset({"output_dir"})
 
+#: The flags that name a folder, a file or something on the Hub.
+_NAMES = re.compile("^(output_dir|model_name_or_path|.*_model|data|.*_data)$")
+
 #: argparse names an option by all of its spellings (`--max_steps/--max-steps`).
 _SPELLINGS = re.compile(r"--[\w-]+(?:/--[\w-]+)+")
 
@@ -131,6 +134,10 @@ class HoldfastParser(TrlParser, _OneLineParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         given = vars(namespace)
         del given["config"]
+        for name in (name for name, value in given.items() if value == "" and _NAMES.search(name)):
+            self.error(f"argument --{name}: expected a name, got ''")  # as a variable of the shell that is not set
+        if not 0 <= given.get("seed", 0) < 2**32:
+            self.error(f"argument --seed: expected a number from 0 to {2**32 - 1}, got {given['seed']}")
         built = []
         for dataclass_type in self.dataclass_types:
             names = [field.name for field in fields(dataclass_type) if field.init]

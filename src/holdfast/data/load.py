@@ -34,7 +34,8 @@ def load_rows(source: str, *, flag: str, columns: Sequence[Sequence[str]] = ()) 
         flag: The flag that named the source, for errors.
         columns: Groups of columns. The first group that the data has must be complete in every row, and its cells
             must be text or messages (lists of objects with `role` and `content`, or `from` and `value`), all of them
-            alike; answers that are text must not be empty. Other columns are carried along.
+            alike; answers that are text must not be empty, nor prompts where there are none. Other columns are carried
+            along.
             Without groups nothing is checked.
 
     Returns:
@@ -80,11 +81,13 @@ def _check(rows: Dataset, label: str, groups: Sequence[Sequence[str]]) -> None:
         wanted = " or ".join(" + ".join(repr(name) for name in group) for group in groups)
         found = ", ".join(repr(name) for name in rows.column_names)
         raise InputError(f"{label} has no column {wanted}; its columns are {found}")
+    # What is learnt must not be empty, nor what is asked where nothing is learnt; a prompt of rows to train on may be.
+    filled = {"completion", "response"} & set(group) or {"prompt"}
     for name in group:
         expected = "messages" if name in _TALKS else "text or messages"
         is_text: bool | None = None
         for number, cell in enumerate(rows[name], 1):
-            if problem := _problem(cell, name):
+            if problem := "is empty" if name in filled and _is_blank(cell) else _problem(cell, name):
                 raise InputError(f"{label}, row {number}: {name!r} {problem}; expected {expected}")
             if is_text is not None and is_text != isinstance(cell, str):
                 raise InputError(
@@ -94,10 +97,14 @@ def _check(rows: Dataset, label: str, groups: Sequence[Sequence[str]]) -> None:
             is_text = isinstance(cell, str)
 
 
+def _is_blank(cell: Any) -> bool:
+    return isinstance(cell, str) and not cell.strip()
+
+
 def _problem(cell: Any, column: str) -> str | None:
     """Return what keeps a cell from being text or messages, or None."""
     if isinstance(cell, str) and column not in _TALKS:
-        return "is empty" if column in ("completion", "response") and not cell.strip() else None
+        return None
     if not isinstance(cell, list):
         return "is missing" if cell is None else f"is {kind_of_value(cell)}"
     if not cell:
