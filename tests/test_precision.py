@@ -15,6 +15,7 @@ from holdfast.config import DefenseConfig
 from holdfast.errors import InputError
 from holdfast.parameters import share_moved
 from holdfast.trainer import DefenseTrainer
+from methods import METHODS
 
 SMALL = {"max_steps": 3, "learning_rate": 1e-5, "lr_scheduler_type": "constant"}
 HALF = [torch.bfloat16, torch.float16]
@@ -69,6 +70,26 @@ def test_small_rate_moves_a_model_that_comes_in_half_precision(settings, tmp_pat
     logged = [entry["attack_weights_moved"] for entry in patcher.state.log_history if "attack_weights_moved" in entry]
     assert len(logged) == 2
     assert min(logged) > 0.8
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_such_a_model(settings, method):
+    changes = {**SMALL, "max_steps": 2, "weight_decay": 0.01}
+    trainer = METHODS[method].build(tiny_llama().bfloat16(), {**settings, **changes})
+    before = weights(trainer.model)
+    trainer.train()
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    assert share_moved(dict(trainer.model.named_parameters()), before) > 0.8
+
+
+def test_such_a_run_resumes_with_the_same_bits(settings):
+    """Its checkpoints hold the float32 weights, not those that the model comes in."""
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    through = sft(settings, tiny_llama().bfloat16(), **changes)
+    through.train()
+    resumed = sft(settings, tiny_llama().bfloat16(), **changes)
+    resumed.train(resume_from_checkpoint=f"{settings['output_dir']}/checkpoint-2")
+    assert same_bits(weights(resumed.model), weights(through.model))
 
 
 def test_a_folder_and_its_own_precision(settings, tmp_path):

@@ -55,5 +55,7 @@ def keep_in_float32(model: nn.Module, *, frozen: bool = False) -> None:
         frozen: Also those that are not trained.
     """
     for parameter in model.parameters():
+        if type(parameter) is not nn.Parameter:
+            continue  # bitsandbytes' own: what looks like bf16 may hold packed integers
         if parameter.dtype in _HALF and (frozen or parameter.requires_grad):
             parameter.data = parameter.data.float()
