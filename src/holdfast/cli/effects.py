@@ -57,7 +57,7 @@ _TRAINING = (
     Effect(
         "save_steps",
         lambda given: given.save_strategy == "steps",
-        "without --save_strategy steps: no step is waited for",
+        "without --save_strategy steps",
     ),
     Effect(
         "save_total_limit save_only_model",
