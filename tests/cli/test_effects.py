@@ -34,7 +34,7 @@ CASES: list[tuple[str, list[str], str, str]] = [
     (
         "align sft",
         ALIGN,
-        """--gradient_checkpointing_kwargs={"a":1} --gradient_checkpointing false""",
+        """--gradient_checkpointing_kwargs={"use_reentrant":false} --gradient_checkpointing false""",
         "--gradient_checkpointing true",
     ),
     ("align sft", ALIGN, "--packing_strategy wrapped", "--packing"),

@@ -81,9 +81,9 @@ _TRAINING = (
         "in an optimizer that is not Adam's kind",
     ),
     Effect(
-        "gradient_checkpointing_kwargs",
-        lambda given: given.gradient_checkpointing,
-        "without --gradient_checkpointing",
+        "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
+        lambda given: given.activation_checkpointing,
+        "without --activation_checkpointing",
     ),
     Effect("packing_strategy", lambda given: given.packing, "without --packing"),
     Effect("liger_kernel_config", lambda given: given.use_liger_kernel, "without --use_liger_kernel"),
