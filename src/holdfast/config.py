@@ -72,7 +72,7 @@ class DefenseConfig(SFTConfig):
     def __post_init__(self) -> None:
         """Check what was given and choose a device and a precision."""
         require_positive(self, "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
-        require_positive(self, "max_length", "dataloader_prefetch_factor")
+        require_positive(self, "max_length", "dataloader_prefetch_factor", "per_device_eval_batch_size")
         self._choose_length()
         require_not_negative(self, "weight_decay", "max_grad_norm", "neftune_noise_alpha", "dataloader_num_workers")
         for name in _MAPPINGS:

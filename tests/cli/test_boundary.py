@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from holdfast.checkpoint import is_complete
@@ -75,6 +76,9 @@ REFUSED = [
     ("align", "--pad_to_multiple_of 0", "--pad_to_multiple_of must be greater than 0, got 0"),
     ("align", "--use_peft --lora_task_type NONSENSE", "Invalid task type: 'NONSENSE'"),
     ("align", "--use_peft --lora_r 0", "--lora_r should be a positive integer value but the value passed is 0"),
+    ("align", "--use_peft --lora_target_modules (", "missing ), unterminated subpattern"),
+    ("align", "--load_in_4bit --bnb_4bit_quant_storage x", "`bnb_4bit_quant_storage` must be a valid string"),
+    ("align", "--per_device_eval_batch_size 0", "--per_device_eval_batch_size must be greater than 0, got 0"),
     ("align", "--base_model some/where", "--base_model some/where: "),
     ("align", "--load_in_4bit", "cannot be loaded with --load_in_4bit (Using `bitsandbytes` 4-bit"),
     ("attack", "--load_in_8bit", "cannot be loaded with --load_in_8bit (Using `bitsandbytes` 8-bit"),
@@ -182,6 +186,16 @@ def test_a_fault_of_our_own_keeps_its_traceback(
     monkeypatch.setattr(DefenseTrainer, "defended_gradient", faulty)
     with pytest.raises(ValueError, match="a bug"):
         main([*words["align"], "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("targets", ["q_proj", "q_proj v_proj", ".*q_proj", "all-linear"])
+def test_one_target_of_an_adapter_is_a_name_as_several_are(
+    words: dict[str, list[str]], targets: str, tmp_path: Path
+) -> None:
+    adapted = [*words["align"], "--use_peft", "--lora_target_modules", *targets.split(" ")]
+    assert main([*adapted, "--output_dir", str(tmp_path / "out")]) == 0
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any(".q_proj." in name for name in tensors)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from trl import ModelConfig
 
@@ -19,8 +20,17 @@ _BASE_HELP = "What to put an adapter on, where the base model that it names is e
 class ModelArguments(ModelConfig):
     """TRL's model flags (`--dtype`, `--use_peft`, `--lora_r`, …) with `--model` required."""
 
+    if TYPE_CHECKING:  # a field of ModelConfig that is set here
+        lora_target_modules: list[str] | str | None
+
     model_name_or_path: str = field(metadata={"help": _MODEL_HELP, "aliases": ["--model"]})
     base_model: str | None = field(default=None, metadata={"help": _BASE_HELP})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # TRL makes a text of a single name, which PEFT takes for an expression that whole paths have to match.
+        if isinstance(self.lora_target_modules, str) and self.lora_target_modules.isidentifier():
+            self.lora_target_modules = [self.lora_target_modules]
 
 
 @dataclass

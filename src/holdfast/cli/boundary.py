@@ -33,8 +33,8 @@ _CPU_ALLOCATOR = "DefaultCPUAllocator"
 def building(config: Any) -> Iterator[None]:
     """Report as bad input what libraries refuse while they build what the settings ask for.
 
-    They say so by `ValueError`, `ImportError` for a package that is not there, or an `OSError` that is not the
-    system's; reporters and the Hub by whatever they like.
+    They say so by `ValueError`, `ImportError` for a package that is not there, `re.error`, or an `OSError` that is not
+    the system's; reporters and the Hub by whatever they like.
 
     Args:
         config: The settings. Fields of it that a message names come out as flags.
@@ -51,7 +51,9 @@ def building(config: Any) -> Iterator[None]:
             raise InputError(_reporters_sentence(error, config)) from error
         if _comes_through(error, _HUB):
             raise InputError(_hubs_sentence(error)) from error
-        if isinstance(error, ValueError | ImportError) or (isinstance(error, OSError) and error.errno is None):
+        if isinstance(error, ValueError | ImportError | re.error) or (
+            isinstance(error, OSError) and error.errno is None
+        ):
             raise InputError(_with_flags(str(error), config)) from error
         raise
 

@@ -14,7 +14,7 @@ from trl import SFTConfig, get_quantization_config
 
 from holdfast.checkpoint import discard, is_complete, last_checkpoint, read_digests
 from holdfast.cli.arguments import LoadArguments, ModelArguments
-from holdfast.cli.boundary import kept, working
+from holdfast.cli.boundary import building, kept, working
 from holdfast.cli.console import ProgressReport, say, stderr, warn
 from holdfast.config import DefenseConfig
 from holdfast.data.rendering import ChatFormat
@@ -198,14 +198,16 @@ def model_keywords(model: ModelArguments, config: SFTConfig) -> dict[str, Any]:
     """Take the keywords of `load_model` out of the model flags and out of --model_init_kwargs.
 
     Raises:
-        InputError: They ask for code that comes with a model.
+        InputError: They ask for code that comes with a model, or for a quantization that there is not.
     """
+    with building(config):
+        quantization = get_quantization_config(model)
     keywords = {
         "base_model": model.base_model,
         "revision": model.model_revision,
         "dtype": model.dtype,
         "attn_implementation": model.attn_implementation,
-        "quantization_config": get_quantization_config(model),
+        "quantization_config": quantization,
         **(config.model_init_kwargs or {}),
     }
     config.model_init_kwargs = None
