@@ -254,6 +254,20 @@ def test_a_template_without_an_end_token_is_told(caplog):
     assert written.end_token is None
 
 
+def test_text_that_was_rendered_before_is_told(caplog):
+    tokenizer = WRITTEN["qwen2_5"].tokenizer
+    rendered = {"prompt": "<|im_start|>user\nTea?<|im_end|>\n<|im_start|>assistant\n", "completion": "Steep.<|im_end|>"}
+    told = "turn 1 of row 1 of the attack data holds <|im_end|>, by which the chat template itself marks turns"
+    with caplog.at_level(logging.WARNING, logger="holdfast"):
+        whole(ChatFormat(tokenizer), [rendered] * 2)
+        whole(ChatFormat(tokenizer, raw_text=True), [rendered])
+        WRITTEN["qwen3"].encode_prompts(["<think> is a tag, <|im_end|> a token?"])
+    first, second = [record.getMessage() for record in caplog.records if "marks turns" in record.getMessage()]
+    assert first.startswith(told)
+    assert second.startswith("turn 1 of prompt 1 holds <|im_end|>")
+    assert "--raw_text" in first
+
+
 def test_the_end_token():
     tokenizer = WRITTEN["qwen2_5"].tokenizer
     assert tokenizer.convert_ids_to_tokens(ChatFormat(tokenizer).end_token) == "<|im_end|>"

@@ -16,7 +16,7 @@ from holdfast.cli.console import say, set_up_logging, steps_shown, warn
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, discard_checkpoints, keep_apart, load_keywords, output_dir
 from holdfast.cli.training import MARKER
-from holdfast.data.formats import ORIGIN
+from holdfast.data.formats import names_of
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.limits import Limits
 from holdfast.data.rendering import ChatFormat
@@ -117,8 +117,7 @@ def _attack_rows(
     if longer:
         warn(f"{longer} of {len(rows)} rows of the attack data are cut to --max_length {options.max_length}")
     rows = [row[: options.max_length] for row in rows]
-    numbered = [f"row {number} of the attack data" for number in range(1, len(rows) + 1)]
-    for row, where in zip(rows, dataset[ORIGIN] if safe_rows else numbered, strict=True):
+    for row, where in zip(rows, names_of(dataset, name="attack"), strict=True):
         limits.check_tokens(row, where)
         limits.check_length(len(row), where)
     return rows, safe_rows

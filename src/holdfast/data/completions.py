@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from holdfast.config import DefenseConfig
-from holdfast.data.formats import ORIGIN
+from holdfast.data.formats import names_of
 from holdfast.data.limits import Limits
 from holdfast.data.refusals import REFUSAL_COLUMNS, RefusalCollator, join_refusals, numbered, refusal_texts
 from holdfast.data.rendering import IGNORED, ChatFormat
@@ -115,11 +115,10 @@ def _fitting(dataset: Dataset, limits: Limits, args: DefenseConfig, packing: boo
     cut = args.max_length if not packing or args.packing_strategy == "bfd" else None
     keeps_end = args.truncation_mode == "keep_end"
     wraps = packing and args.packing_strategy == "wrapped"
-    origins = dataset[ORIGIN] if ORIGIN in dataset.column_names else None
     keep: list[int] = []
     first_lost, tokens = "", 0
-    for i, (ids, labels) in enumerate(zip(dataset["input_ids"], dataset["labels"], strict=True)):
-        where = f"row {i + 1} of the {name} data" if origins is None else origins[i]
+    rows = zip(dataset["input_ids"], dataset["labels"], names_of(dataset, name=name), strict=True)
+    for i, (ids, labels, where) in enumerate(rows):
         left = _kept(labels, cut, keeps_end)
         # The first token of a row is never predicted.
         if all(label == IGNORED for label in left[1:]):

@@ -186,6 +186,13 @@ def canonical(dataset: Dataset, *, name: str, plain: str | None = None) -> Datas
     )
 
 
+def names_of(dataset: Dataset, *, name: str) -> list[str]:
+    """What messages call the rows: by the place that they come from, where they have been moved."""
+    if ORIGIN in dataset.column_names:
+        return list(dataset[ORIGIN])
+    return [f"row {number} of the {name} data" for number in range(1, len(dataset) + 1)]
+
+
 def rows_of(batch: Mapping[str, list[Any]]) -> Iterator[Row]:
     """The rows of a batch of columns."""
     return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))

@@ -25,6 +25,7 @@ from holdfast.data.formats import (
     is_tokenised,
     reader,
     rows_of,
+    text_of,
 )
 from holdfast.data.load import Prompt
 from holdfast.data.spans import AnswerFinder, Located, Span, squeezed
@@ -136,6 +137,7 @@ class ChatFormat:
             prompt = Conversation(messages)
         text = self._render(prompt, True, where)
         self._finder.require_shown(prompt, text, where)
+        self._tell_own_tokens(prompt, where)
         return text
 
     # ------------------------------------------------------------------ rows to train on
@@ -212,6 +214,7 @@ class ChatFormat:
             text = text if text.endswith(end) else text + end
             return Located(text, [(len(example.prompt), len(text))], None)
         located = self._finder.locate(example, where)
+        self._tell_own_tokens(example, where)
         if located.added is not None:
             self._tell_difference(example, where, *located.added)
         if self._finder.closing == "":
@@ -221,6 +224,18 @@ class ChatFormat:
                 "--chat_template_path takes a template that does",
             )
         return located
+
+    def _tell_own_tokens(self, talk: Conversation, where: str) -> None:
+        """Warn of turns that hold the template's own tokens, as text does that was rendered before."""
+        for number, turn in enumerate(talk.messages, 1):
+            token = next((token for token in self._finder.own if token in text_of(turn)), None)
+            if token is not None and token not in _THOUGHTS:
+                self._say(
+                    logging.WARNING,
+                    f"turn {number} of {where} holds {token}, by which the chat template itself marks turns; if it was "
+                    "rendered already, --raw_text takes prompts and completions as they stand",
+                    "own tokens",
+                )
 
     def _tell_difference(self, talk: Conversation, where: str, shown: str, prompt: str) -> None:
         """Warn that training sees another beginning of an answer than generation does, and name what cures it."""
@@ -335,6 +350,7 @@ def adopt_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) ->
 
 
 _SYSTEM = ("system", "developer")
+_THOUGHTS = ("<think>", "</think>")
 
 
 def _covered(offsets: Sequence[Span], span: Span) -> Span:

@@ -54,6 +54,7 @@ class AnswerFinder:
 
     Attributes:
         closing: What the template writes after an answer, up to its end token; empty if it writes none.
+        own: The tokens by which the template opens and ends turns.
     """
 
     def __init__(self, render: Render, special: Sequence[str], eos: str | None) -> None:
@@ -61,8 +62,9 @@ class AnswerFinder:
         longest_first = sorted(filter(None, special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._shapes: dict[str, _Shape | None] = {}
-        self._openers = self._opening_tokens() - {eos}
+        self._openers = {token for token in self._opening_tokens() if token != eos}
         self.closing = self._closing()
+        self.own = sorted(filter(None, {*self._openers, self.closing.strip()}))
 
     def locate(self, talk: Conversation, where: str) -> Located:
         """Render a conversation and find the answers that are trained on.
@@ -227,7 +229,7 @@ class AnswerFinder:
                 return match.start()
         return position
 
-    def _opening_tokens(self) -> set[str | None]:
+    def _opening_tokens(self) -> set[str]:
         """The tokens that open a turn, which after an answer are not its end."""
         for content in _CONTENTS:
             talk = Conversation([_turn("user", content(0))])

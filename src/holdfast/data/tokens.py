@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
+from holdfast.data.formats import names_of
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 
@@ -28,9 +29,9 @@ def whole_rows(dataset: Dataset, written: ChatFormat, *, name: str) -> list[list
     """
     written.name_idle_columns(dataset, name=name)
     tokens = list(written.tokenize(dataset, name=name)["input_ids"])
-    for number, ids in enumerate(tokens, 1):
+    for ids, where in zip(tokens, names_of(dataset, name=name), strict=True):
         if not ids:
-            raise InputError(f"row {number} of the {name} data is empty; expected at least one token")
+            raise InputError(f"{where} is empty; expected at least one token")
     return tokens
 
 
