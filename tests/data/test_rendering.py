@@ -274,6 +274,11 @@ def test_the_end_token():
     assert ChatFormat(tokenizer, raw_text=True).end_token == tokenizer.eos_token_id
 
 
+def test_the_end_token_does_not_depend_on_a_system_prompt():
+    tokenizer = WRITTEN["gemma"].tokenizer
+    assert ChatFormat(tokenizer, "Be kind.").end_token == ChatFormat(tokenizer).end_token
+
+
 def test_raw_text_is_raw_in_training_and_evaluation():
     written = ChatFormat(chat_tokenizer(CHATML), raw_text=True)
     row = {"prompt": "Tea is ", "completion": "hot."}

@@ -6,7 +6,7 @@ import json
 import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -263,7 +263,8 @@ class ChatFormat:
     def _finder(self) -> AnswerFinder:
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
         special = [token for token in {*added, *self.tokenizer.all_special_tokens} if token.strip()]
-        return AnswerFinder(self._render, special, self.tokenizer.eos_token)
+        probe = replace(self, system_prompt=None)._render  # which some templates refuse
+        return AnswerFinder(self._render, probe, special, self.tokenizer.eos_token)
 
     @cached_property
     def _said(self) -> set[str]:

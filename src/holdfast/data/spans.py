@@ -49,6 +49,7 @@ class AnswerFinder:
 
     Args:
         render: The template.
+        probe: The template without what the run adds to conversations, to be asked for its tokens.
         special: The tokens of the tokenizer that are never cut.
         eos: Its end-of-sequence token.
 
@@ -57,8 +58,8 @@ class AnswerFinder:
         own: The tokens by which the template opens and ends turns.
     """
 
-    def __init__(self, render: Render, special: Sequence[str], eos: str | None) -> None:
-        self._render = render
+    def __init__(self, render: Render, probe: Render, special: Sequence[str], eos: str | None) -> None:
+        self._render, self._probe = render, probe
         longest_first = sorted(filter(None, special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._shapes: dict[str, _Shape | None] = {}
@@ -103,10 +104,11 @@ class AnswerFinder:
             else:
                 shown = all(squeezed(part) in squeezed(text) for part in (_thoughts(turn)[1], *_calls(turn)))
             if not shown:
+                lists = shape is not None and not shape.order
                 raise InputError(
                     f"turn {i + 1} of {where} ({turn['role']}) is not shown by the chat template, so it would be lost; "
                     "leave it out or give it another role"
-                    + (" (some templates want content as a list of text parts)" if _is_plain(turn) else "")
+                    + (" (or write contents as lists of text parts, as some templates want them)" if lists else "")
                 )
         for name in map(_name, talk.tools or ()):
             if name not in text:
@@ -116,7 +118,7 @@ class AnswerFinder:
         for content in _CONTENTS:
             talk = Conversation([_turn("user", content(0)), _turn("assistant", content(1))])
             try:
-                text = self._render(talk, False)
+                text = self._probe(talk, False)
             except InputError:
                 continue
             if len(marks := list(_MARKER.finditer(text))) == 2:
@@ -234,7 +236,7 @@ class AnswerFinder:
         for content in _CONTENTS:
             talk = Conversation([_turn("user", content(0))])
             try:
-                text, prompt = self._render(talk, False), self._render(talk, True)
+                text, prompt = self._probe(talk, False), self._probe(talk, True)
             except InputError:
                 continue
             if (mark := _MARKER.search(text)) is not None:
