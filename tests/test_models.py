@@ -95,7 +95,7 @@ def test_weights_that_are_not_there_are_not_drawn_at_random(folder):
 def test_adapter_weights_that_are_not_there_are_not_drawn_at_random(folder, adapter):
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file(dict(list(tensors.items())[1:]), adapter / "adapter_model.safetensors")
-    assert "missing adapter keys" in refused(load_model, adapter)
+    assert "it has none for 1 of the weights, the first being base_model." in refused(load_model, adapter)
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
@@ -156,6 +156,20 @@ def test_an_adapter_whose_base_is_gone_is_refused(folder, adapter):
 def test_an_adapter_that_does_not_fit_its_base_is_refused(folder, adapter):
     tiny_llama(hidden_size=32).save_pretrained(folder)
     assert "cannot be put on its base model" in refused(load_model, adapter)
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(folder, adapter):
+    """peft would leave out what has no place, without a word."""
+    tiny_llama(num_hidden_layers=1).save_pretrained(folder)
+    assert "there is no place for 2 of the weights, the first being base_model." in refused(load_model, adapter)
+
+
+def test_an_adapter_on_another_adapter_is_refused(adapter, tmp_path):
+    other = shutil.copytree(adapter, tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(adapter)
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    assert f"is on another adapter, {adapter}; merge that into its base" in refused(load_model, other)
 
 
 @pytest.mark.parametrize("config", ["{", "{}", '{"base_model_name_or_path": null}'])

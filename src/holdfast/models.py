@@ -80,12 +80,22 @@ def load_model(
         _check_adapter_weights(source)
         _check_base(base, source)
         model = load_model(base, **kwargs)
+        if isinstance(model, PeftModel):
+            raise InputError(f"adapter {source} is on another adapter, {base}; merge that into its base model first")
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("error", message=".*missing adapter keys")  # which it would draw at random
+                warnings.filterwarnings("ignore", message=".*missing adapter keys")
                 adapter = PeftModel.from_pretrained(model, _location(source), is_trainable=trainable)
+            # Once more: what is missing peft draws at random, with a warning; what has no place only this tells.
+            found = adapter.load_adapter(_location(source), adapter.active_adapter, is_trainable=trainable)
         except Exception as error:  # peft raises many kinds for an adapter that does not fit
             raise InputError(f"adapter {source} cannot be put on its base model {base} ({reason(error)})") from error
+        for odd, what in ((found.missing_keys, "it has none for"), (found.unexpected_keys, "there is no place for")):
+            if odd:
+                raise InputError(
+                    f"adapter {source} cannot be put on its base model {base}: {what} {len(odd)} of the weights, the "
+                    f"first being {odd[0]}"
+                )
         for config in adapter.peft_config.values():
             config.base_model_name_or_path = base
         return adapter

@@ -85,6 +85,9 @@ def test_steps_to_measure_at_beyond_the_last_epoch(
     assert attack("--num_train_epochs", "1", "--measure_at", "0", "4") == 2
     assert "--measure_at must lie between 0 and the last of 3 steps, got [0, 4]" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert attack("--num_train_epochs", "1") == 0
+    assert attack("--num_train_epochs", "1", "--measure_at", "0", "4", "--overwrite_output_dir") == 2
+    assert (tmp_path / "out" / "results.json").exists()
 
 
 def test_steps_and_epochs_at_once(

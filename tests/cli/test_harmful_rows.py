@@ -56,3 +56,22 @@ def test_messages_name_rows_by_their_place_in_the_file(
     rows = [{"prompt": prompt, "response": "r", "is_safe": prompt == "p"} for prompt in ("p", "p " * 400)]
     source = write_rows("beavers.jsonl", rows)
     assert "row 2 of the attack data has" in refused(*words(command), "--attack_data", source)
+
+
+def test_an_attack_counts_the_rows_that_it_trains_on(
+    words: Callable[[str], list[str]],
+    benign_data: str,
+    write_rows: Callable[..., str],
+    refused: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    """Harmful rows that truncation empties are no attack, however many benign ones are left."""
+    long, short = ({"prompt": "p " * times, "response": "r"} for times in (400, 1))
+    mixed = ["--benign_data", benign_data, "--poison_ratio", "0.5", "--max_length", "128", "--drop_untrainable_rows"]
+    attack = [*words("attack full"), *mixed]
+    said = refused(*attack, "--attack_data", write_rows("long.jsonl", [long] * 4))
+    assert "no harmful row keeps a completion token" in said
+    out, some = tmp_path / "out", write_rows("some.jsonl", [long, short, long, short])
+    assert main([*attack, "--attack_data", some, "--output_dir", str(out)]) == 0
+    record = read_json(out / "results.json")["attack"]
+    assert (record["rows"], record["harmful_rows"], record["untrainable_rows_left_out"]) == (6, 2, 2)

@@ -149,6 +149,10 @@ class AttackTrainer(DefenseTrainer):
             keep_in_float32(model, frozen=True)  # a half precision base would take the adapter up rounded
             model = merge(model).requires_grad_(True)
         super().__init__(model, args, train_dataset, processing_class, **kwargs)
+        if args.max_steps == -1:
+            with torch.random.fork_rng([]):  # a loader draws its seed
+                *_, steps = self.set_initial_training_values(args, self.get_train_dataloader())
+            args.measure_within(steps)
         self.measurements: list[dict[str, Any]] = []
         self._measured = measured
         self.evaluations: dict[int, Evaluation] = {}
@@ -198,7 +202,6 @@ class _Measure(TrainerCallback):
         self.evaluator = evaluator
 
     def on_train_begin(self, args: AttackConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        args.measure_within(state.max_steps)
         self.trainer.begin()
         self.on_step_end(args, state, control)
 

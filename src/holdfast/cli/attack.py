@@ -31,7 +31,7 @@ from holdfast.cli.runs import (
     warn_of_unseen_end,
 )
 from holdfast.cli.tables import attack_table, counts_table, judge_record
-from holdfast.data.formats import canonical, is_tokenised, reader
+from holdfast.data.formats import ORIGIN, canonical, is_tokenised, reader
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.mix import overlap, poison
@@ -115,6 +115,13 @@ def run(method: str, argv: list[str]) -> int:
                 measured=_journal(folder),
                 peft_config=get_peft_config(model_args),
             )
+        trained_on = rows.filter(set(trainer.kept_rows["train"]).__contains__, input_columns=ORIGIN)
+        poisoned = sum(trained_on["poisoned"])
+        if any(rows["poisoned"]) and not poisoned:
+            raise InputError(
+                f"--attack_data {data.attack_data}: no harmful row keeps a completion token, so "
+                "--drop_untrainable_rows leaves no attack; raise --max_length"
+            )
         if evaluator is not None:
             evaluator.check(trainer.model, tokenizer)
         if trainer.is_world_process_zero():
@@ -123,10 +130,9 @@ def run(method: str, argv: list[str]) -> int:
                 (folder / name).unlink(missing_ok=True)
 
         warn_of_unseen_end(trainer)
-        poisoned = sum(rows["poisoned"])
         if overlapping:
             warn(f"{overlapping} evaluation prompts are among the attack's harmful rows, which inflates ASR")
-        say(f"attacking {source} ({method}) on {len(rows)} rows, {poisoned} of them harmful")
+        say(f"attacking {source} ({method}) on {len(trained_on)} rows, {poisoned} of them harmful")
         started = time.monotonic()
         try:
             train(trainer, title=f"attack {method}", folder=folder)
@@ -151,8 +157,9 @@ def run(method: str, argv: list[str]) -> int:
             "attack": {
                 "method": method,
                 **{name: value for name, value in asdict(data).items() if name != "overwrite_output_dir"},
-                "rows": len(rows),
+                "rows": len(trained_on),
                 "harmful_rows": poisoned,
+                "untrainable_rows_left_out": len(rows) - len(trained_on),
                 "safe_rows_left_out": safe_rows,
                 "overlapping_prompts": overlapping,
                 "lora": _lora(model_args) if method == "lora" else None,

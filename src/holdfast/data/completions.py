@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from holdfast.config import DefenseConfig
-from holdfast.data.formats import names_of
+from holdfast.data.formats import ORIGIN, names_of
 from holdfast.data.limits import Limits
 from holdfast.data.refusals import REFUSAL_COLUMNS, RefusalCollator, join_refusals, numbered, refusal_texts
 from holdfast.data.rendering import IGNORED, ChatFormat
@@ -29,12 +29,15 @@ class CompletionTrainer(SFTTrainer):
     Attributes:
         refused_sets: The data sets ("train", or by the names of `DefenseTrainer.batches_of`) whose batches come with a
             refusal view; their trainer's configuration has a field `refusal`.
+        kept_rows: The names of the rows that are trained on, where rows have names (`holdfast.data.formats.ORIGIN`), by
+            data set.
     """
 
     refused_sets: frozenset[str] = frozenset()
     _format: ChatFormat | None = None
 
     def __init__(self, model: PreTrainedModel | PeftModel, *args: Any, **kwargs: Any) -> None:
+        self.kept_rows: dict[str, list[str]] = {}
         self._limits: Callable[[], Limits] = functools.partial(Limits.of, model)  # which TRL may yet resize
         super().__init__(model, *args, **kwargs)
         padding, vocabulary = self.processing_class.pad_token_id, self._limits().vocabulary
@@ -93,6 +96,8 @@ class CompletionTrainer(SFTTrainer):
         # Rows that came tokenised may have masks, of which TRL makes labels.
         labelled = super()._prepare_dataset(tokens, processing_class, untruncated, False, None, name)
         labelled = _fitting(labelled, self._limits(), args, packing, name)
+        if ORIGIN in labelled.column_names:
+            self.kept_rows[name] = list(labelled[ORIGIN])
         return super()._prepare_dataset(labelled, processing_class, args, packing, None, name)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -142,7 +147,8 @@ def _fitting(dataset: Dataset, limits: Limits, args: DefenseConfig, packing: boo
     described = f"{lost} of {len(dataset)} rows of the {name} data keep no completion token"
     described += f" within --max_length {cut}" if cut else ""
     if not args.drop_untrainable_rows or not keep:
-        raise InputError(f"{described} (the first is {first_lost}); raise --max_length or pass --drop_untrainable_rows")
+        cure = "" if args.drop_untrainable_rows else " or pass --drop_untrainable_rows"
+        raise InputError(f"{described} (the first is {first_lost}); raise --max_length{cure}")
     logger.warning("%s and were dropped (the first is %s)", described, first_lost)
     return dataset.select(keep)
 
