@@ -49,6 +49,7 @@ class DefenseConfig(SFTConfig):
     if TYPE_CHECKING:  # fields of SFTConfig that are set here
         bf16: bool | None
         mixed_precision: str
+        assistant_only_loss: bool
         completion_only_loss: bool | None
         use_cpu: bool
 
@@ -95,6 +96,7 @@ class DefenseConfig(SFTConfig):
         if isinstance(self.chat_template_kwargs, str):
             self.chat_template_kwargs = json_object("chat_template_kwargs", self.chat_template_kwargs)
         self.completion_only_loss = True
+        self.assistant_only_loss = False  # answers are found without the markers that TRL would ask the template for
         self.bf16_was_ruled_out = self.bf16 is False
         if self.use_cpu or not torch.accelerator.is_available():
             self.use_cpu = True

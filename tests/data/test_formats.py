@@ -275,3 +275,10 @@ def test_messages_that_are_no_list():
 def test_conversation_turn_without_a_value():
     rows = [{"conversations": [{"from": "human", "value": "Tea?"}, {"from": "gpt", "value": None}]}]
     refused(rows, "row 1 of the attack data must hold text, or a list of messages")
+
+
+@pytest.mark.parametrize("form", ["text and completion", "messages"])
+def test_asking_for_the_loss_of_answers_alone_asks_for_what_is_done(settings, form):
+    tokenizer = tokenizer_of("llama3_1")  # which TRL knows no markers for
+    rows = prepared(settings, tokenizer, FORMATS[form], assistant_only_loss=True)
+    assert rows["labels"] == prepared(settings, tokenizer, FORMATS[form])["labels"]
