@@ -35,7 +35,7 @@ def words(model_dir: Path, train_data: str, attack_data: str, eval_data: str) ->
         "attack": ["attack", "full", *model, "--attack_data", attack_data, *QUICK],
         "repair": ["repair", "antidote", *model, "--attack_data", attack_data],
         "audit": ["audit", *model, "--data", train_data],
-        "evaluate": ["evaluate", *model, "--eval_data", eval_data],
+        "evaluate": ["evaluate", *model, "--max_new_tokens", "4", "--eval_data", eval_data],
     }
 
 
