@@ -102,6 +102,16 @@ def test_a_folder_and_its_own_precision(settings, tmp_path):
         assert trainer.model.dtype == torch.float32
 
 
+def test_trainers_of_one_process_compute_each_as_its_model_needs(settings):
+    """Whatever the order in which configurations and trainers are made."""
+    configs = [DefenseConfig(**{**settings, **SMALL}) for _ in range(3)]
+    models = [tiny_llama(), tiny_llama().bfloat16(), tiny_llama()]
+    for config, model, precision in zip(configs, models, ("no", "bf16", "no"), strict=True):
+        trainer = DefenseTrainer(model, config, word_rows(8), processing_class=word_tokenizer())
+        assert trainer.accelerator.mixed_precision == precision
+        trainer.train()
+
+
 def test_float32_weights_are_computed_on_as_asked(settings):
     assert sft(settings, tiny_llama()).args.bf16 is False
     assert sft(settings, tiny_llama(), bf16=True).args.bf16 is True

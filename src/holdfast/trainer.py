@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor
@@ -123,6 +124,7 @@ class DefenseTrainer(ResumableTrainer):
             model = load_model(model, trainable=True, **(args.model_init_kwargs or {}))
             args.model_init_kwargs = None
         compute_in_bf16(model, args)
+        AcceleratorState._reset_state()  # a trainer before this one in the process may have computed otherwise
         if not has_routers(model):
             if args.router_aux_loss_coef:
                 raise InputError(f"--router_aux_loss_coef {args.router_aux_loss_coef}: the model has no experts")

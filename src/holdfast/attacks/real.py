@@ -102,8 +102,9 @@ class AttackConfig(DefenseConfig):
 class AttackTrainer(DefenseTrainer):
     """Attack a model by fine-tuning it, and measure it at chosen steps.
 
-    The measurements leave the run as it was: the attacked weights equal those of a run that was not measured. An
-    adapter is merged into its base first, as an adversary may do. The model on disk is never written to.
+    The measurements leave the run as it was: the attacked weights equal those of a run that was not measured. They are
+    made in the precision that the attack computes in. An adapter is merged into its base first, as an adversary may do.
+    The model on disk is never written to.
 
     Args:
         model: A model, a folder, an adapter folder or a Hub id.
