@@ -440,6 +440,8 @@ def test_stream_prepares_rows_as_the_train_set_is(settings):
         ([{"input_ids": 1}] * 2, "a batch lacks labels and attention_mask; it holds input_ids"),
         ([{}] * 2, "a batch lacks input_ids and labels and attention_mask; it holds nothing"),
         ([{"position_ids": 1, "input_ids": 1}] * 2, "a batch lacks labels; it holds position_ids, input_ids"),
+        ([{key: t[0] for key, t in golden_batch("safe").items()} | {"labels": torch.ones(1)}] * 2, "of the same shape"),
+        ([{key: t.tolist() for key, t in golden_batch("safe").items()}] * 2, "must be tensors of the same shape"),
         ([[golden_batch("safe")]] * 2, "a batch must hold input_ids, attention_mask and labels by name, got list"),
     ],
 )

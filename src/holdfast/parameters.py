@@ -219,6 +219,8 @@ def vector_for(model: nn.Module, vector: Mapping[str, Tensor], name: str) -> Par
         InputError: It is not one finite tensor of the right shape per trainable parameter.
     """
     parameters = trainable_parameters(model)
+    if not (isinstance(vector, Mapping) and all(isinstance(tensor, Tensor) for tensor in vector.values())):
+        raise InputError(f"{name} must hold one tensor per trainable parameter, by name")
     if vector.keys() != parameters.keys():
         odd = sorted(vector.keys() ^ parameters.keys())[0]
         raise InputError(f"{name} must hold one tensor per trainable parameter, which fails at {odd}")

@@ -330,6 +330,9 @@ def test_vector_set_by_hand_is_checked(settings):
     trainer = patcher(settings)
     good = {name: torch.zeros_like(p) for name, p in trainer.model.named_parameters()}
     name = "model.norm.weight"
+    for odd in ([1], dict.fromkeys(good, 1.0)):
+        with pytest.raises(InputError, match="attack_vector must hold one tensor per trainable parameter, by name"):
+            trainer.attack_vector = odd
     with pytest.raises(InputError, match=r"fails at model\.norm\.weight"):
         trainer.attack_vector = {key: t for key, t in good.items() if key != name}
     with pytest.raises(InputError, match="fails at extra"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from torch import Tensor
 
 from holdfast.errors import InputError
 
@@ -30,6 +31,9 @@ def require_inputs(batches: Sequence[Batch]) -> None:
             raise InputError(
                 f"a batch lacks {' and '.join(lacking)}; it holds {', '.join(map(str, batch)) or 'nothing'}"
             )
+        ids, labels = batch["input_ids"], batch["labels"]
+        if not (isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.shape == labels.shape):
+            raise InputError("input_ids and labels of a batch must be tensors of the same shape, (rows, tokens)")
 
 
 class BatchStream(Iterator[Batch]):
