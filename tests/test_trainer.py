@@ -715,6 +715,18 @@ def test_non_finite_loss_names_the_step_and_the_last_checkpoint(settings):
     assert trainer.state.global_step == 4
 
 
+@pytest.mark.parametrize(("save", "kept"), [("no", "no checkpoint had been written yet"), ("steps", "checkpoint-2")])
+def test_weights_that_the_last_update_broke_are_not_kept(settings, save, kept):
+    class Break(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer, **_):
+            if state.global_step == 3:
+                optimizer.param_groups[0]["lr"] = torch.inf
+
+    trainer = trainer_of(settings, callbacks=[Break()], max_steps=4, save_strategy=save, save_steps=2)
+    with pytest.raises(TrainingError, match=f"the weights are not finite after step 4; .*{kept}"):
+        trainer.train()
+
+
 def test_resuming_without_a_checkpoint(settings):
     with pytest.raises(InputError, match="holds no complete checkpoint"):
         trainer_of(settings).train(resume_from_checkpoint=True)

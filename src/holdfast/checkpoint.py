@@ -146,6 +146,12 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     return next((str(folder) for folder in folders if is_complete(folder)), None)
 
 
+def kept(output_dir: str | Path) -> str:
+    """What is left of a run that ended early, in words."""
+    last = last_checkpoint(output_dir)
+    return f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
+
+
 def unfinished_folder(output_dir: str | Path) -> Path:
     """Where a checkpoint lies before it is whole, and when it is being deleted."""
     return Path(output_dir, "_unfinished")

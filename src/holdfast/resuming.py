@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from holdfast.checkpoint import (
     discard_unfinished,
     is_complete,
+    kept,
     last_checkpoint,
     load_state,
     publish,
@@ -27,9 +28,9 @@ from holdfast.checkpoint import (
 )
 from holdfast.data.batches import BatchStream
 from holdfast.data.completions import CompletionTrainer
-from holdfast.errors import InputError, Stopped
+from holdfast.errors import InputError, Stopped, TrainingError
 from holdfast.interruption import Abandoned, RandomState, work_until_the_parent_ends_it
-from holdfast.parameters import trainable_parameters
+from holdfast.parameters import is_finite, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class ResumableTrainer(CompletionTrainer):
         Raises:
             InputError: There is no such checkpoint.
             Stopped: The run was asked to stop; the message names the checkpoint that goes on from there.
-            TrainingError: A loss or gradient is not finite; the message names the step and the last good checkpoint.
+            TrainingError: A loss, a gradient, or a weight that is to be saved is not finite; the message names the step
+                and the last good checkpoint.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
@@ -92,7 +94,9 @@ class ResumableTrainer(CompletionTrainer):
         self._written = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         self._boundary = self._here()
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            finished = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            self._require_finite_weights()
+            return finished
         except Abandoned:
             self._go_back()
             self._stop()
@@ -146,6 +150,13 @@ class ResumableTrainer(CompletionTrainer):
             self._stop()
         self._boundary = self._here()
 
+    def _require_finite_weights(self) -> None:
+        """Refuse to keep weights that the last update broke: nothing but the next one's loss would tell."""
+        if not is_finite(trainable_parameters(self.model)):
+            raise TrainingError(
+                f"the weights are not finite after step {self.state.global_step}; {kept(self.args.output_dir)}"
+            )
+
     def _here(self) -> _Boundary:
         drawn = {name: stream.drawn for name, stream in self._streams.items()}
         tokens = self.state.num_input_tokens_seen
@@ -167,6 +178,7 @@ class ResumableTrainer(CompletionTrainer):
         The base trainer writes in place, rank by rank, so that a killed process leaves a folder that looks like any
         other. It also counts that folder when it deletes old ones: here that comes after the new one is in its place.
         """
+        self._require_finite_weights()
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         place = Path(self.args.output_dir, name)
         aside = unfinished_folder(self.args.output_dir)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.training_args import ParallelMode
 
-from holdfast.checkpoint import last_checkpoint
+from holdfast.checkpoint import kept
 from holdfast.config import DefenseConfig
 from holdfast.data.batches import Batch, BatchStream, require_inputs
 from holdfast.data.completions import require_rows
@@ -335,10 +335,9 @@ class DefenseTrainer(ResumableTrainer):
         """Stop before an update that would break the weights, on all ranks alike: the norm is the same everywhere."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not math.isfinite(float(grad_norm)):
-            kept = last_checkpoint(self.args.output_dir)
             raise TrainingError(
                 f"the loss or its gradient is not finite at step {self.state.global_step + 1}; "
-                + (f"the last good checkpoint is {kept}" if kept else "no checkpoint had been written yet")
+                f"{kept(self.args.output_dir)}"
             )
         return grad_norm
 

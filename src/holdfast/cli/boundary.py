@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from trl import ModelConfig
 
-from holdfast.checkpoint import last_checkpoint
+from holdfast.checkpoint import kept
 from holdfast.errors import InputError, TrainingError
 from holdfast.hub import reason
 
@@ -87,12 +87,6 @@ def working(folder: Path, config: Any) -> Iterator[None]:
         if why is None:
             raise
         raise TrainingError(f"{why}; {kept(folder)}") from error
-
-
-def kept(folder: Path) -> str:
-    """What is left of a run that ended early."""
-    last = last_checkpoint(folder)
-    return f"the last good checkpoint is {last}" if last else "no checkpoint had been written yet"
 
 
 def failure(error: Exception) -> str | None:

@@ -12,9 +12,9 @@ import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, get_quantization_config
 
-from holdfast.checkpoint import discard, is_complete, last_checkpoint, read_digests
+from holdfast.checkpoint import discard, is_complete, kept, last_checkpoint, read_digests
 from holdfast.cli.arguments import LoadArguments, ModelArguments
-from holdfast.cli.boundary import building, kept, working
+from holdfast.cli.boundary import building, working
 from holdfast.cli.console import ProgressReport, say, stderr, warn
 from holdfast.config import DefenseConfig
 from holdfast.data.rendering import ChatFormat
