@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +17,17 @@ import torch
 from trl import SFTConfig
 
 from holdfast.errors import InputError
-from holdfast.files import alone_in, claim_output_dir, digest, run_record, versions, write_json, write_jsonl, write_text
+from holdfast.files import (
+    alone_in,
+    append_jsonl,
+    claim_output_dir,
+    digest,
+    run_record,
+    versions,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 
 class Color(StrEnum):
@@ -203,3 +214,18 @@ def test_digest_is_of_the_content(tmp_path):
     (tmp_path / "a").write_bytes(b"1")
     (tmp_path / "b").write_bytes(b"1")
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "empty")
+
+
+def test_what_does_not_fit_is_not_added_in_part(tmp_path):
+    path = tmp_path / "points.jsonl"
+    append_jsonl(path, [{"steps": 0}])
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_jsonl(path, [{"steps": 1}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    append_jsonl(path, [{"steps": 1}])
+    assert path.read_text() == '{"steps": 0}\n{"steps": 1}\n'

@@ -98,13 +98,20 @@ def append_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
         rows: The objects, in order.
 
     Raises:
+        OSError: If the disk is full, say. No part of a line is left then.
         ValueError: If a row holds NaN or an infinity. Nothing is added then.
     """
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-    with Path(path).open("a", encoding="utf-8", newline="") as stream:
-        stream.write("".join(lines))
-        stream.flush()
-        os.fsync(stream.fileno())
+    with Path(path).open("ab", buffering=0) as stream:
+        before = stream.seek(0, os.SEEK_END)
+        content = "".join(lines).encode()
+        try:
+            while content:  # a full disk takes a part before it refuses
+                content = content[stream.write(content) :]
+            os.fsync(stream.fileno())
+        except OSError:
+            stream.truncate(before)
+            raise
 
 
 def flush(path: Path | str) -> None:

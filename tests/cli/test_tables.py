@@ -1,11 +1,12 @@
 """Tables say how sure a rate is and who graded, and fit a terminal."""
 
+import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from holdfast.cli.tables import attack_table, counts_table, evaluation_table
+from holdfast.cli.tables import attack_table, audit_table, counts_table, evaluation_table
 from holdfast.evaluation.decoding import GREEDY
 from holdfast.evaluation.evaluate import COUNTS, Evaluation, Evaluator, PromptSet
 from holdfast.evaluation.judges import get_judge
@@ -73,3 +74,17 @@ def test_an_attack_has_a_table_of_counts_where_there_is_something_to_count() -> 
     assert "harmful: cut" in words
     assert "capability: thinking unclosed" in words
     assert "empty" not in words
+
+
+def test_an_audit_in_a_narrow_terminal_keeps_its_numbers() -> None:
+    """A turn without text, such as a call of a tool, is not shown."""
+    turns = [
+        {"role": "user", "content": "Tea? " * 40},
+        {"role": "assistant", "content": None, "tool_calls": [{}]},
+        {"from": "gpt", "value": "Steep."},
+    ]
+    console = Console(record=True, width=60)
+    console.print(audit_table([{"row": 1234, "r": -12.345, "poisoned": True, "messages": turns}], 1, 1))
+    text = console.export_text()
+    assert re.search(r"1234 +-12\.3. +yes +Tea\? .*…", text)
+    assert "None" not in text

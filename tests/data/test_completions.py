@@ -95,3 +95,10 @@ def test_several_processes_tokenise_the_same(settings):
         model = tiny_llama(vocab_size=len(tokenizer))
         found.append(DefenseTrainer(model, config, rows, processing_class=tokenizer).train_dataset.to_list())
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("given", [{"labels": [-100, 5]}, {"completion_mask": [0, 1]}])
+def test_a_token_without_a_label_is_refused(settings, given):
+    rows = Dataset.from_list([{"input_ids": [4, 5, 6], **given}])
+    with pytest.raises(InputError, match="row 1 of the train data has 2 labels for 3 tokens"):
+        prepared(settings, rows)

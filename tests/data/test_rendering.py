@@ -14,7 +14,7 @@ from hypothesis import settings as rules
 from hypothesis import strategies as st
 
 from helpers import chat_tokenizer
-from holdfast.data.formats import Conversation, canonical
+from holdfast.data.formats import Conversation, canonical, idle_columns
 from holdfast.data.rendering import ChatFormat, adopt_chat_template
 from holdfast.errors import InputError
 
@@ -318,6 +318,14 @@ def test_canonical_rows_are_one_format_and_train_the_same():
     mixed = concatenate_datasets([canonical(one, name=f"set {i}") for i, one in enumerate(rows)])
     assert stretches(written, mixed) == list(itertools.chain(*(stretches(written, one) for one in rows)))
     assert mixed["holdfast_origin"][2] == "row 1 of the set 2 data"
+
+
+def test_columns_that_another_goes_before_play_no_part():
+    talk = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Steep."}]
+    row = {"prompt": "Tea?", "completion": "Steep.", "response": "Boil."}
+    assert idle_columns(Dataset.from_list([row, row])) == ["response"]
+    assert idle_columns(Dataset.from_list([row, {**row, "completion": None}])) == []
+    assert idle_columns(Dataset.from_list([{**row, "messages": talk}])) == ["completion", "prompt", "response"]
 
 
 def test_columns_without_a_part_are_named_once(caplog):

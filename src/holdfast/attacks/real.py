@@ -189,9 +189,10 @@ class AttackTrainer(DefenseTrainer):
         steps = self.state.global_step
         self.evaluations[steps] = evaluation
         moved = {"attacker_loss": loss, "weights_moved": self._share_moved()}
-        self.measurements.append({"steps": steps, **moved, **evaluation.flat()})
+        point = {"steps": steps, **moved, **evaluation.flat()}
         if self._measured is not None and self.is_world_process_zero():
-            self._measured(self.measurements[-1], evaluation)
+            self._measured(point, evaluation)
+        self.measurements.append(point)
 
     def _share_moved(self) -> float:
         return share_moved(trainable_parameters(self.model), self._origin)

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from holdfast.data.formats import as_message, text_of
 from holdfast.data.load import TRAIN_COLUMNS
 from holdfast.evaluation.evaluate import COUNTS, PREFIXES, Evaluation, Evaluator
 from holdfast.evaluation.scores import Detection
@@ -126,12 +127,14 @@ def audit_table(rows: Sequence[Mapping[str, Any]], suspected: int, audited: int)
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
+        expand=True,
     )
     table.add_column("row", justify="right", no_wrap=True)
     table.add_column("r", justify="right", no_wrap=True)
     if rows and "poisoned" in rows[0]:
         table.add_column("poisoned", no_wrap=True)
-    table.add_column("prompt → answer", no_wrap=True, overflow="ellipsis", max_width=100)
+    # It alone gives way where the terminal is narrow.
+    table.add_column("prompt → answer", no_wrap=True, overflow="ellipsis", ratio=1)
     for row in rows:
         label = ["yes" if row["poisoned"] else "no"] if "poisoned" in row else []
         table.add_row(str(row["row"]), f"{row['r']:.2f}", *label, Text(_talk(row)))
@@ -163,8 +166,8 @@ def _talk(row: Mapping[str, Any]) -> str:
     names = dict.fromkeys(name for group in TRAIN_COLUMNS for name in group)
     parts = [row[name] for name in names if row.get(name) is not None]
     messages = [message for part in parts for message in ([part] if isinstance(part, str) else part)]
-    texts = [turn if isinstance(turn, str) else turn.get("content", turn.get("value")) for turn in messages]
-    return " → ".join(" ".join(str(text).split()) for text in texts)
+    texts = [turn if isinstance(turn, str) else text_of(as_message(turn)) for turn in messages]
+    return " → ".join(" ".join(text.split()) for text in texts if text)
 
 
 def _caption(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator) -> str:

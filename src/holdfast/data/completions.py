@@ -124,6 +124,8 @@ def _fitting(dataset: Dataset, limits: Limits, args: DefenseConfig, packing: boo
     first_lost, tokens = "", 0
     rows = zip(dataset["input_ids"], dataset["labels"], names_of(dataset, name=name), strict=True)
     for i, (ids, labels, where) in enumerate(rows):
+        if len(labels) != len(ids):
+            raise InputError(f"{where} has {len(labels)} labels for {len(ids)} tokens; expected one for each")
         left = _kept(labels, cut, keeps_end)
         # The first token of a row is never predicted.
         if all(label == IGNORED for label in left[1:]):

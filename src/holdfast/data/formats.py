@@ -33,6 +33,12 @@ _SPEAKERS = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
 _LABELS = {"labels", "completion_mask", "assistant_masks"}
 _OWN = {ROW, ORIGIN, "poisoned"}
 _MEANT = {"prompt", "completion", "response", "messages", "conversations", "system", "tools", "chat_template_kwargs"}
+# What a row is read from, in this order, and what then plays no part in it.
+_BEFORE = {
+    "messages": {"conversations", "prompt", "completion", "response"},
+    "conversations": {"messages", "prompt", "completion", "response"},
+    "completion": {"response"},
+}
 _CONVERSATIONS = {"messages": List(Json()), "tools": List(Json()), "chat_template_kwargs": Json()}
 
 
@@ -142,8 +148,12 @@ def reader(dataset: Dataset, *, name: str, plain: str | None = None) -> Callable
 
 
 def idle_columns(dataset: Dataset) -> list[str]:
-    """The columns of rows of text or messages that have no meaning here."""
-    return sorted(set(dataset.column_names) - _MEANT - _OWN)
+    """The columns of rows of text or messages that have no meaning here, or give way to another in every row."""
+    columns = set(dataset.column_names)
+    for first, others in _BEFORE.items():
+        if first in columns and not dataset.data.column(first).null_count:
+            return sorted(columns - _MEANT - _OWN | columns & others)
+    return sorted(columns - _MEANT - _OWN)
 
 
 def canonical(dataset: Dataset, *, name: str, plain: str | None = None) -> Dataset:

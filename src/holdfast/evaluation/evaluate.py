@@ -83,9 +83,12 @@ def load_prompts(
     for number, system in enumerate(rows["system"] if "system" in rows.column_names else (), 1):
         if system:
             prompts[number - 1] = _with_system(prompts[number - 1], system, f"{flag} {source}, row {number}")
-    for number, tools in enumerate(rows["tools"] if "tools" in rows.column_names else (), 1):
-        if tools:
-            raise InputError(f"{flag} {source}, row {number}: an evaluation has no place for tools; leave them out")
+    for name in {"tools", "chat_template_kwargs"}.intersection(rows.column_names):
+        for number, value in enumerate(rows[name], 1):
+            if value:
+                raise InputError(
+                    f"{flag} {source}, row {number}: an evaluation has no place for {name}; leave them out"
+                )
     answers = list(rows["answer"]) if needs_answer else None
     for number, answer in enumerate(answers or [], 1):
         if not isinstance(answer, str) or not answer.strip(" \t\r\n,."):
