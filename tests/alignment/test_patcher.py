@@ -507,3 +507,12 @@ def test_defaults_are_those_of_the_paper(tmp_path):
     config = PatcherConfig(output_dir=str(tmp_path))
     assert (config.alpha, config.attack_steps, config.attack_every) == (0.5, 300, 1000)
     assert (config.attack_learning_rate, config.attack_batch_size, config.attack_weight_decay) == (None, None, 0.01)
+
+
+@pytest.mark.parametrize(("attack_every", "told"), [(4, True), (3, False)])
+def test_a_run_of_epochs_in_which_no_attack_is_due_says_so(settings, caplog, attack_every, told):
+    """Eight rows by four are two updates an epoch."""
+    epochs = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 4}
+    with caplog.at_level(logging.WARNING, "holdfast"):
+        patcher(settings, rows=word_rows(8), attack_every=attack_every, attack_steps=1, **epochs).train()
+    assert ("no attack is due before the end of the run (--attack_every 4, 4 updates)" in caplog.text) is told

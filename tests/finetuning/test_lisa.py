@@ -1,6 +1,7 @@
 """Lisa: golden case, the two states and the rows they use, the anchor, Bi-State Optimization, refused settings."""
 
 import copy
+import logging
 import math
 
 import pytest
@@ -222,3 +223,10 @@ def test_settings_out_of_range_are_named(settings, name, value):
 def test_defaults_are_those_of_the_paper(tmp_path):
     config = LisaConfig(output_dir=str(tmp_path))
     assert (config.rho, config.safety_steps, config.user_steps, config.proximal_start) == (1.0, 100, 900, 0.1)
+
+
+@pytest.mark.parametrize(("safety_steps", "told"), [(2, True), (1, False)])
+def test_a_run_that_ends_before_the_users_turn_says_so(settings, caplog, safety_steps, told):
+    with caplog.at_level(logging.WARNING, "holdfast"):
+        lisa(settings, max_steps=2, safety_steps=safety_steps, user_steps=1).train()
+    assert ("the run ends before the user's data are trained on (--safety_steps 2, 2 updates)" in caplog.text) is told

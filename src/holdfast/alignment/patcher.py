@@ -209,6 +209,13 @@ class PatcherTrainer(DefenseTrainer):
         """
         if self._simulates_attacks():
             self._batches_to_attack_with()
+            if self._attack_vector is None and self.state.max_steps <= self.args.attack_every:
+                logger.warning(
+                    "no attack is due before the end of the run (--attack_every %d, %d updates): the model will be "
+                    "aligned with plain SFT",
+                    self.args.attack_every,
+                    self.state.max_steps,
+                )
 
     def _simulates_attacks(self) -> bool:
         return not self._set_by_hand

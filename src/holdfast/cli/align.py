@@ -43,7 +43,8 @@ def run(method: str, argv: list[str]) -> int:
     chosen, parsed = _METHODS[method], make_parser(method).parse(argv)
     if method == "patcher":
         model_args, data, config, side_by_side, _ = parsed
-        if 0 < config.max_steps <= config.attack_every and config.role != "attacker":
+        defends_beside = config.role == "defender" or side_by_side.parallel
+        if defends_beside and 0 < config.max_steps <= config.attack_every:
             warn(
                 f"no attack is due before the end of the run (--attack_every {config.attack_every}, --max_steps "
                 f"{config.max_steps}): the model will be aligned with plain SFT"

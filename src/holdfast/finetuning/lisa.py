@@ -28,6 +28,7 @@ Examples:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -42,6 +43,8 @@ from holdfast.data.batches import Batch
 from holdfast.errors import InputError
 from holdfast.parameters import ParameterVector, local, snapshot, trainable_parameters, vector_for
 from holdfast.trainer import DefenseTrainer, Window
+
+logger = logging.getLogger(__name__)
 
 State = Literal["safety", "user"]
 
@@ -173,6 +176,13 @@ class LisaTrainer(DefenseTrainer):
 
     def _enter_update(self) -> None:
         """Count the update, and change state when the present one has had its share."""
+        if self.state.global_step == 0 and 0 < self.state.max_steps <= self.args.safety_steps:
+            logger.warning(
+                "the run ends before the user's data are trained on (--safety_steps %d, %d updates); give a smaller "
+                "--safety_steps",
+                self.args.safety_steps,
+                self.state.max_steps,
+            )
         if self._anchor is None and self.args.rho:
             self._anchor = snapshot(self.model)
         length = self.args.safety_steps if self.bi_state == "safety" else self.args.user_steps
