@@ -196,3 +196,18 @@ def test_prompts_that_an_evaluation_cannot_ask(
     more: dict[str, Any], expected: str, words: Callable[..., list[str]], write_rows: Write, refused: Callable[..., str]
 ) -> None:
     assert expected in refused(*words("evaluate", write_rows("prompts.jsonl", [{"prompt": "Tea?", **more}])))
+
+
+def test_an_attack_is_not_measured_with_prompts_other_than_it_was_trained_on(
+    model_dir: Path, words: Callable[..., list[str]], write_rows: Write, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (model_dir / "chat_template.jinja").write_text((TEMPLATES / "qwen3.jinja").read_text("utf-8"))
+    data = write_rows("rows.jsonl", [{"prompt": "Tea?", "completion": "Steep."}] * 2)
+    attacking = [*words("attack full", data), *SHORT]
+    measuring = ["--eval_data", data, "--max_new_tokens", "2"]
+    sentence = refused(*attacking, *measuring)
+    assert "so the model is asked otherwise than it was trained" in sentence
+    assert sentence.rstrip().endswith("""--chat_template_kwargs '{"enable_thinking": false}' makes the two equal""")
+    cured = [*measuring, "--chat_template_kwargs", '{"enable_thinking": false}']
+    assert main([*attacking, *cured, "--output_dir", str(tmp_path / "cured")]) == 0
+    assert main([*attacking, "--output_dir", str(tmp_path / "unmeasured")]) == 0

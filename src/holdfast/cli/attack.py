@@ -103,6 +103,8 @@ def run(method: str, argv: list[str]) -> int:
         adopt_chat_template(tokenizer, config.chat_template_path)
         written = ChatFormat.of(tokenizer, config)
         rows, safe_rows = _attack_rows(data, written, seed=config.seed)
+        if evaluator is not None:
+            written.require_alike(rows, name="attack")
         overlapping = _overlap(rows, written, evaluator)
         is_adapter = isinstance(model, PeftModel)
         with building(config):

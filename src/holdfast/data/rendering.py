@@ -181,6 +181,27 @@ class ChatFormat:
             desc=f"Tokenizing {name} data",
         )
 
+    def require_alike(self, dataset: Dataset, *, name: str) -> None:
+        """Make sure that the first row is trained on as prompts are asked, where a keyword of the template can do that.
+
+        Elsewhere this is a warning. In an attack that is measured it would make a weak attack of a strong one: what was
+        learned stands behind a beginning that no measured prompt has.
+
+        Args:
+            dataset: Rows of text or messages, or tokenised ones, which are let through.
+            name: What messages call this data set.
+
+        Raises:
+            InputError: They differ; the message has the keywords.
+        """
+        if self.plain is not None or is_tokenised(dataset, name=name):
+            return
+        where, talk = reader(dataset, name=name, plain=None)(dataset[0], 0)
+        if isinstance(talk, Conversation) and (added := self._finder.locate(talk, where).added) is not None:
+            what, cure = self._difference(talk, where, *added)
+            if cure:
+                raise InputError(what + cure)
+
     def name_idle_columns(self, dataset: Dataset, *, name: str, used: Sequence[str] = ()) -> None:
         """Say once which columns play no part.
 
@@ -239,23 +260,23 @@ class ChatFormat:
 
     def _tell_difference(self, talk: Conversation, where: str, shown: str, prompt: str) -> None:
         """Warn that training sees another beginning of an answer than generation does, and name what cures it."""
-        if "difference" in self._said:
-            return
-        cure = ""
+        if "difference" not in self._said:
+            self._say(logging.WARNING, "".join(self._difference(talk, where, shown, prompt)), "difference")
+
+    def _difference(self, talk: Conversation, where: str, shown: str, prompt: str) -> tuple[str, str]:
+        """What training sees before an answer and generation does not, in words, and what cures it, if anything."""
+        what = (
+            f"the chat template writes {shown!r} before answers to train on where prompts to be answered have "
+            f"{prompt!r} ({where} is the first), so the model is asked otherwise than it was trained"
+        )
         for keywords in _THINKING:
             other = ChatFormat(self.tokenizer, self.system_prompt, {**(self.chat_template_kwargs or {}), **keywords})
             try:
                 if other._finder.locate(talk, where).added is None:
-                    cure = f"; --chat_template_kwargs '{json.dumps(keywords)}' makes the two equal"
-                    break
+                    return what, f"; --chat_template_kwargs '{json.dumps(keywords)}' makes the two equal"
             except InputError:
                 continue
-        self._say(
-            logging.WARNING,
-            f"the chat template writes {shown!r} before answers to train on where prompts to be answered have "
-            f"{prompt!r} ({where} is the first), so the model is asked otherwise than it was trained{cure}",
-            "difference",
-        )
+        return what, ""
 
     # ------------------------------------------------------------------ the template and the tokenizer
 
