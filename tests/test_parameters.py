@@ -156,6 +156,12 @@ def test_is_finite_sees_a_single_entry(bad):
     assert not is_finite(v)
 
 
+def test_huge_entries_are_finite_though_their_norm_is_none():
+    v = vector(0)
+    v["c"][0, 0, 1] = 3e38
+    assert is_finite(v)
+
+
 def backward(model):
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     model(input_ids=ids, labels=ids).loss.backward()

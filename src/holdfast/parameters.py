@@ -204,7 +204,8 @@ def norm(vector: Mapping[str, Tensor]) -> float:
 
 def is_finite(vector: Mapping[str, Tensor]) -> bool:
     """Whether every entry, on every shard, is a finite number."""
-    return math.isfinite(norm(vector))
+    broken = {name: (tensor, local(tensor).isfinite().logical_not().sum()) for name, tensor in vector.items()}
+    return _total(broken) == 0
 
 
 def vector_for(model: nn.Module, vector: Mapping[str, Tensor], name: str) -> ParameterVector:

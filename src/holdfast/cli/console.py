@@ -12,7 +12,6 @@ from typing import Any
 import datasets
 import transformers
 from rich.console import Console
-from rich.logging import RichHandler
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -39,7 +38,7 @@ def set_up_logging() -> None:
     """Send Holdfast's own messages to standard error; of libraries, and of ranks but the first, only warnings."""
     logger = logging.getLogger("holdfast")
     if not logger.handlers:
-        logger.addHandler(RichHandler(console=stderr, show_time=False, show_path=False, show_level=False))
+        logger.addHandler(_Messages())
         logger.setLevel(logging.INFO if _is_first_rank() else logging.WARNING)
         logger.propagate = False
     # Of TRL's own defaults and calls, which a user of a command can do nothing about.
@@ -59,6 +58,13 @@ def warn(message: str) -> None:
     """Tell what the user should know before trusting the result, on standard error; of several ranks, the first one."""
     if _is_first_rank():
         stderr.print(f"warning: {message}", markup=False, style="yellow")
+
+
+class _Messages(logging.Handler):
+    """Tells what Holdfast's modules log as commands tell things themselves: one line each, whatever its length."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        (warn if record.levelno >= logging.WARNING else say)(self.format(record))
 
 
 def _is_first_rank() -> bool:
