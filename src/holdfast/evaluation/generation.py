@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from holdfast.data.limits import Limits
 from holdfast.data.load import Prompt
-from holdfast.data.prompts import encode_prompts
+from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.answers import Answer, decode_answer, hidden_tokens
 from holdfast.evaluation.decoding import Decoding
@@ -123,7 +123,7 @@ def _encoded(
     """The token ids of the prompts that can be answered, by their places."""
     limits = Limits.of(model)
     found = {}
-    for place, tokens in enumerate(encode_prompts(tokenizer, prompts, **rendering)):
+    for place, tokens in enumerate(ChatFormat(tokenizer, **rendering).encode_prompts(prompts)):
         limits.check_tokens(tokens, f"prompt {place + 1}")
         if limits.positions is None or len(tokens) < limits.positions:
             found[place] = tokens

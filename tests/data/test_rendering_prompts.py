@@ -3,7 +3,7 @@
 import pytest
 
 from helpers import chat_tokenizer, word_tokenizer
-from holdfast.data.prompts import encode_prompts
+from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 
 TEMPLATE = (
@@ -14,11 +14,11 @@ TEMPLATE = (
 
 def texts(prompts, **settings):
     tokenizer = chat_tokenizer(TEMPLATE)
-    return [tokenizer.decode(ids) for ids in encode_prompts(tokenizer, prompts, **settings)]
+    return [tokenizer.decode(ids) for ids in ChatFormat(tokenizer, **settings).encode_prompts(prompts)]
 
 
 def test_without_a_template_text_is_taken_as_it_is():
-    assert encode_prompts(word_tokenizer(), ["t5 t6", "t7"]) == [[5, 6], [7]]
+    assert ChatFormat(word_tokenizer()).encode_prompts(["t5 t6", "t7"]) == [[5, 6], [7]]
 
 
 def test_text_is_a_user_turn_and_messages_are_rendered():
@@ -33,7 +33,7 @@ def test_a_system_prompt_and_settings_reach_the_template():
 
 
 def test_no_prompts_have_no_tokens():
-    assert encode_prompts(word_tokenizer(), []) == []
+    assert ChatFormat(word_tokenizer()).encode_prompts([]) == []
 
 
 @pytest.mark.parametrize(
@@ -42,4 +42,4 @@ def test_no_prompts_have_no_tokens():
 )
 def test_a_prompt_that_cannot_be_encoded_is_refused_by_number(prompts, problem):
     with pytest.raises(InputError, match=problem):
-        encode_prompts(word_tokenizer(), prompts)
+        ChatFormat(word_tokenizer()).encode_prompts(prompts)
