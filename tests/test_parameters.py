@@ -122,6 +122,15 @@ def test_share_moved_counts_the_entries_that_differ(seed, data):
     assert share_moved(before, before) == 0
 
 
+def test_entries_that_began_at_zero_do_not_count_as_moved():
+    """A step that is too small for a fresh adapter's A moves its B, which begins at zero, all the same."""
+    before = ParameterVector(A=torch.full((4, 8), 0.1), B=torch.zeros(8, 4))
+    after = ParameterVector(A=before["A"] + 1e-10, B=before["B"] + 1e-10)
+    assert share_moved(after, before) == 0
+    after["A"][:1] += 1e-3
+    assert share_moved(after, before) == 0.25
+
+
 def test_share_moved_is_of_entries_as_they_are_stored():
     """A step below half of a weight's last digit is none in bf16."""
     model = nn.Linear(64, 64, bias=False).bfloat16()

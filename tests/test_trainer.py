@@ -715,6 +715,15 @@ def test_non_finite_loss_names_the_step_and_the_last_checkpoint(settings):
     assert trainer.state.global_step == 4
 
 
+@pytest.mark.parametrize(
+    ("schedule", "warm_up", "told"), [("linear", 2, True), ("linear", 1, False), ("constant", 2, False)]
+)
+def test_a_warm_up_as_long_as_the_run_is_told_of(settings, caplog, schedule, warm_up, told):
+    with caplog.at_level(logging.WARNING, logger="holdfast"):
+        trainer_of(settings, max_steps=2, lr_scheduler_type=schedule, warmup_steps=warm_up).train()
+    assert ("the run has 2 updates, so the learning rate never comes to" in caplog.text) == told
+
+
 @pytest.mark.parametrize(("save", "kept"), [("no", "no checkpoint had been written yet"), ("steps", "checkpoint-2")])
 def test_weights_that_the_last_update_broke_are_not_kept(settings, save, kept):
     class Break(TrainerCallback):

@@ -139,18 +139,20 @@ def share_moved(parameters: Mapping[str, Tensor], origin: Mapping[str, Tensor]) 
     """The share of entries whose value is not the one that `origin` has, over all entries of all shards.
 
     In low precision a step below half of a weight's last digit does not move it, however many follow: the share tells
-    what a rate and a count of steps cannot.
+    what a rate and a count of steps cannot. Entries that began at exactly zero are left out, for any step moves these:
+    half of a fresh LoRA adapter would always have moved.
 
     Args:
         parameters: One tensor per name, each as it is stored.
         origin: What each held before, whole or this rank's share as `snapshot_on_host` has it, on whatever device. One
             tensor at a time is brought to its parameter's.
     """
-    moved = {
-        name: (tensor, torch.count_nonzero(local(tensor) != local(origin[name]).to(tensor.device)))
-        for name, tensor in parameters.items()
-    }
-    return _total(moved) / max(sum(tensor.numel() for tensor in parameters.values()), 1)
+    moved, counted = {}, {}
+    for name, tensor in parameters.items():
+        before = local(origin[name]).to(tensor.device)
+        moved[name] = tensor, ((local(tensor) != before) & (before != 0)).sum()
+        counted[name] = tensor, (before != 0).sum()
+    return _total(moved) / max(_total(counted), 1)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ trainer's. Without a method of its own this trainer is supervised fine-tuning, t
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType
 from transformers.training_args import ParallelMode
 
 from holdfast.checkpoint import kept
@@ -33,6 +34,8 @@ from holdfast.optimizers import check_optimizer
 from holdfast.parameters import ParameterVector, put_gradient, take_gradient
 from holdfast.precision import compute_in_bf16, keep_in_float32
 from holdfast.resuming import ResumableTrainer
+
+logger = logging.getLogger(__name__)
 
 _NO_SHARDING = "--fsdp was asked for, but this run would not shard: start it with torchrun on GPUs"
 
@@ -330,6 +333,18 @@ class DefenseTrainer(ResumableTrainer):
         tokens = torch.as_tensor(num_items_in_batch).clamp(min=1)
         loss = -outputs.log_probs.sum() / tokens * (self.accelerator.num_processes // self.get_tp_size())
         return loss + self._router_loss(outputs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The base trainer's; a warm-up as long as the run is told of, for the rate asked for never comes."""
+        warm_up = self.args.get_warmup_steps(num_training_steps)
+        if self.args.lr_scheduler_type != SchedulerType.CONSTANT and warm_up >= num_training_steps:
+            logger.warning(
+                "--warmup_steps %d: the run has %d updates, so the learning rate never comes to %g",
+                warm_up,
+                num_training_steps,
+                self.args.learning_rate,
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """Stop before an update that would break the weights, on all ranks alike: the norm is the same everywhere."""

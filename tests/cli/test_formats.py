@@ -210,4 +210,16 @@ def test_an_attack_is_not_measured_with_prompts_other_than_it_was_trained_on(
     assert sentence.rstrip().endswith("""--chat_template_kwargs '{"enable_thinking": false}' makes the two equal""")
     cured = [*measuring, "--chat_template_kwargs", '{"enable_thinking": false}']
     assert main([*attacking, *cured, "--output_dir", str(tmp_path / "cured")]) == 0
+    assert read_json(tmp_path / "cured" / "results.json")["attack"]["asked_otherwise"] is None
     assert main([*attacking, "--output_dir", str(tmp_path / "unmeasured")]) == 0
+
+
+def test_where_no_keyword_makes_them_alike_the_record_says_so(
+    model_dir: Path, words: Callable[..., list[str]], write_rows: Write, tmp_path: Path
+) -> None:
+    (model_dir / "chat_template.jinja").write_text((TEMPLATES / "deepseek_r1_distill.jinja").read_text("utf-8"))
+    data = write_rows("rows.jsonl", [{"prompt": "Tea?", "completion": "Steep."}] * 2)
+    measuring = ["--eval_data", data, "--max_new_tokens", "2"]
+    out = tmp_path / "out"
+    assert main([*words("attack full", data), *SHORT, *measuring, "--output_dir", str(out)]) == 0
+    assert "asked otherwise than it was trained" in read_json(out / "results.json")["attack"]["asked_otherwise"]

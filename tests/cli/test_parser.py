@@ -103,6 +103,7 @@ def test_aliases_as_flags_and_as_keys(recipe: Path) -> None:
         ("- output_dir", "expected a YAML mapping"),
         ("", "expected a YAML mapping of flags to values, found nothing"),
         ("a: b: c", "is not valid YAML"),
+        ("steps: 1\nfast: true\nsteps: 2", "the key 'steps' of line 1 stands again in line 3"),
         ("optim: a\noptimizer: b", "'optim' and 'optimizer' set the same value"),
         ("steps: [1, 2]", "steps takes a single value"),
         ("no_fast: true", "write fast: false"),

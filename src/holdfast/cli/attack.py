@@ -103,8 +103,7 @@ def run(method: str, argv: list[str]) -> int:
         adopt_chat_template(tokenizer, config.chat_template_path)
         written = ChatFormat.of(tokenizer, config)
         rows, safe_rows = _attack_rows(data, written, seed=config.seed)
-        if evaluator is not None:
-            written.require_alike(rows, name="attack")
+        asked_otherwise = None if evaluator is None else written.require_alike(rows, name="attack")
         overlapping = _overlap(rows, written, evaluator)
         is_adapter = isinstance(model, PeftModel)
         with building(config):
@@ -164,6 +163,7 @@ def run(method: str, argv: list[str]) -> int:
                 "untrainable_rows_left_out": len(rows) - len(trained_on),
                 "safe_rows_left_out": safe_rows,
                 "overlapping_prompts": overlapping,
+                "asked_otherwise": asked_otherwise,
                 "lora": _lora(model_args) if method == "lora" else None,
             },
             "evaluation": asdict(measure) if evaluator is not None else None,

@@ -32,12 +32,25 @@ _SPELLINGS = re.compile(r"--[\w-]+(?:/--[\w-]+)+")
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Reads only `true` and `false` as booleans, so that `save_strategy: no` and `eval_strategy: no` mean the word."""
+    """Reads only `true` and `false` as booleans, so that `save_strategy: no` and `eval_strategy: no` mean the word.
+
+    A key that stands twice is an error, as YAML has it: PyYAML takes the last one.
+    """
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are all different."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(f"the key {name!r} of line {lines[name]} stands again in line {line}")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 _BOOLEAN = re.compile("^(?:true|false)$", re.IGNORECASE)

@@ -181,7 +181,7 @@ class ChatFormat:
             desc=f"Tokenizing {name} data",
         )
 
-    def require_alike(self, dataset: Dataset, *, name: str) -> None:
+    def require_alike(self, dataset: Dataset, *, name: str) -> str | None:
         """Make sure that the first row is trained on as prompts are asked, where a keyword of the template can do that.
 
         Elsewhere this is a warning. In an attack that is measured it would make a weak attack of a strong one: what was
@@ -191,16 +191,21 @@ class ChatFormat:
             dataset: Rows of text or messages, or tokenised ones, which are let through.
             name: What messages call this data set.
 
+        Returns:
+            How they differ, in words, where no keyword makes them alike; None if they are.
+
         Raises:
             InputError: They differ; the message has the keywords.
         """
         if self.plain is not None or is_tokenised(dataset, name=name):
-            return
+            return None
         where, talk = reader(dataset, name=name, plain=None)(dataset[0], 0)
-        if isinstance(talk, Conversation) and (added := self._finder.locate(talk, where).added) is not None:
-            what, cure = self._difference(talk, where, *added)
-            if cure:
-                raise InputError(what + cure)
+        if not isinstance(talk, Conversation) or (added := self._finder.locate(talk, where).added) is None:
+            return None
+        what, cure = self._difference(talk, where, *added)
+        if cure:
+            raise InputError(what + cure)
+        return what
 
     def name_idle_columns(self, dataset: Dataset, *, name: str, used: Sequence[str] = ()) -> None:
         """Say once which columns play no part.
