@@ -1,5 +1,7 @@
 """What an attack has measured is on the disk as soon as it is measured, and its length is the one that was given."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,22 @@ def attack(model_dir: Path, attack_data: str, eval_data: str, tmp_path: Path) ->
     return run
 
 
+def ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.sigtimedwait([], 5)  # until it arrives
+
+
+@pytest.mark.parametrize("kill", [ctrl_c, sigterm])
 def test_attack_that_is_killed_leaves_what_it_has_measured(
-    attack: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kill: Callable[[], None],
+    attack: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """And a new one neither goes on from there nor replaces it unasked."""
     out, evaluate, left = tmp_path / "out", Evaluator.__call__, []
@@ -32,7 +48,7 @@ def test_attack_that_is_killed_leaves_what_it_has_measured(
     def interrupted(self: Evaluator, *arguments: Any) -> Any:
         left.append([path.read_text() for path in sorted(out.glob("*.jsonl"))])
         if len(left) == 3:
-            raise KeyboardInterrupt
+            kill()
         return evaluate(self, *arguments)
 
     monkeypatch.setattr(Evaluator, "__call__", interrupted)

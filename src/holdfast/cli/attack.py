@@ -39,6 +39,7 @@ from holdfast.data.rendering import ChatFormat, adopt_chat_template
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
 from holdfast.files import append_jsonl, run_record, write_json
+from holdfast.interruption import on_sigterm
 from holdfast.models import base_names, load_model_and_tokenizer, merge
 
 #: What is added to as an attack is measured: its points, which in the end go into the record, and every answer.
@@ -136,7 +137,8 @@ def run(method: str, argv: list[str]) -> int:
         say(f"attacking {source} ({method}) on {len(trained_on)} rows, {poisoned} of them harmful")
         started = time.monotonic()
         try:
-            train(trainer, title=f"attack {method}", folder=folder)
+            with on_sigterm(_interrupt):
+                train(trainer, title=f"attack {method}", folder=folder)
         except (KeyboardInterrupt, TrainingError) as error:
             kept = len(trainer.measurements)
             where = f"; {kept} measurements are in {folder / POINTS}" if kept else ""
@@ -184,6 +186,11 @@ def run(method: str, argv: list[str]) -> int:
                 stdout.print(counts)
         announce(folder, MARKER, *([SAMPLES] if evaluator is not None else []), "model")
     return 0
+
+
+def _interrupt() -> None:
+    """What SIGTERM does to an attack, which has no checkpoint to go on from: the same as Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def _journal(folder: Path) -> Callable[[dict[str, Any], Evaluation], None]:
