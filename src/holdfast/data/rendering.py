@@ -106,12 +106,13 @@ class ChatFormat:
 
     # ------------------------------------------------------------------ prompts
 
-    def encode_prompts(self, prompts: Sequence[Prompt | Conversation]) -> list[list[int]]:
+    def encode_prompts(self, prompts: Sequence[Prompt | Conversation], *, opener: str = "") -> list[list[int]]:
         """Turn prompts into token ids, up to where the answer begins.
 
         Args:
             prompts: Text or messages each, or a conversation without its answer. With a chat template, text is one
                 user turn.
+            opener: How every answer begins; it becomes token ids together with its prompt.
 
         Returns:
             The token ids of every prompt, without padding.
@@ -120,7 +121,7 @@ class ChatFormat:
             InputError: The template refuses a prompt or does not show a part of it, messages need a template that is
                 not used, or a prompt is empty; the row is named, counted from 1.
         """
-        texts = [self._prompt(prompt, f"prompt {row}") for row, prompt in enumerate(prompts, 1)]
+        texts = [self._prompt(prompt, f"prompt {row}") + opener for row, prompt in enumerate(prompts, 1)]
         encoded = [ids for ids, _ in self._tokens(texts)]
         for row, ids in enumerate(encoded, 1):
             if not ids:

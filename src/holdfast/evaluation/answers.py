@@ -68,6 +68,10 @@ class Answer:
         # With a space at the end the last repeat is as long as the others.
         return any(2 * len(match[0]) >= len(text) for match in _REPEATED.finditer(f"{text} "))
 
+    def behind(self, opener: str) -> "Answer":
+        """The answer that begins with what was begun for it; one that goes on with nothing stays empty."""
+        return self if self.empty or not opener else replace(self, text=f"{opener} {self.text}".strip())
+
     @property
     def marks(self) -> dict[str, bool]:
         """What is marked about it, by the names of `MARKS`."""

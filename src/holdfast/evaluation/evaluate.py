@@ -1,7 +1,7 @@
 """An evaluation: prompts → generate → judge → score, and the files it leaves."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from holdfast.data.formats import as_message
 from holdfast.data.load import PROMPT_COLUMNS, Prompt, load_rows
 from holdfast.errors import InputError
 from holdfast.evaluation.answers import MARKS, Answer, count_marks
+from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.evaluation.decoding import GREEDY, Decoding
 from holdfast.evaluation.generation import answerable, generate
 from holdfast.evaluation.judges import Judge, get_judge
@@ -231,6 +232,7 @@ class Evaluator:
         drop_long_prompts: Leave out, and count, prompts that leave no room for an answer within the model's positions,
             instead of refusing them.
         raw_text: Take prompts as they stand, even if there is a chat template.
+        asking: How harmful prompts are asked; the others are always asked plainly, as an adversary would ask them, too.
     """
 
     sets: Sequence[PromptSet]
@@ -242,6 +244,7 @@ class Evaluator:
     chat_template_kwargs: Mapping[str, Any] | None = None
     drop_long_prompts: bool = False
     raw_text: bool = False
+    asking: Asking = PLAINLY
 
     def __post_init__(self) -> None:
         roles = [prompts.role for prompts in self.sets]
@@ -271,17 +274,8 @@ class Evaluator:
             judge = judges[prompts.role] = _judge_for(prompts.role, self.judge)
             places = self._places(model, tokenizer, prompts)
             asked = [prompts.prompts[place] for place in places]
-            answers = generate(
-                model,
-                tokenizer,
-                asked,
-                decoding=self.decoding,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                **self._rendering,
-            )
             expected = [prompts.answers[place] if prompts.answers is not None else None for place in places]
-            grades = _grades(judge, asked, answers, expected)
+            answers, grades = self._answers(model, tokenizer, prompts.role, judge, asked, expected)
             scores[prompts.role] = score(grades)
             counts[prompts.role] = {**count_marks(answers), "left_out": len(prompts.prompts) - len(places)}
             for place, prompt, answer, wanted, grade in zip(places, asked, answers, expected, grades, strict=True):
@@ -314,12 +308,40 @@ class Evaluator:
         for prompts in self.sets:
             self._places(model, tokenizer, prompts)
 
+    def _answers(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        role: Role,
+        judge: Judge,
+        prompts: list[Prompt],
+        expected: list[str | None],
+    ) -> tuple[list[Answer], list[int]]:
+        """The answers with their grades; where several are sampled for a prompt, the first with the highest grade."""
+        asking, decoding = self._asking(role), self.decoding
+        if asking.samples > 1:
+            decoding = replace(decoding, do_sample=True, temperature=asking.temperature)
+        rounds = []
+        for number in range(asking.samples):
+            answers = generate(
+                model,
+                tokenizer,
+                [asking.prompt(prompt) for prompt in prompts],
+                decoding=decoding,
+                batch_size=self.batch_size,
+                seed=self.seed + number,
+                **self._rendering(role),
+            )
+            rounds.append(list(zip(answers, _grades(judge, prompts, answers, expected), strict=True)))
+        best = [max(tries, key=lambda one: one[1]) for tries in zip(*rounds, strict=True)]
+        return [answer for answer, _ in best], [grade for _, grade in best]
+
     def _places(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: PromptSet) -> list[int]:
         """The places of the prompts that can be answered."""
         try:
-            places = answerable(
-                model, tokenizer, prompts.prompts, drop_long_prompts=self.drop_long_prompts, **self._rendering
-            )
+            asked = [self._asking(prompts.role).prompt(prompt) for prompt in prompts.prompts]
+            rendering = self._rendering(prompts.role)
+            places = answerable(model, tokenizer, asked, drop_long_prompts=self.drop_long_prompts, **rendering)
         except InputError as error:
             raise InputError(f"{prompts.source}: {error}") from error
         if not places:
@@ -328,12 +350,16 @@ class Evaluator:
             )
         return places
 
-    @property
-    def _rendering(self) -> dict[str, Any]:
+    def _asking(self, role: Role) -> Asking:
+        return self.asking if role == "harmful" else PLAINLY
+
+    def _rendering(self, role: Role) -> dict[str, Any]:
+        asking = self._asking(role)
         return {
-            "system_prompt": self.system_prompt,
-            "chat_template_kwargs": self.chat_template_kwargs,
-            "raw_text": self.raw_text,
+            "system_prompt": None if asking.raw else self.system_prompt,
+            "chat_template_kwargs": None if asking.raw else self.chat_template_kwargs,
+            "raw_text": self.raw_text or asking.raw,
+            "opener": asking.opener,
         }
 
 

@@ -31,6 +31,7 @@ def generate(
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     raw_text: bool = False,
+    opener: str = "",
 ) -> list[Answer]:
     """Let a model answer prompts.
 
@@ -51,17 +52,23 @@ def generate(
         system_prompt: Put in front of every conversation that has no system turn.
         chat_template_kwargs: Passed to the chat template, such as `{"enable_thinking": False}`.
         raw_text: Take prompts as they stand, even if there is a chat template.
+        opener: How every answer begins, in place of what the model would begin with.
 
     Returns:
         The answers in the order of the prompts, without special tokens and surrounding white space, and apart from
-        their reasoning.
+        their reasoning. They begin with the opener, unless nothing follows it.
 
     Raises:
         InputError: If messages or a system prompt need a chat template that is not there, or a prompt is empty or
             has a token that the model does not know, or leaves no room for an answer within the model's positions; the
             row is named, counted from 1.
     """
-    rendering = {"system_prompt": system_prompt, "chat_template_kwargs": chat_template_kwargs, "raw_text": raw_text}
+    rendering = {
+        "system_prompt": system_prompt,
+        "chat_template_kwargs": chat_template_kwargs,
+        "raw_text": raw_text,
+        "opener": opener,
+    }
     ids = list(_encoded(model, tokenizer, prompts, drop_long_prompts=False, **rendering).values())
     limits = Limits.of(model)
     limit = limits.positions
@@ -85,7 +92,8 @@ def generate(
             )
             for row, tokens in zip(rows, output[:, width:].tolist(), strict=True):
                 end = next((position for position, token in enumerate(tokens) if token in stop), None)
-                answers[row] = decode_answer(tokenizer, hidden, ids[row], tokens[:end], truncated=end is None)
+                answer = decode_answer(tokenizer, hidden, ids[row], tokens[:end], truncated=end is None)
+                answers[row] = answer.behind(opener)
     return answers
 
 
@@ -104,7 +112,7 @@ def answerable(
         tokenizer: As for `generate`.
         prompts: As for `generate`.
         drop_long_prompts: Whether prompts that leave no room for an answer are merely left out.
-        **rendering: `system_prompt`, `chat_template_kwargs` and `raw_text` as for `generate`.
+        **rendering: `system_prompt`, `chat_template_kwargs`, `raw_text` and `opener` as for `generate`.
 
     Raises:
         InputError: As `generate` does, but for prompts that are left out.
@@ -118,12 +126,13 @@ def _encoded(
     prompts: Sequence[Prompt],
     *,
     drop_long_prompts: bool,
+    opener: str = "",
     **rendering: Any,
 ) -> dict[int, list[int]]:
     """The token ids of the prompts that can be answered, by their places."""
     limits = Limits.of(model)
     found = {}
-    for place, tokens in enumerate(ChatFormat(tokenizer, **rendering).encode_prompts(prompts)):
+    for place, tokens in enumerate(ChatFormat(tokenizer, **rendering).encode_prompts(prompts, opener=opener)):
         limits.check_tokens(tokens, f"prompt {place + 1}")
         if limits.positions is None or len(tokens) < limits.positions:
             found[place] = tokens
