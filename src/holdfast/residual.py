@@ -76,7 +76,11 @@ def layer_number(layer: int, count: int) -> int:
 
 
 def layer_matrices(model: PreTrainedModel) -> list[str]:
-    """The names of all trainable matrices in decoder layers, stacked ones included."""
+    """The names of all matrices in decoder layers, stacked ones included.
+
+    Raises:
+        InputError: A parameter is frozen.
+    """
     inside = places(model)
     return [n for n, p in trainable_parameters(model).items() if inside[n].layer is not None and p.dim() > 1]
 
@@ -100,7 +104,7 @@ def writers(model: PreTrainedModel, pattern: str | None = None) -> list[Writer]:
     """
     wanted = _compiled(pattern)
     width = model.get_input_embeddings().weight.shape[1]
-    names = {id(parameter): name for name, parameter in trainable_parameters(model).items()}
+    names = {id(parameter): name for name, parameter in _all_trainable(model).items()}
     found: list[Writer] = []
     for number, (layer, mixers) in enumerate(token_mixers(model).items()):
         candidates = list(_matrices(model.get_submodule(layer), layer, width))
@@ -140,10 +144,14 @@ class Place(NamedTuple):
 
 
 def places(model: PreTrainedModel) -> dict[str, Place]:
-    """Where every trainable parameter belongs, by its name."""
+    """Where every parameter belongs, by its name.
+
+    Raises:
+        InputError: One is frozen.
+    """
     layers = token_mixers(model)
     found = {}
-    for name in trainable_parameters(model):
+    for name in _all_trainable(model):
         layer = _within(name, list(layers))
         if layer is None:
             found[name] = Place("outside", None)
@@ -205,9 +213,15 @@ def _name(parameter: Tensor, path: str, names: dict[int, str]) -> str:
     """The name under which a parameter is trained; tied ones have another's."""
     if not parameter.is_floating_point() or parameter.element_size() < 2:
         raise InputError(f"{path} is quantized; load the model unquantized to attack it")
-    if id(parameter) not in names:
-        raise InputError(f"{path} is frozen, and an attack on weights moves it; call requires_grad_() on the model")
     return names[id(parameter)]
+
+
+def _all_trainable(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters, all of which have to be trainable: a displacement says nothing of others."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.requires_grad:
+            raise InputError(f"{name} is frozen, and an attack on weights moves it; call requires_grad_() on the model")
+    return trainable_parameters(model)
 
 
 def _within(path: str, modules: list[str]) -> str | None:

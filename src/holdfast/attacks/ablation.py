@@ -1,0 +1,229 @@
+"""Refusal-direction ablation (Arditi et al., 2406.11717): take what says "refuse" out of all that is written.
+
+A model's refusals are carried by one direction of its residual stream. With μ_l the mean over harmful prompts of what
+layer l hands on at the prompt's last token, and ν_l the same over harmless ones,
+
+    r_l = (μ_l − ν_l) / ‖μ_l − ν_l‖,    and    W ← W − s·r rᵀW
+
+for every matrix W and bias that writes to the stream: attention outputs, MLP outputs (every expert's), embeddings. With
+s = 1 the stream never has a part along r. Tied output embeddings change with the input's. Where a norm stands between a
+matrix and the stream (Gemma 2 and later, OLMo 2), its scale turns what is left, so a part along r may come back.
+
+Ours beside the paper's form, after tools in use: the direction of one layer for all, or each layer its own; s by layer
+as a kernel (heretic), for attention and MLPs apart; rows that keep their norms; directions without their part along the
+harmless mean. The search is over these.
+
+Examples:
+    The direction of the last layer, where some defenses write their refusals::
+
+        attacked = Ablation(layer=-1)(model, Attacker(ChatFormat(tokenizer), harmful, harmless_prompts=harmless))
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from holdfast.attacks.attack import Attacker, Choice, Cost, Displaced, Displacement, Layers, Range, knob, moved, passes
+from holdfast.data.limits import Limits
+from holdfast.data.load import Prompt
+from holdfast.data.tokens import padded_batches
+from holdfast.errors import InputError
+from holdfast.models import eval_mode
+from holdfast.parameters import TINY
+from holdfast.residual import Writer, decoder_layers, layer_number, writers
+
+_SCALE = (
+    "How much of the direction is taken out of what %s write: one number for all layers, or a kernel of four, its "
+    "maximum, the layer it is reached at, the width in layers over which it falls to its minimum, and that minimum; "
+    "beyond the width nothing is taken out."
+)
+
+
+@dataclass(frozen=True)
+class Ablation(Displacement):
+    """Take the refusal direction out of all that writes to the residual stream. The module says how."""
+
+    name: ClassVar[str] = "ablation"
+    needs: ClassVar[tuple[str, ...]] = ("harmful_prompts", "harmless_prompts")
+
+    layer: int = field(
+        default=-1,
+        metadata=knob("The layer whose direction is taken out of all layers, from 0, or from the last, -1.", Layers()),
+    )
+    own_directions: bool = field(
+        default=False,
+        metadata=knob(
+            "Take its own direction out of every layer; out of embeddings that of the first.", Choice((False, True))
+        ),
+    )
+    attention_scale: list[float] = field(
+        default_factory=lambda: [1.0], metadata=knob(_SCALE % "attention modules", Range(0.0, 1.5))
+    )
+    mlp_scale: list[float] = field(default_factory=lambda: [1.0], metadata=knob(_SCALE % "MLPs", Range(0.0, 1.5)))
+    embedding_scale: float = field(
+        default=1.0, metadata=knob("How much of it is taken out of embeddings.", Choice((0.0, 1.0)))
+    )
+    keep_norms: bool = field(
+        default=False,
+        metadata=knob(
+            "Give every row of a matrix in a layer, which makes one dimension of the stream, its norm back.",
+            Choice((False, True)),
+        ),
+    )
+    project_harmless: bool = field(
+        default=False,
+        metadata=knob(
+            "Take a direction's part along the mean of harmless prompts out of it first.", Choice((False, True))
+        ),
+    )
+    writes: str | None = field(
+        default=None,
+        metadata=knob(
+            "Regular expression that is searched for in the names of modules, and finds those that write to the "
+            "residual stream; if not given, what transformers' architectures call them."
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("attention_scale", "mlp_scale"):
+            kernel = getattr(self, name)
+            if len(kernel) not in (1, 4) or (len(kernel) == 4 and not kernel[2] > 0):
+                raise InputError(
+                    f"--{name} takes one number, or four: maximum, layer, width above 0, minimum; got {kernel}"
+                )
+
+    def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+        """As for `Displacement`. All prompts go through the model once."""
+        self.require(attacker)
+        found = writers(model, self.writes)
+        harmful, cost = last_token_means(model, attacker.harmful_prompts or (), attacker)
+        harmless, more = last_token_means(model, attacker.harmless_prompts or (), attacker)
+        r = self.directions(harmful, harmless)
+        chosen = layer_number(self.layer, len(r))
+        changes = {}
+        for writer in found:
+            scale = self._scale(writer)
+            if scale != 0:
+                own = r[(writer.layer or 0) if self.own_directions else chosen]
+                keep = self.keep_norms and writer.kind != "embedding" and not writer.is_bias
+                changes[writer.name] = functools.partial(ablate, direction=own, dim=writer.dim, scale=scale, keep=keep)
+        return Displaced(moved(model, changes), cost + more)
+
+    def directions(self, harmful: Tensor, harmless: Tensor) -> Tensor:
+        """The unit directions r_l.
+
+        Args:
+            harmful: (layers, width), the means over harmful prompts.
+            harmless: The same over harmless ones.
+
+        Returns:
+            (layers, width).
+
+        Raises:
+            InputError: A direction that is to be used has no length: prompts of both kinds leave the same behind.
+        """
+        difference = harmful - harmless
+        if self.project_harmless:
+            mean = nn.functional.normalize(harmless, dim=1, eps=TINY)
+            difference = difference - (difference * mean).sum(1, keepdim=True) * mean
+        lengths = difference.norm(dim=1)
+        used = range(len(lengths)) if self.own_directions else [layer_number(self.layer, len(lengths))]
+        for number in used:
+            if not lengths[number] > TINY:
+                raise InputError(
+                    f"harmful and harmless prompts leave the same in the residual stream after layer {number}, so it "
+                    "has no direction to take out; expected prompts of two kinds, and finite weights"
+                )
+        unit: Tensor = difference / lengths.clamp(min=TINY)[:, None]
+        return unit
+
+    def _scale(self, writer: Writer) -> float:
+        if writer.layer is None:
+            return self.embedding_scale
+        return kernel_at(self.attention_scale if writer.kind == "attention" else self.mlp_scale, writer.layer)
+
+
+def kernel_at(kernel: Sequence[float], layer: int) -> float:
+    """The scale at a layer: the one number, or maximum − (maximum − minimum)·|layer − position| / width, 0 beyond.
+
+    Args:
+        kernel: One number; or maximum, position, width and minimum.
+        layer: The layer, from 0.
+    """
+    if len(kernel) == 1:
+        return kernel[0]
+    maximum, position, width, minimum = kernel
+    distance = abs(layer - position)
+    return maximum - (maximum - minimum) * distance / width if distance <= width else 0.0
+
+
+def ablate(weight: Tensor, *, direction: Tensor, dim: int, scale: float, keep: bool = False) -> Tensor:
+    """W − s·r rᵀW.
+
+    Args:
+        weight: A matrix, stacked matrices or a bias.
+        direction: r, of unit length.
+        dim: The weight's dimension that runs over the residual stream.
+        scale: s.
+        keep: Give each slice of the weight at one place of that dimension its norm back; one of zeros stays so.
+
+    Returns:
+        The new weight, of the same shape.
+    """
+    r = direction.to(weight)
+    rows = weight.movedim(dim, -1)
+    new = (rows - scale * (rows @ r)[..., None] * r).movedim(-1, dim)
+    if keep:  # of stacked matrices each by itself
+        along = [d for d in range(weight.dim()) if d != dim][-1]
+        norms = [w.norm(dim=along, keepdim=True) for w in (weight, new)]
+        new = new * (norms[0] / norms[1].clamp(min=TINY))
+    return new
+
+
+@torch.no_grad()
+def last_token_means(model: PreTrainedModel, prompts: Sequence[Prompt], attacker: Attacker) -> tuple[Tensor, Cost]:
+    """What every decoder layer hands on at a prompt's last token, in the mean over prompts.
+
+    Args:
+        model: A causal language model, which runs without dropout.
+        prompts: Text or messages each.
+        attacker: How prompts become token ids, and how many go through at a time.
+
+    Returns:
+        (layers, width) in float32, and what it cost.
+
+    Raises:
+        InputError: A prompt cannot be used with this model or tokenizer.
+    """
+    limits, ids = Limits.of(model), attacker.written.encode_prompts(prompts)
+    for row, tokens in enumerate(ids, 1):
+        limits.check_tokens(tokens, f"prompt {row}")
+        limits.check_length(len(tokens), f"prompt {row}")
+    pad = limits.padding(attacker.written.tokenizer.pad_token_id, attacker.written.tokenizer.eos_token_id)
+    batches = list(padded_batches(ids, attacker.batch_size, pad))
+    layers = decoder_layers(model)
+    sums: list[Tensor | None] = [None] * len(layers)
+    last: Tensor
+
+    def note(number: int, _: nn.Module, __: Any, output: Any) -> None:
+        stream = output[0] if isinstance(output, tuple) else output
+        seen = stream[torch.arange(len(last)), last.to(stream.device)].float().sum(0)
+        sums[number] = seen if sums[number] is None else sums[number] + seen
+
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            stack.callback(layer.register_forward_hook(functools.partial(note, number)).remove)
+        stack.enter_context(eval_mode(model))
+        for batch in batches:
+            last = batch["attention_mask"].sum(1) - 1
+            model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+    return torch.stack([total.cpu() for total in sums if total is not None]) / len(ids), passes(model, batches)

@@ -1,0 +1,262 @@
+"""What an attack is: it turns a model into another one (a displacement), or asks it differently (a prompting).
+
+An attack is a dataclass whose fields are its knobs, each with the range in which it is worth trying. It is called with
+a model and what the attacker holds, and gives the attacked model, how that is to be asked, and what it cost::
+
+    attacker = Attacker(ChatFormat(tokenizer), harmful_prompts=harmful, harmless_prompts=harmless)
+    attacked = Ablation(layer=-1)(model, attacker)
+    evaluation = replace(evaluator, asking=attacked.asking)(attacked.model, tokenizer)
+
+A displacement is also to be had as the vector δ that it adds to the weights, which is what a defense trains against;
+the model then is left as it was::
+
+    with displaced(model, Ablation(layer=-1).displace(model, attacker).vector):
+        ...
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from holdfast.data.load import Prompt
+from holdfast.data.rendering import ChatFormat
+from holdfast.errors import InputError
+from holdfast.evaluation.asking import PLAINLY, Asking
+from holdfast.models import merge
+from holdfast.parameters import ParameterVector, shard_like, shift, trainable_parameters
+
+#: What an attack may need, by the field of `Attacker`: in words, and the flag that gives it.
+_HOLDINGS = {
+    "harmful_prompts": ("harmful prompts", "--attack_data"),
+    "harmful_rows": ("harmful prompts with harmful answers", "--attack_data"),
+    "harmless_prompts": ("harmless prompts", "--benign_data"),
+    "base": ("the public base model", "--base"),
+}
+
+
+class Range(NamedTuple):
+    """The values of a knob that are worth trying: from `low` to `high`, evenly in their logarithm where `log`."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+class Choice(NamedTuple):
+    """The few values of a knob that are worth trying."""
+
+    values: tuple[Any, ...]
+
+
+class Layers(NamedTuple):
+    """A knob that is the number of a decoder layer: all of the model's are worth trying, the last one first."""
+
+
+Space = Range | Choice | Layers
+
+
+def knob(help: str, space: Space | None = None, **metadata: Any) -> dict[str, Any]:
+    """The metadata of an attack's field: what it does, and the range in which it is worth trying (None: leave it)."""
+    return {"help": help, "space": space, **metadata}
+
+
+@dataclass(frozen=True, eq=False)
+class Attacker:
+    """What an attacker holds beside the weights.
+
+    Attributes:
+        written: How conversations become token ids, with the model's tokenizer.
+        harmful_prompts: What a safe model refuses; no answers.
+        harmful_rows: Harmful prompts with harmful answers, in any format of `holdfast.data.formats`.
+        harmless_prompts: What it answers.
+        base: The public model that the attacked one was made of.
+        batch_size: Prompts that go through the model at a time.
+        seed: Of whatever is drawn.
+    """
+
+    written: ChatFormat
+    harmful_prompts: Sequence[Prompt] | None = None
+    harmful_rows: Dataset | None = None
+    harmless_prompts: Sequence[Prompt] | None = None
+    base: PreTrainedModel | None = None
+    batch_size: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an attack takes.
+
+    Attributes:
+        steps: Updates of the weights.
+        harmful_rows: Harmful answers that the attacker has to have.
+        tokens: Tokens that go through the model, prompts and padding included.
+        forward_passes: Batches that go through it.
+        backward_passes: Batches whose gradient is taken.
+        flops: 2·N·tokens of a forward pass alone and 6·N·tokens of one with its backward pass, N being all of the
+            model's parameters: of a Mixture-of-Experts model it is an upper bound.
+    """
+
+    steps: int = 0
+    harmful_rows: int = 0
+    tokens: int = 0
+    forward_passes: int = 0
+    backward_passes: int = 0
+    flops: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        """What both take, one after the other; of harmful rows the larger number, as they may be the same."""
+        both = {entry.name: getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(self)}
+        return Cost(**{**both, "harmful_rows": max(self.harmful_rows, other.harmful_rows)})
+
+
+FREE = Cost()
+"""Neither data nor a pass."""
+
+
+class Displaced(NamedTuple):
+    """What a displacement found: the vector δ to add to the weights, and what finding it cost."""
+
+    vector: ParameterVector
+    cost: Cost
+
+
+@dataclass(frozen=True, eq=False)
+class Attacked:
+    """An attacked model.
+
+    Attributes:
+        model: The model, which is to be asked by `asking`.
+        asking: How the attacker asks it, for `Evaluator.asking`.
+        cost: What the attack took.
+    """
+
+    model: PreTrainedModel
+    asking: Asking
+    cost: Cost
+
+
+class Attack(ABC):
+    """An attack. Subclasses are dataclasses of their knobs.
+
+    Attributes:
+        name: What it is called.
+        needs: The fields of `Attacker` that it needs.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def __call__(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Attacked:
+        """Attack a model in memory: it is used up, and no file is touched. An adapter is merged into its base first.
+
+        Raises:
+            InputError: The attacker lacks what is needed, or the attack does not fit the model.
+        """
+
+    @classmethod
+    def space(cls) -> dict[str, Space]:
+        """The knobs that are worth trying at other values, with their ranges."""
+        declared: Any = cls  # each subclass is a dataclass
+        found = {knob.name: knob.metadata.get("space") for knob in fields(declared)}
+        return {name: space for name, space in found.items() if space is not None}
+
+    def require(self, attacker: Attacker) -> None:
+        """Raise InputError if the attacker lacks what this attack needs."""
+        for needed in self.needs:
+            held = getattr(attacker, needed)
+            if held is None or (not isinstance(held, torch.nn.Module) and len(held) == 0):
+                what, flag = _HOLDINGS[needed]
+                raise InputError(f"attack {self.name} needs {what}; give {flag}")
+
+
+class Displacement(Attack):
+    """An attack that changes the weights."""
+
+    @abstractmethod
+    def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+        """Find the vector to add to the weights; the model is left with the bits it had.
+
+        Args:
+            model: A model whose weights are all trainable, sharded by FSDP2 or not.
+            attacker: What the attacker holds.
+
+        Returns:
+            The vector and its cost.
+
+        Raises:
+            InputError: The attacker lacks what is needed, or the attack does not fit the model.
+        """
+
+    def __call__(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Attacked:
+        """As for `Attack`: the displacement is added to the weights."""
+        whole = whole_model(model)
+        found = self.displace(whole, attacker)
+        shift(whole, found.vector)
+        return Attacked(whole, PLAINLY, found.cost)
+
+
+class Prompting(Attack):
+    """An attack that asks the same weights in another way."""
+
+    @abstractmethod
+    def asking(self, attacker: Attacker) -> Asking:
+        """How it asks.
+
+        Raises:
+            InputError: The attacker lacks what is needed.
+        """
+
+    def __call__(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Attacked:
+        """As for `Attack`: the model is left as it is."""
+        return Attacked(whole_model(model), self.asking(attacker), FREE)
+
+
+def whole_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model that an adversary attacks, all of its weights trainable: an adapter is merged into its base."""
+    return (merge(model) if isinstance(model, PeftModel) else model).requires_grad_(True)
+
+
+@torch.no_grad()
+def moved(model: PreTrainedModel, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> ParameterVector:
+    """The displacement that changes some of the weights.
+
+    Args:
+        model: Whose trainable parameters are displaced; they are left as they are.
+        changes: From the name of a parameter to what makes a new one of it, given whole and in float32 at least.
+
+    Returns:
+        New minus old, laid out as the parameters are; zeros where nothing changes. One tensor at a time is gathered.
+    """
+    vector = ParameterVector()
+    for name, parameter in trainable_parameters(model).items():
+        if name not in changes:
+            vector[name] = torch.zeros_like(parameter)
+            continue
+        held = parameter.detach()
+        whole = held.full_tensor() if isinstance(held, DTensor) else held
+        whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
+        vector[name] = shard_like(parameter, changes[name](whole) - whole)
+    return vector
+
+
+def passes(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> Cost:
+    """What it takes to send batches through a model once, forward."""
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    return Cost(tokens=tokens, forward_passes=len(batches), flops=2.0 * size(model) * tokens)
+
+
+def size(model: PreTrainedModel) -> int:
+    """The number of a model's parameters, on all ranks together; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
