@@ -1,0 +1,43 @@
+"""Gaussian noise on every matrix in a decoder layer: does a defense hang on the last digits of its weights?
+
+W ← W + amount·σ(W)·ε,    ε ~ N(0, 1), σ(W) the standard deviation of the matrix's entries
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from holdfast.attacks.attack import FREE, Attacker, Displaced, Displacement, Range, knob, moved
+from holdfast.config import require_positive
+from holdfast.residual import layer_matrices
+
+
+@dataclass(frozen=True)
+class Noise(Displacement):
+    """Add Gaussian noise to every matrix in a decoder layer. The module says how."""
+
+    name: ClassVar[str] = "noise"
+
+    amount: float = field(
+        default=0.1,
+        metadata=knob("The noise's standard deviation, as a share of the matrix's own.", Range(0.01, 1.0, True)),
+    )
+
+    def __post_init__(self) -> None:
+        require_positive(self, "amount")
+
+    def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+        """As for `Displacement`. Drawn on the CPU from the attacker's seed, so it is the same everywhere."""
+        draw = torch.Generator().manual_seed(attacker.seed)
+        shaken = functools.partial(_shaken, amount=self.amount, draw=draw)
+        return Displaced(moved(model, dict.fromkeys(layer_matrices(model), shaken)), FREE)
+
+
+def _shaken(weight: Tensor, amount: float, draw: torch.Generator) -> Tensor:
+    return weight + amount * weight.std() * torch.randn(weight.shape, generator=draw).to(weight)
