@@ -1,0 +1,116 @@
+"""Fine-tuning as an attack of the suite: the steps of `holdfast attack full|lora`, given as a displacement.
+
+    δ = θ_n − θ,    θ_n what n optimizer steps on the attacker's harmful rows make of θ
+
+All parameters are trained, or an adapter that is then merged. The engine is `holdfast.attacks.real`, and so the very
+steps that a defense simulates; measured along the way it is there, too.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from peft import LoraConfig
+from transformers import PreTrainedModel
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from holdfast.attacks.attack import Attacker, Choice, Cost, Displaced, Displacement, Range, knob, size
+from holdfast.attacks.real import AttackConfig, AttackTrainer
+from holdfast.config import require_not_negative, require_positive
+from holdfast.models import merge
+from holdfast.parameters import displacement, snapshot
+from holdfast.precision import compute_in_bf16, keep_in_float32
+
+
+@dataclass(frozen=True)
+class FineTuning(Displacement):
+    """Fine-tune all parameters, or an adapter, on harmful rows. The module says how."""
+
+    name: ClassVar[str] = "fine-tuning"
+    needs: ClassVar[tuple[str, ...]] = ("harmful_rows",)
+
+    learning_rate: float = field(default=1e-5, metadata=knob("The learning rate.", Range(1e-5, 1e-3, log=True)))
+    steps: int = field(default=100, metadata=knob("How many optimizer steps.", Range(1, 200, log=True)))
+    rows: int | None = field(
+        default=None, metadata=knob("How many harmful rows, drawn from the seed; if not given, all.")
+    )
+    batch_size: int = field(default=16, metadata=knob("Rows per step.", Choice((4, 16))))
+    optimizer: str = field(
+        default="adamw_torch_fused",
+        metadata=knob("The optimizer, by transformers' name.", Choice(("adamw_torch_fused", "sgd", "adafactor"))),
+    )
+    scheduler: str = field(
+        default="constant",
+        metadata=knob("The schedule of the learning rate, by transformers' name.", Choice(("constant", "cosine"))),
+    )
+    warmup_steps: int = field(default=0, metadata=knob("Steps over which the rate rises, in a schedule that has them."))
+    lora_rank: int = field(
+        default=0, metadata=knob("The rank of an adapter on all linear layers; 0: train all parameters.")
+    )
+    lora_alpha: float = field(default=32.0, metadata=knob("The adapter's alpha."))
+
+    def __post_init__(self) -> None:
+        require_positive(self, "learning_rate", "steps", "rows", "batch_size", "lora_alpha")
+        require_not_negative(self, "warmup_steps", "lora_rank")
+
+    def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+        """As for `Displacement`. A model in half precision is left in float32, which it is trained in."""
+        self.require(attacker)
+        rows = attacker.harmful_rows
+        assert rows is not None  # as required
+        if self.rows is not None and self.rows < len(rows):
+            rows = rows.select(sorted(random.Random(attacker.seed).sample(range(len(rows)), self.rows)))
+        training, cached = model.training, model.config.use_cache
+        with tempfile.TemporaryDirectory() as folder:
+            config = self._config(folder, attacker)
+            compute_in_bf16(model, config)
+            keep_in_float32(model, frozen=True)
+            origin = snapshot(model)
+            trainer = AttackTrainer(model, config, rows, attacker.written.tokenizer, peft_config=self._adapter())
+            for printer in (ProgressCallback, PrinterCallback):  # what they print is no result
+                trainer.remove_callback(printer)
+            try:
+                trainer.train()
+            finally:
+                if self.lora_rank:
+                    merge(trainer.model).requires_grad_(True)
+                vector = displacement(model, origin)
+                model.train(training)
+                model.config.use_cache = cached
+        done, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
+        return Displaced(vector, Cost(done, len(rows), tokens, done, done, 6.0 * size(model) * tokens))
+
+    def _config(self, folder: str, attacker: Attacker) -> AttackConfig:
+        written = attacker.written
+        return AttackConfig(
+            output_dir=folder,
+            learning_rate=self.learning_rate,
+            max_steps=self.steps,
+            per_device_train_batch_size=self.batch_size,
+            optim=self.optimizer,
+            lr_scheduler_type=self.scheduler,
+            warmup_steps=self.warmup_steps,
+            seed=attacker.seed,
+            system_prompt=written.system_prompt,
+            chat_template_kwargs=None if written.chat_template_kwargs is None else dict(written.chat_template_kwargs),
+            raw_text=written.raw_text,
+            gradient_checkpointing=False,
+            include_num_input_tokens_seen=True,
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+    def _adapter(self) -> LoraConfig | None:
+        if not self.lora_rank:
+            return None
+        return LoraConfig(
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )

@@ -1,0 +1,145 @@
+"""Fine-tuning as a displacement is the real attack's run; chains are one attack after the other."""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from helpers import relative_distance, same_bits, tiny_llama, weights, word_rows, word_tokenizer
+from holdfast.attacks.ablation import Ablation
+from holdfast.attacks.attack import Attacker
+from holdfast.attacks.chain import Chain
+from holdfast.attacks.dropping import Dropping
+from holdfast.attacks.finetuning import FineTuning
+from holdfast.attacks.prefill import Prefill
+from holdfast.attacks.real import AttackConfig, AttackTrainer
+from holdfast.data.rendering import ChatFormat
+from holdfast.errors import InputError
+from holdfast.evaluation.asking import Asking
+from holdfast.models import merge
+from methods import lora
+
+ROWS = word_rows(9, seed=1)
+ATTACKER = Attacker(ChatFormat(word_tokenizer()), ["t5 t6", "t7"], ROWS, ["t40", "t41 t42"], seed=3)
+SMALL = {"learning_rate": 1e-2, "steps": 4, "batch_size": 4}
+
+
+def real(settings, **changes):
+    config = {"learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
+    return AttackTrainer(tiny_llama(), AttackConfig(**{**settings, **config}), ROWS, word_tokenizer(), **changes)
+
+
+def test_it_takes_the_steps_of_the_real_attack(settings):
+    trainer = real(settings)
+    trainer.train()
+    attacked = FineTuning(**SMALL)(tiny_llama(), ATTACKER)
+    assert relative_distance(weights(attacked.model), weights(trainer.model)) < 1e-6
+    assert not same_bits(weights(attacked.model), weights(tiny_llama()))
+    assert attacked.asking == Asking()
+
+
+def test_an_adapter_is_trained_and_merged(settings):
+    adapter = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    trainer = real(settings, peft_config=adapter)
+    trainer.train()
+    torch.manual_seed(0)
+    attacked = FineTuning(**SMALL, lora_rank=2, lora_alpha=4)(tiny_llama(), ATTACKER).model
+    reference, found, before = weights(merge(trainer.model)), weights(attacked), weights(tiny_llama())
+    assert relative_distance(found, reference) < 1e-6
+    assert same_bits(*({name: w[name] for name in w if "proj" not in name} for w in (found, before)))
+    assert all(not torch.equal(found[name], before[name]) for name in found if "proj" in name)
+    assert all(parameter.requires_grad for parameter in attacked.parameters())
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_model_is_left_as_it_was(rank, capsys):
+    model = tiny_llama().eval()
+    names = [name for name, _ in model.named_modules()]
+    found = FineTuning(**SMALL, lora_rank=rank).displace(model, ATTACKER)
+    assert same_bits(weights(model), weights(tiny_llama()))
+    assert [name for name, _ in model.named_modules()] == names
+    assert not model.training
+    assert model.config.use_cache
+    assert found.vector.keys() == dict(model.named_parameters()).keys()
+    assert capsys.readouterr().out == ""
+
+
+def test_it_says_what_it_cost():
+    cost = FineTuning(**SMALL, rows=5).displace(tiny_llama(), ATTACKER).cost
+    size = sum(p.numel() for p in tiny_llama().parameters())
+    assert (cost.steps, cost.harmful_rows, cost.forward_passes, cost.backward_passes) == (4, 5, 4, 4)
+    assert 4 * 3 <= cost.tokens <= 16 * 12
+    assert cost.flops == 6.0 * size * cost.tokens
+
+
+def test_rows_are_drawn_from_the_seed():
+    drawn = {"rows": 3, **SMALL}
+    chosen = weights(FineTuning(**drawn)(tiny_llama(), ATTACKER).model)
+    assert same_bits(chosen, weights(FineTuning(**drawn)(tiny_llama(), ATTACKER).model))
+    other = Attacker(ATTACKER.written, harmful_rows=ROWS, seed=4)
+    assert not same_bits(chosen, weights(FineTuning(**drawn)(tiny_llama(), other).model))
+    assert not same_bits(chosen, weights(FineTuning(**SMALL)(tiny_llama(), ATTACKER).model))
+
+
+def test_half_precision_is_trained_in_float32():
+    """A step below the last digit of bfloat16 is in the vector."""
+    model = tiny_llama().to(torch.bfloat16)
+    before = {name: weight.float() for name, weight in weights(model).items()}
+    vector = FineTuning(learning_rate=1e-5, steps=1, batch_size=4).displace(model, ATTACKER).vector
+    assert same_bits(weights(model), before)
+    moved = sum(tensor.count_nonzero() for tensor in vector.values()) / sum(t.numel() for t in vector.values())
+    assert moved > 0.5
+
+
+def test_a_run_that_is_interrupted_leaves_the_model(monkeypatch):
+    def interrupted(self, *_, **__):
+        with torch.no_grad():
+            self.model.model.norm.weight.add_(1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AttackTrainer, "train", interrupted)
+    model = tiny_llama()
+    with pytest.raises(KeyboardInterrupt):
+        FineTuning(**SMALL).displace(model, ATTACKER)
+    assert same_bits(weights(model), weights(tiny_llama()))
+
+
+def test_a_chain_is_one_attack_after_the_other():
+    first, second = Ablation(layer=0), FineTuning(**SMALL)
+    chain = Chain((first, second, Prefill("t60")))
+    assert str(chain) == "ablation+fine-tuning+prefill"
+    found = chain(tiny_llama(), ATTACKER)
+    ablated = first(tiny_llama(), ATTACKER)
+    tuned = second(ablated.model, ATTACKER)
+    assert same_bits(weights(found.model), weights(tuned.model))
+    assert found.asking == Asking(opener="t60")
+    assert found.cost == ablated.cost + tuned.cost
+    assert found.cost.steps == 4
+
+
+def test_each_is_found_on_what_those_before_have_made():
+    twice = Chain((Dropping(amount=0.5), Dropping(amount=0.5)))(tiny_llama(), ATTACKER).model
+    assert relative_distance(weights(twice), weights(Dropping(amount=0.75)(tiny_llama(), ATTACKER).model)) < 1e-6
+
+
+def test_a_chain_attacks_an_adapter_as_a_whole():
+    attacked = Chain((Dropping(amount=0.5), Prefill("t60")))(lora(), ATTACKER).model
+    assert same_bits(weights(attacked), weights(Dropping(amount=0.5)(merge(lora()), ATTACKER).model))
+
+
+def test_chains_that_cannot_be():
+    with pytest.raises(InputError, match="a chain of attacks needs at least one"):
+        Chain()
+    with pytest.raises(InputError, match="attack prefill changes how a model is asked, so nothing can come after it"):
+        Chain((Prefill(), Ablation()))
+    model = tiny_llama()
+    poor = Attacker(ATTACKER.written)
+    with pytest.raises(InputError, match="attack fine-tuning needs harmful prompts with harmful answers"):
+        Chain((Dropping(), FineTuning()))(model, poor)
+    assert same_bits(weights(model), weights(tiny_llama()))
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"rows": 0}, {"learning_rate": 0.0}])
+def test_knobs_out_of_range(settings):
+    with pytest.raises(InputError, match="must be greater than 0"):
+        FineTuning(**settings)
