@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.cli.effects import ATTACKS, LISA, MEASURING, PATCHER, SPARD, TRAINING
+from holdfast.cli.effects import ATTACKS, LISA, MEASURING, PATCHER, SPARD, SUITE, TRAINING
 from holdfast.cli.parser import HoldfastParser
 from holdfast.errors import InputError
 
@@ -15,6 +15,7 @@ ALIGN = ["--model", "m", "--train_data", "t", "--output_dir", "o"]
 PATCH = [*ALIGN, "--attack_data", "a"]
 TUNE = [*ALIGN, "--safety_data", "s"]
 ATTACK = ["--model", "m", "--output_dir", "o"]
+ABLATE = [*ATTACK, "--attack_data", "a", "--benign_data", "b"]
 
 CASES: list[tuple[str, list[str], str, str]] = [
     ("align sft", ALIGN, "--lora_r 8", "--use_peft"),
@@ -53,6 +54,9 @@ CASES: list[tuple[str, list[str], str, str]] = [
     ("attack full", ATTACK, "--measure_at 0 5", "--capability_data c"),
     ("attack full", ATTACK, "--max_prompts 5", "--task_data c"),
     ("attack full", ATTACK, "--judge exact --capability_data c", "--eval_data e"),
+    ("attack ablation", ABLATE, "--judge exact --capability_data c", "--eval_data e"),
+    ("attack ablation", ABLATE, "--layer 1 --own_directions", "--own_directions false"),
+    ("attack base", [*ATTACK, "--base", "b"], "--only_layer 1 --part outside", "--part mlp"),
     ("evaluate", ATTACK, "--judge exact --capability_data c", "--eval_data e"),
 ]
 NEVER = [
@@ -115,6 +119,8 @@ def test_false_asks_for_nothing() -> None:
         ("finetune spard", SPARD),
         ("attack full", ATTACKS["full"]),
         ("attack lora", ATTACKS["lora"]),
+        ("attack ablation", SUITE["ablation"]),
+        ("attack base", SUITE["base"]),
         ("evaluate", MEASURING),
     ],
 )

@@ -14,8 +14,10 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for command in ("demo", "organism", "align METHOD", "finetune METHOD", "audit", "repair METHOD", "evaluate"):
         assert f"  {command} " in shown
-    for methods in ("sft, patcher, vaccine, booster, antibody", "sft, lisa, spard, antibody", "antidote", "full, lora"):
+    for methods in ("sft, patcher, vaccine, booster, antibody", "sft, lisa, spard, antibody", "antidote"):
         assert f" ({methods})\n" in shown
+    assert " (full, lora, ablation, dropping, " in shown
+    assert max(map(len, shown.splitlines())) <= 110
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from textwrap import fill
 from typing import NamedTuple
 
 from holdfast import __version__
@@ -61,11 +62,28 @@ _COMMANDS = {
     ),
     "attack": _Command(
         "holdfast.cli.attack",
-        "fine-tune a model the way an adversary would, and measure it along the way",
-        {"full": "train all parameters", "lora": "train a low-rank adapter"},
+        "attack a model the way an adversary would, and measure what is left of its safety",
+        {
+            "full": "fine-tune all parameters on harmful data",
+            "lora": "fine-tune a low-rank adapter on harmful data",
+            "ablation": "take the refusal direction out of all that writes to the residual stream",
+            "dropping": "take the outputs of a layer away",
+            "base": "take weights back to those of the public base model",
+            "rounding": "round the weights to a few bits",
+            "pruning": "zero the smallest weights",
+            "noise": "add Gaussian noise to the weights",
+            "prefill": "begin the answers for the model",
+            "demonstrations": "show the model harmful exchanges before every prompt",
+            "best-of-n": "sample several answers, of which the worst counts",
+            "raw": "ask without the chat template",
+        },
     ),
     "evaluate": _Command("holdfast.cli.evaluate", "generate answers, judge them, and report rates with intervals", {}),
 }
+
+
+#: Where what commands do begins in the usage.
+_INDENT = " " * 19
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,7 +159,9 @@ def _usage() -> str:
     for name, command in _COMMANDS.items():
         lines.append(f"  {f'{name} METHOD' if command.methods else name:<16} {command.summary}")
         if command.methods:
-            lines.append(f"  {'':<16} ({', '.join(command.methods)})")
+            lines.append(
+                fill(f"({', '.join(command.methods)})", 100, initial_indent=_INDENT, subsequent_indent=_INDENT)
+            )
     lines += [
         "",
         "  --version        print the version",
@@ -152,7 +172,8 @@ def _usage() -> str:
 
 
 def _method_usage(name: str, command: _Command) -> str:
-    methods = [f"  {method:<10} {summary}" for method, summary in command.methods.items()]
+    width = max(10, *map(len, command.methods))
+    methods = [f"  {method:<{width}} {summary}" for method, summary in command.methods.items()]
     lines = [
         f"usage: holdfast {name} {{{','.join(command.methods)}}} [options]",
         "",

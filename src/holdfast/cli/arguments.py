@@ -217,6 +217,55 @@ class MeasureArguments:
 
 
 @dataclass
+class HarmfulRows:
+    """What an attack that shows harmful exchanges needs."""
+
+    attack_data: str = field(metadata={"help": f"The attacker's harmful prompts with harmful answers; {_HARMFUL_HELP}"})
+
+
+@dataclass
+class HarmfulPrompts:
+    """What an attack that looks at harmful prompts needs."""
+
+    attack_data: str = field(
+        metadata={"help": "The attacker's harmful prompts; answers play no part. A file or a dataset of the Hub."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Prompts that go through the model at a time."})
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size")
+
+
+@dataclass
+class HarmlessPrompts:
+    """What an attack that looks at harmless prompts, too, needs."""
+
+    benign_data: str = field(metadata={"help": "Harmless prompts of the same style; answers play no part."})
+
+
+@dataclass
+class BasePath:
+    """What an attack that knows the public base model needs."""
+
+    base: str = field(metadata={"help": "The public model that the attacked one was made of."})
+
+
+@dataclass
+class SuiteArguments(RunArguments):
+    """The remaining flags of an attack that trains nothing."""
+
+    output_dir: str = field(metadata={"help": "Folder for results.json, samples.jsonl and the attacked model."})
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System turn in front of every prompt that has none."}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
+    )
+    raw_text: bool = field(default=False, metadata={"help": RAW_TEXT_HELP})
+    seed: int = field(default=0, metadata={"help": "Of what is drawn, and of sampled decoding."})
+
+
+@dataclass
 class EvaluateArguments(RunArguments):
     """The remaining flags of `evaluate`."""
 

@@ -1,4 +1,7 @@
-"""`holdfast attack full|lora`: fine-tune a model the way an adversary would, and measure it along the way."""
+"""`holdfast attack METHOD`: fine-tune a model the way an adversary would, and measure it along the way.
+
+`full` and `lora` are here; attacks that train nothing are in `holdfast.cli.suite`.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from peft import PeftModel
 from trl import get_peft_config
 
 from holdfast.attacks.real import AttackConfig, AttackTrainer
+from holdfast.cli import suite
 from holdfast.cli.arguments import AttackData, MeasureArguments, ModelArguments
 from holdfast.cli.boundary import building
 from holdfast.cli.console import say, set_up_logging, stdout, warn
@@ -47,7 +51,9 @@ POINTS, SAMPLES = "points.jsonl", "samples.jsonl"
 
 
 def make_parser(method: str) -> HoldfastParser:
-    """Return the parser of `attack METHOD`: model, data, what to measure, and the attacker's config."""
+    """Return the parser of `attack METHOD`: model, data, what to measure, and the attacker's config or knobs."""
+    if method in suite.SUITE_ATTACKS:
+        return suite.make_parser(method)
     return HoldfastParser(
         (ModelArguments, AttackData, MeasureArguments, AttackConfig),
         prog=f"holdfast attack {method}",
@@ -63,7 +69,7 @@ def run(method: str, argv: list[str]) -> int:
     replaces them only when told to.
 
     Args:
-        method: "full" or "lora".
+        method: "full" or "lora"; or a name of `suite.SUITE_ATTACKS`.
         argv: The words after the method.
 
     Returns:
@@ -73,6 +79,8 @@ def run(method: str, argv: list[str]) -> int:
         InputError: The input cannot be used; nothing has been written.
         TrainingError: The attack cannot go on.
     """
+    if method in suite.SUITE_ATTACKS:
+        return suite.run(method, argv)
     set_up_logging()
     model_args, data, measure, config, _ = make_parser(method).parse(argv)
     if method == "full" and model_args.use_peft:

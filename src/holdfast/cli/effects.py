@@ -146,6 +146,14 @@ MEASURING = (
     ),
 )
 
+#: Of attacks that train nothing.
+SUITE = {
+    "ablation": (Effect("layer", lambda given: not given.own_directions, "with --own_directions"),),
+    "base": (
+        Effect("only_layer", lambda given: given.part != "outside", "with --part outside, which lies in no layer"),
+    ),
+}
+
 _ATTACK = (
     *_TRAINING,
     *MEASURING,

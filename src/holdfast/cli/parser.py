@@ -117,6 +117,8 @@ class HoldfastParser(TrlParser, _OneLineParser):
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field[Any]) -> None:
         changed = copy(field)
+        # What argparse does not know: where an attack's knob is worth trying.
+        changed.metadata = MappingProxyType({name: one for name, one in field.metadata.items() if name != "space"})
         if alias := _ALIASES.get(field.name):
             declared = field.metadata.get("aliases", [])
             aliases = [declared] if isinstance(declared, str) else list(declared)

@@ -72,8 +72,17 @@ def evaluation_table(evaluation: Evaluation, *, title: str) -> Table:
     return table
 
 
-def attack_table(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator, *, title: str) -> Table:
-    """Return one row per measured step of an attack, with the figures that were measured."""
+def attack_table(
+    measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator, *, title: str, by: str = "steps"
+) -> Table:
+    """Return one row per measurement of an attack, with the figures that were measured.
+
+    Args:
+        measurements: As of `AttackTrainer.measurements`.
+        evaluator: What measured them.
+        title: What the table is called.
+        by: What tells the measurements from one another: the steps of a training, or the stage of another attack.
+    """
     table = Table(
         title=title,
         title_justify="left",
@@ -82,17 +91,17 @@ def attack_table(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
-    table.add_column("steps", justify="right")
+    table.add_column(by, justify="right")
     shown = [name for name in _ATTACK_COLUMNS if any(point[name] is not None for point in measurements)]
     for name in shown:
         table.add_column(_ATTACK_COLUMNS[name], justify="right", no_wrap=True)
     for point in measurements:
-        table.add_row(str(point["steps"]), *(_cell(point, name) for name in shown))
+        table.add_row(str(point[by]), *(_cell(point, name) for name in shown))
     return table
 
 
-def counts_table(measurements: Sequence[Mapping[str, Any]]) -> Table | None:
-    """Return what was counted of the answers at every measured step of an attack, or None if all of it is 0."""
+def counts_table(measurements: Sequence[Mapping[str, Any]], *, by: str = "steps") -> Table | None:
+    """Return what was counted of the answers in every measurement of an attack, or None if all of it is 0."""
     columns = [
         (name, f"{role}: {_COUNTS[kind]}")
         for role, prefix in PREFIXES.items()
@@ -109,11 +118,11 @@ def counts_table(measurements: Sequence[Mapping[str, Any]]) -> Table | None:
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
-    table.add_column("steps", justify="right")
+    table.add_column(by, justify="right")
     for _, heading in columns:
         table.add_column(heading, justify="right")
     for point in measurements:
-        table.add_row(str(point["steps"]), *(str(point[name]) for name, _ in columns))
+        table.add_row(str(point[by]), *(str(point[name]) for name, _ in columns))
     return table
 
 

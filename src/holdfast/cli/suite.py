@@ -1,0 +1,206 @@
+"""`holdfast attack ablation|dropping|base|…|prefill|…`: an attack that trains nothing, measured before and after."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from holdfast.attacks.ablation import Ablation
+from holdfast.attacks.attack import Attack, Attacker, Prompting, whole_model
+from holdfast.attacks.back_to_base import BackToBase
+from holdfast.attacks.best_of_n import BestOfN
+from holdfast.attacks.demonstrations import Demonstrations
+from holdfast.attacks.dropping import Dropping
+from holdfast.attacks.noise import Noise
+from holdfast.attacks.prefill import Prefill
+from holdfast.attacks.pruning import Pruning
+from holdfast.attacks.raw import Raw
+from holdfast.attacks.rounding import Rounding
+from holdfast.cli.arguments import (
+    BasePath,
+    HarmfulPrompts,
+    HarmfulRows,
+    HarmlessPrompts,
+    LoadArguments,
+    MeasureArguments,
+    SuiteArguments,
+)
+from holdfast.cli.console import say, set_up_logging, stdout
+from holdfast.cli.effects import MEASURING, SUITE
+from holdfast.cli.evaluate import MARKER, make_evaluator, warn_of_unclosed_thinking
+from holdfast.cli.parser import HoldfastParser
+from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
+from holdfast.cli.tables import attack_table, counts_table, judge_record
+from holdfast.data.harmful import load_harmful_rows
+from holdfast.data.load import Prompt
+from holdfast.data.rendering import ChatFormat
+from holdfast.errors import InputError
+from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator, load_prompts
+from holdfast.files import run_record, write_json, write_jsonl
+from holdfast.models import base_names, load_model, load_model_and_tokenizer
+from holdfast.parameters import share_moved, snapshot_on_host, trainable_parameters
+
+SAMPLES = "samples.jsonl"
+
+_ATTACKS: tuple[type[Attack], ...] = (
+    *(Ablation, Dropping, BackToBase, Rounding, Pruning, Noise),
+    *(Prefill, Demonstrations, BestOfN, Raw),
+)
+#: The attacks of this module, by what they are called on the command line.
+SUITE_ATTACKS: dict[str, Any] = {attack.name: attack for attack in _ATTACKS}
+
+#: The flags that give what an attack needs.
+_GIVING = {
+    "harmful_prompts": HarmfulPrompts,
+    "harmful_rows": HarmfulRows,
+    "harmless_prompts": HarmlessPrompts,
+    "base": BasePath,
+}
+
+
+def make_parser(method: str) -> HoldfastParser:
+    """Return the parser of `attack METHOD`: the model, the attack's knobs and needs, and what to measure."""
+    attack = SUITE_ATTACKS[method]
+    writes = "" if issubclass(attack, Prompting) else "; the attacked model lies in model/"
+    needs = [_GIVING[name] for name in attack.needs]
+    return HoldfastParser(
+        (LoadArguments, *needs, attack, MeasureArguments, SuiteArguments),
+        prog=f"holdfast attack {method}",
+        description=f"{attack.__doc__.partition('. ')[0].rstrip('.')}, and measure it before and after. results.json "
+        f"and samples.jsonl lie in --output_dir{writes}.",
+        effects=(*SUITE.get(method, ()), *MEASURING),
+    )
+
+
+def run(method: str, argv: list[str]) -> int:
+    """Attack a model. The model on disk stays as it is; an attacked one is saved beside the results.
+
+    Args:
+        method: A name of `SUITE_ATTACKS`.
+        argv: The words after the method.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        InputError: The input cannot be used; nothing has been written.
+    """
+    set_up_logging()
+    load, *given, attack, measure, options, _ = make_parser(method).parse(argv)
+    data: dict[str, Any] = {name: value for one in given for name, value in asdict(one).items()}
+    source, folder = load.model_name_or_path, Path(options.output_dir)
+    attacked_at = folder / "model"
+    keep_apart(folder, attacked_at, source)
+    if data.get("base") is not None:
+        keep_apart(folder, attacked_at, data["base"])
+    with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
+        written_by = {name: getattr(options, name) for name in ("system_prompt", "raw_text")}
+        say(f"loading {source}")
+        model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
+        for base in base_names(model):
+            keep_apart(folder, attacked_at, base)
+        written = ChatFormat.of(tokenizer, options)
+        evaluator = make_evaluator(measure, seed=options.seed, chat_template_kwargs=_keywords(written), **written_by)
+        if evaluator is None and isinstance(attack, Prompting):
+            raise InputError(f"attack {method} changes how prompts are asked: give --eval_data to ask")
+        attacker = _attacker(attack, data, written, load, options.seed)
+        attack.require(attacker)
+        whole = whole_model(model).to(device())
+        started = time.monotonic()
+        points: list[dict[str, Any]] = []
+        samples: list[dict[str, Any]] = []
+        asked = evaluator
+        if evaluator is not None:
+            asking = attack.asking(attacker) if isinstance(attack, Prompting) else evaluator.asking
+            asked = replace(evaluator, asking=asking)
+            asked.check(whole, tokenizer)
+            say(f"measuring {source} as it is")
+            _note(points, samples, "before", evaluator(whole, tokenizer))
+        origin = snapshot_on_host(whole)
+        say(f"attacking {source} ({method})")
+        attacked = attack(whole, attacker)
+        weights_moved = share_moved(trainable_parameters(attacked.model), origin)
+        if asked is not None:
+            say("measuring it under attack")
+            _note(points, samples, "after", asked(attacked.model, tokenizer))
+        for name in (MARKER, SAMPLES):  # of a run before: its results do not belong to what comes now
+            (folder / name).unlink(missing_ok=True)
+        if not isinstance(attack, Prompting):
+            _save(attacked.model, tokenizer, attacked_at)
+        if asked is not None:
+            write_jsonl(folder / SAMPLES, samples)
+        record = {
+            "schema": SCHEMA,
+            **run_record(
+                {**asdict(load), **data, **asdict(attack), **asdict(measure), **asdict(options)}, options.seed
+            ),
+            "command": f"attack {method}",
+            "model": source,
+            "attack": {"method": method, **asdict(attack), **data},
+            "asking": None if asked is None else asdict(asked.asking),
+            "cost": asdict(attacked.cost),
+            "evaluation": asdict(measure) if asked is not None else None,
+            "judge": judge_record(asked),
+            "weights_moved": weights_moved,
+            "seconds": round(time.monotonic() - started, 3),
+            "points": points,
+        }
+        write_json(folder / MARKER, record)
+        if not isinstance(attack, Prompting):
+            say(f"the attack moved {weights_moved:.2%} of the weights")
+        if asked is not None:
+            _show(points, asked, title=f"{source} under attack ({method})")
+        announce(folder, MARKER, *([SAMPLES] if asked is not None else []), *_saved(attack))
+    return 0
+
+
+def _attacker(attack: Attack, data: dict[str, Any], written: ChatFormat, load: LoadArguments, seed: int) -> Attacker:
+    """What the flags give the attacker."""
+    rows: Dataset | None = None
+    harmful: list[Prompt] | None = None
+    harmless: list[Prompt] | None = None
+    base: PreTrainedModel | None = None
+    if "harmful_rows" in attack.needs:
+        rows, _ = load_harmful_rows(data["attack_data"], flag="--attack_data")
+    if "harmful_prompts" in attack.needs:
+        harmful = _prompts(data["attack_data"], "--attack_data")
+    if "harmless_prompts" in attack.needs:
+        harmless = _prompts(data["benign_data"], "--benign_data")
+    if "base" in attack.needs:
+        say(f"loading {data['base']}")
+        base = whole_model(load_model(data["base"], dtype=load.dtype)).to(device())
+    return Attacker(written, harmful, rows, harmless, base, data.get("batch_size", 16), seed)
+
+
+def _prompts(source: str, flag: str) -> list[Prompt]:
+    return load_prompts(source, flag=flag, role="harmful", judge_name="refusal").prompts
+
+
+def _keywords(written: ChatFormat) -> dict[str, Any] | None:
+    return None if written.chat_template_kwargs is None else dict(written.chat_template_kwargs)
+
+
+def _note(points: list[dict[str, Any]], samples: list[dict[str, Any]], stage: str, evaluation: Evaluation) -> None:
+    points.append({"stage": stage, "attacker_loss": None, **evaluation.flat()})
+    samples += [{"stage": stage, **row} for row in evaluation.samples]
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _saved(attack: Attack) -> list[str]:
+    return [] if isinstance(attack, Prompting) else ["model"]
+
+
+def _show(points: list[dict[str, Any]], evaluator: Evaluator, *, title: str) -> None:
+    warn_of_unclosed_thinking(points)
+    stdout.print(attack_table(points, evaluator, title=title, by="stage"))
+    if (counts := counts_table(points, by="stage")) is not None:
+        stdout.print(counts)
