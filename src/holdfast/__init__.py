@@ -15,13 +15,27 @@ if TYPE_CHECKING:
     from holdfast.alignment.patcher import PatcherTrainer as PatcherTrainer
     from holdfast.alignment.vaccine import VaccineConfig as VaccineConfig
     from holdfast.alignment.vaccine import VaccineTrainer as VaccineTrainer
+    from holdfast.attacks.ablation import Ablation as Ablation
+    from holdfast.attacks.attack import Attacker as Attacker
+    from holdfast.attacks.back_to_base import BackToBase as BackToBase
+    from holdfast.attacks.best_of_n import BestOfN as BestOfN
+    from holdfast.attacks.chain import Chain as Chain
+    from holdfast.attacks.demonstrations import Demonstrations as Demonstrations
+    from holdfast.attacks.dropping import Dropping as Dropping
+    from holdfast.attacks.finetuning import FineTuning as FineTuning
+    from holdfast.attacks.noise import Noise as Noise
+    from holdfast.attacks.prefill import Prefill as Prefill
+    from holdfast.attacks.pruning import Pruning as Pruning
+    from holdfast.attacks.raw import Raw as Raw
     from holdfast.attacks.real import AttackConfig as AttackConfig
     from holdfast.attacks.real import AttackTrainer as AttackTrainer
+    from holdfast.attacks.rounding import Rounding as Rounding
     from holdfast.attacks.simulated import SimulatedAttack as SimulatedAttack
     from holdfast.attacks.simulated import simulate_attack as simulate_attack
     from holdfast.config import DefenseConfig as DefenseConfig
     from holdfast.data.load import load_rows as load_rows
     from holdfast.data.mix import poison as poison
+    from holdfast.data.rendering import ChatFormat as ChatFormat
     from holdfast.data.selection import relevance_diversity_dpp as relevance_diversity_dpp
     from holdfast.errors import InputError as InputError
     from holdfast.errors import TrainingError as TrainingError
@@ -57,11 +71,25 @@ _HOMES = {
     "relevance_diversity_dpp": "holdfast.data.selection",
     "PatcherConfig": "holdfast.alignment.patcher",
     "PatcherTrainer": "holdfast.alignment.patcher",
+    "Attacker": "holdfast.attacks.attack",
+    "Ablation": "holdfast.attacks.ablation",
+    "BackToBase": "holdfast.attacks.back_to_base",
+    "BestOfN": "holdfast.attacks.best_of_n",
+    "Chain": "holdfast.attacks.chain",
+    "Demonstrations": "holdfast.attacks.demonstrations",
+    "Dropping": "holdfast.attacks.dropping",
+    "FineTuning": "holdfast.attacks.finetuning",
+    "Noise": "holdfast.attacks.noise",
+    "Prefill": "holdfast.attacks.prefill",
+    "Pruning": "holdfast.attacks.pruning",
+    "Raw": "holdfast.attacks.raw",
+    "Rounding": "holdfast.attacks.rounding",
     "AttackConfig": "holdfast.attacks.real",
     "AttackTrainer": "holdfast.attacks.real",
     "SimulatedAttack": "holdfast.attacks.simulated",
     "simulate_attack": "holdfast.attacks.simulated",
     "load_rows": "holdfast.data.load",
+    "ChatFormat": "holdfast.data.rendering",
     "poison": "holdfast.data.mix",
     "InputError": "holdfast.errors",
     "TrainingError": "holdfast.errors",

@@ -76,21 +76,17 @@ def layer_number(layer: int, count: int) -> int:
 
 
 def layer_matrices(model: PreTrainedModel) -> list[str]:
-    """The names of all matrices in decoder layers, stacked ones included.
-
-    Raises:
-        InputError: A parameter is frozen.
-    """
+    """The names of all matrices in decoder layers, stacked ones included."""
     inside = places(model)
-    return [n for n, p in trainable_parameters(model).items() if inside[n].layer is not None and p.dim() > 1]
+    return [name for name, p in _parameters(model).items() if inside[name].layer is not None and p.dim() > 1]
 
 
 def writers(model: PreTrainedModel, pattern: str | None = None) -> list[Writer]:
     """Everything that writes to the residual stream, layer by layer and then the embeddings.
 
     Args:
-        model: A causal language model of transformers without an adapter (see `holdfast.models.merge`), its parameters
-            trainable; sharded by FSDP2 or not.
+        model: A causal language model of transformers without an adapter (see `holdfast.models.merge`), sharded by
+            FSDP2 or not.
         pattern: A regular expression, searched for in the names of modules and of experts' parameters in the decoder
             layers; by default `WRITING`.
 
@@ -99,12 +95,12 @@ def writers(model: PreTrainedModel, pattern: str | None = None) -> list[Writer]:
 
     Raises:
         InputError: A module that mixes tokens, or a feed-forward network, has no matrix that is known to write to the
-            stream; one is quantized or frozen; it cannot be told which dimension of experts runs over the stream; or
+            stream; one is quantized; it cannot be told which dimension of experts runs over the stream; or
             the pattern is not a regular expression.
     """
     wanted = _compiled(pattern)
     width = model.get_input_embeddings().weight.shape[1]
-    names = {id(parameter): name for name, parameter in _all_trainable(model).items()}
+    names = {id(parameter): name for name, parameter in _parameters(model).items()}
     found: list[Writer] = []
     for number, (layer, mixers) in enumerate(token_mixers(model).items()):
         candidates = list(_matrices(model.get_submodule(layer), layer, width))
@@ -144,14 +140,10 @@ class Place(NamedTuple):
 
 
 def places(model: PreTrainedModel) -> dict[str, Place]:
-    """Where every parameter belongs, by its name.
-
-    Raises:
-        InputError: One is frozen.
-    """
+    """Where every parameter belongs, by its name."""
     layers = token_mixers(model)
     found = {}
-    for name in _all_trainable(model):
+    for name in _parameters(model):
         layer = _within(name, list(layers))
         if layer is None:
             found[name] = Place("outside", None)
@@ -216,12 +208,10 @@ def _name(parameter: Tensor, path: str, names: dict[int, str]) -> str:
     return names[id(parameter)]
 
 
-def _all_trainable(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The parameters, all of which have to be trainable: a displacement says nothing of others."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.requires_grad:
-            raise InputError(f"{name} is frozen, and an attack on weights moves it; call requires_grad_() on the model")
-    return trainable_parameters(model)
+def _parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """All parameters by name, tied ones once; under FSDP2 the shards."""
+    trainable_parameters(model)  # drops weights that were gathered for a forward pass
+    return dict(model.named_parameters())
 
 
 def _within(path: str, modules: list[str]) -> str | None:

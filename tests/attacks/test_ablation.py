@@ -30,7 +30,7 @@ MODELS = {
     "gpt2": (gpt2, GPT2),
     "mixtral": (mixtral, MIXTRAL),
     "qwen2_moe": (qwen2_moe, QWEN2_MOE),
-    "lora": (lambda: merge(lora()), LLAMA),
+    "lora": (lambda: merge(lora()).requires_grad_(True), LLAMA),
 }
 every_model = pytest.mark.parametrize(("build", "written"), MODELS.values(), ids=MODELS)
 
@@ -174,7 +174,7 @@ def test_the_vector_is_found_without_moving_the_model():
 
 def test_an_adapter_is_merged_into_its_base_first():
     attacked = Ablation(layer=0)(lora(), ATTACKER).model
-    assert same_bits(weights(attacked), weights(Ablation(layer=0)(merge(lora()), ATTACKER).model))
+    assert same_bits(weights(attacked), weights(Ablation(layer=0)(merge(lora()).requires_grad_(True), ATTACKER).model))
 
 
 def test_a_kernel_falls_linearly_and_ends_at_its_width():

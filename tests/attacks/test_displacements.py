@@ -191,12 +191,25 @@ def test_knobs_out_of_range(attack, settings, sentence):
         attack(**settings)
 
 
-@pytest.mark.parametrize("attack", [Dropping(), Rounding(), Pruning(), Noise()])
+@pytest.mark.parametrize("attack", [Dropping(), Rounding(), Pruning(), Noise(), BackToBase()])
 def test_frozen_weights_are_not_passed_over(attack):
     model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.requires_grad_(False)
+    attacker = Attacker(WRITTEN, base=base_of(tiny_llama))
+    with pytest.raises(
+        InputError, match=r"^model\.layers\.1\.mlp\.down_proj\.weight is frozen, and the attack moves it"
+    ):
+        attack.displace(model, attacker)
+
+
+def test_what_is_frozen_and_the_bases_own_may_stay():
+    """As positions that are computed."""
+    model, base = tiny_llama(), base_of(tiny_llama)
     model.model.norm.requires_grad_(False)
-    with pytest.raises(InputError, match=r"^model\.norm\.weight is frozen, and an attack on weights moves it"):
-        attack.displace(model, ATTACKER)
+    base.model.norm.weight.data = torch.ones(16)
+    vector = BackToBase().displace(model, Attacker(WRITTEN, base=base)).vector
+    assert "model.norm.weight" not in vector
+    assert vector.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_no_layer_no_attack():

@@ -189,7 +189,7 @@ class Displacement(Attack):
         """Find the vector to add to the weights; the model is left with the bits it had.
 
         Args:
-            model: A model whose weights are all trainable, sharded by FSDP2 or not.
+            model: A model without an adapter, its weights trainable, sharded by FSDP2 or not.
             attacker: What the attacker holds.
 
         Returns:
@@ -224,8 +224,8 @@ class Prompting(Attack):
 
 
 def whole_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model that an adversary attacks, all of its weights trainable: an adapter is merged into its base."""
-    return (merge(model) if isinstance(model, PeftModel) else model).requires_grad_(True)
+    """The model that an adversary attacks: an adapter is merged into its base, whose weights are trainable then."""
+    return merge(model).requires_grad_(True) if isinstance(model, PeftModel) else model
 
 
 @torch.no_grad()
@@ -238,9 +238,15 @@ def moved(model: PreTrainedModel, changes: Mapping[str, Callable[[Tensor], Tenso
 
     Returns:
         New minus old, laid out as the parameters are; zeros where nothing changes. One tensor at a time is gathered.
+
+    Raises:
+        InputError: A weight that is to change is frozen.
     """
+    parameters = trainable_parameters(model)
+    if frozen := sorted(changes.keys() - parameters.keys()):
+        raise InputError(f"{frozen[0]} is frozen, and the attack moves it; call requires_grad_() on the model")
     vector = ParameterVector()
-    for name, parameter in trainable_parameters(model).items():
+    for name, parameter in parameters.items():
         if name not in changes:
             vector[name] = torch.zeros_like(parameter)
             continue

@@ -10,6 +10,7 @@ WiSE-FT (2109.01903); the attacker needs the base, and so only what it is derive
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -21,7 +22,6 @@ from transformers import PreTrainedModel
 from holdfast.attacks.attack import FREE, Attacker, Choice, Displaced, Displacement, Range, knob, moved
 from holdfast.config import require_not_negative
 from holdfast.errors import InputError
-from holdfast.parameters import trainable_parameters
 from holdfast.residual import decoder_layers, layer_number, places
 
 _PARTS = ("all", "attention", "mlp", "outside")
@@ -63,10 +63,11 @@ class BackToBase(Displacement):
         assert attacker.base is not None  # as required
         origins = _fitting(model, attacker.base)
         layer = None if self.only_layer is None else layer_number(self.only_layer, len(decoder_layers(model)))
+        fixed = _as_in_base(model, origins)
         chosen = [
             name
             for name, place in places(model).items()
-            if self.part in ("all", place.kind) and (layer is None or place.layer == layer)
+            if name not in fixed and self.part in ("all", place.kind) and (layer is None or place.layer == layer)
         ]
         if not chosen:
             raise InputError(f"--part {self.part} --only_layer {self.only_layer}: no weight lies there")
@@ -88,8 +89,7 @@ def towards(weight: Tensor, *, base: Tensor, kept: float, rank: int = 0) -> Tens
     Returns:
         The new weight, of the same shape.
     """
-    whole = base.full_tensor() if isinstance(base, DTensor) else base
-    start = whole.to(weight)
+    start = _whole(base).to(weight)
     difference = weight - start
     if rank and weight.dim() > 1:
         u, s, v = torch.linalg.svd(difference, full_matrices=False)
@@ -97,10 +97,20 @@ def towards(weight: Tensor, *, base: Tensor, kept: float, rank: int = 0) -> Tens
     return start + kept * difference
 
 
+def _as_in_base(model: PreTrainedModel, base: Mapping[str, Tensor]) -> set[str]:
+    """The parameters that are never trained, as positions that are computed, and so are the base's."""
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    return {name for name, held in frozen.items() if torch.equal(_whole(held), _whole(base[name]).to(held))}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _fitting(model: PreTrainedModel, base: PreTrainedModel) -> dict[str, Tensor]:
     """The base's parameters, which have to be the model's in name and shape."""
     found = {name: parameter.detach() for name, parameter in base.named_parameters()}
-    for name, parameter in trainable_parameters(model).items():
+    for name, parameter in model.named_parameters():
         if name not in found:
             raise InputError(f"--base is not what the model was made of: it has no {name}")
         if found[name].shape != parameter.shape:
