@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from holdfast.attacks.rounding import Rounding as Rounding
     from holdfast.attacks.simulated import SimulatedAttack as SimulatedAttack
     from holdfast.attacks.simulated import simulate_attack as simulate_attack
+    from holdfast.attacks.soft_prompt import SoftPrompt as SoftPrompt
     from holdfast.config import DefenseConfig as DefenseConfig
     from holdfast.data.load import load_rows as load_rows
     from holdfast.data.mix import poison as poison
@@ -84,6 +85,7 @@ _HOMES = {
     "Pruning": "holdfast.attacks.pruning",
     "Raw": "holdfast.attacks.raw",
     "Rounding": "holdfast.attacks.rounding",
+    "SoftPrompt": "holdfast.attacks.soft_prompt",
     "AttackConfig": "holdfast.attacks.real",
     "AttackTrainer": "holdfast.attacks.real",
     "SimulatedAttack": "holdfast.attacks.simulated",

@@ -19,6 +19,7 @@ from holdfast.evaluation.asking import Asking
 
 TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
 CHAT = ChatFormat(chat_tokenizer(TEMPLATE))
+MODEL = tiny_llama()
 ROWS = Dataset.from_list(
     [
         {"system": "Be kind.", "prompt": f"How do I make rust {number}?", "completion": f"Salt {number}."}
@@ -46,13 +47,13 @@ def test_the_weights_stay_and_the_asking_changes(attack, asking):
 
 def test_demonstrations_are_drawn_from_the_harmful_rows():
     attacker = Attacker(CHAT, harmful_rows=ROWS, seed=3)
-    turns = Demonstrations(shots=3).asking(attacker).demonstrations
+    turns = Demonstrations(shots=3).ask(MODEL, attacker).asking.demonstrations
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 3
     shown = [(ask["content"], answer["content"]) for ask, answer in zip(turns[::2], turns[1::2], strict=True)]
     assert len(set(shown)) == 3
     assert set(shown) <= {(row["prompt"], row["completion"]) for row in ROWS}
-    assert Demonstrations(shots=3).asking(attacker).demonstrations == turns
-    assert len(Demonstrations(shots=6).asking(attacker).demonstrations) == 12
+    assert Demonstrations(shots=3).ask(MODEL, attacker).asking.demonstrations == turns
+    assert len(Demonstrations(shots=6).ask(MODEL, attacker).asking.demonstrations) == 12
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_demonstrations_are_drawn_from_the_harmful_rows():
 )
 def test_demonstrations_that_cannot_be_shown(attacker, sentence):
     with pytest.raises(InputError, match=sentence):
-        Demonstrations(shots=4).asking(attacker)
+        Demonstrations(shots=4).ask(MODEL, attacker)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Attacks that train nothing, through the command line: measured before and after, the model on disk untouched."""
+"""Attacks that train no weight, through the command line: measured before and after, the model on disk untouched."""
 
 import shutil
 from collections.abc import Callable
@@ -82,6 +82,7 @@ def test_every_attack_is_measured_before_and_after(
 ) -> None:
     before = content(model_dir)
     more = {"demonstrations": ["--shots", "2"], "best-of-n": ["--n", "2"], "rounding": ["--bits", "3"]}
+    more["soft-prompt"] = ["--vectors", "2", "--steps", "2"]
     out = attack(method, *more.get(method, []))
     assert content(model_dir) == before
     found = read_json(out / "results.json")
@@ -90,10 +91,13 @@ def test_every_attack_is_measured_before_and_after(
     assert all(point["n"] == 3 and point["capability_n"] == 4 for point in found["points"])
     samples = read_lines(out / "samples.jsonl")
     assert [sample["stage"] for sample in samples] == ["before"] * 7 + ["after"] * 7
-    prompts = method in ("prefill", "demonstrations", "best-of-n", "raw")
+    prompts = method in ("prefill", "demonstrations", "soft-prompt", "best-of-n", "raw")
     assert (out / "model").exists() != prompts
     assert (found["weights_moved"] > 0) != prompts
-    assert (found["cost"]["forward_passes"] > 0) == (method == "ablation")
+    assert (found["cost"]["forward_passes"] > 0) == (method in ("ablation", "soft-prompt"))
+    if method == "soft-prompt":
+        assert load_file(out / "soft_prompt.safetensors")["prefix"].shape == (2, 16)
+        assert found["asking"]["prefix"] == 2
     if prompts:
         capable = [
             [s["answer"] for s in samples if s["set"] == "capability" and s["stage"] == t] for t in ("before", "after")
@@ -105,6 +109,7 @@ def test_every_attack_is_measured_before_and_after(
     shown = capsys.readouterr()
     assert f"under attack ({method})" in shown.out
     assert "stage" in shown.out
+    assert "loss" not in shown.out
 
 
 def test_command_and_python_attack_alike(

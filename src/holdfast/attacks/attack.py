@@ -131,6 +131,13 @@ class Displaced(NamedTuple):
     cost: Cost
 
 
+class Prompted(NamedTuple):
+    """What a prompting found: how to ask, and what finding it cost."""
+
+    asking: Asking
+    cost: Cost = FREE
+
+
 @dataclass(frozen=True, eq=False)
 class Attacked:
     """An attacked model.
@@ -211,16 +218,17 @@ class Prompting(Attack):
     """An attack that asks the same weights in another way."""
 
     @abstractmethod
-    def asking(self, attacker: Attacker) -> Asking:
-        """How it asks.
+    def ask(self, model: PreTrainedModel, attacker: Attacker) -> Prompted:
+        """Find how to ask a model, which is left as it is.
 
         Raises:
             InputError: The attacker lacks what is needed.
         """
 
     def __call__(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Attacked:
-        """As for `Attack`: the model is left as it is."""
-        return Attacked(whole_model(model), self.asking(attacker), FREE)
+        """As for `Attack`: the weights are left as they are."""
+        whole = whole_model(model)
+        return Attacked(whole, *self.ask(whole, attacker))
 
 
 def whole_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from holdfast.attacks.attack import Attacker, Choice, Prompting, Range, knob
+from transformers import PreTrainedModel
+
+from holdfast.attacks.attack import Attacker, Choice, Prompted, Prompting, Range, knob
 from holdfast.errors import InputError
 from holdfast.evaluation.asking import Asking
 
@@ -25,6 +27,6 @@ class BestOfN(Prompting):
         if not self.temperature > 0:
             raise InputError(f"--temperature must be positive, got {self.temperature:g}")
 
-    def asking(self, attacker: Attacker) -> Asking:
+    def ask(self, model: PreTrainedModel, attacker: Attacker) -> Prompted:
         """As for `Prompting`."""
-        return Asking(samples=self.n, temperature=self.temperature)
+        return Prompted(Asking(samples=self.n, temperature=self.temperature))

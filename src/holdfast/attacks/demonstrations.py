@@ -6,7 +6,9 @@ import random
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from holdfast.attacks.attack import Attacker, Choice, Prompting, knob
+from transformers import PreTrainedModel
+
+from holdfast.attacks.attack import Attacker, Choice, Cost, Prompted, Prompting, knob
 from holdfast.config import require_positive
 from holdfast.data.formats import Conversation, Message, is_tokenised, reader
 from holdfast.errors import InputError
@@ -25,7 +27,7 @@ class Demonstrations(Prompting):
     def __post_init__(self) -> None:
         require_positive(self, "shots")
 
-    def asking(self, attacker: Attacker) -> Asking:
+    def ask(self, model: PreTrainedModel, attacker: Attacker) -> Prompted:
         """As for `Prompting`.
 
         Raises:
@@ -42,7 +44,9 @@ class Demonstrations(Prompting):
             raise InputError(f"--shots {self.shots}: --attack_data has {len(rows)} rows")
         read = reader(rows, name="attack")
         drawn = random.Random(attacker.seed).sample(range(len(rows)), self.shots)
-        return Asking(demonstrations=tuple(turn for index in drawn for turn in _exchange(read(rows[index], index)[1])))
+        exchanges = [_exchange(read(rows[index], index)[1]) for index in drawn]
+        shown = Asking(demonstrations=tuple(turn for exchange in exchanges for turn in exchange))
+        return Prompted(shown, Cost(harmful_rows=self.shots))
 
 
 def _exchange(talk: object) -> list[Message]:

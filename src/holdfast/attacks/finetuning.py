@@ -11,8 +11,9 @@ from __future__ import annotations
 import random
 import tempfile
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -59,19 +60,24 @@ class FineTuning(Displacement):
     def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. A model in half precision is left in float32, which it is trained in."""
         self.require(attacker)
-        rows = attacker.harmful_rows
-        assert rows is not None  # as required
-        if self.rows is not None and self.rows < len(rows):
-            rows = rows.select(sorted(random.Random(attacker.seed).sample(range(len(rows)), self.rows)))
+        rows = rows_of(attacker, self.rows)
         training, cached = model.training, model.config.use_cache
         with tempfile.TemporaryDirectory() as folder:
-            config = self._config(folder, attacker)
+            config = config_of(
+                attacker,
+                folder,
+                learning_rate=self.learning_rate,
+                max_steps=self.steps,
+                per_device_train_batch_size=self.batch_size,
+                optim=self.optimizer,
+                lr_scheduler_type=self.scheduler,
+                warmup_steps=self.warmup_steps,
+            )
             compute_in_bf16(model, config)
             keep_in_float32(model, frozen=True)
             origin = snapshot(model)
             trainer = AttackTrainer(model, config, rows, attacker.written.tokenizer, peft_config=self._adapter())
-            for printer in (ProgressCallback, PrinterCallback):  # what they print is no result
-                trainer.remove_callback(printer)
+            hush(trainer)
             try:
                 trainer.train()
             finally:
@@ -83,27 +89,6 @@ class FineTuning(Displacement):
         done, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
         return Displaced(vector, Cost(done, len(rows), tokens, done, done, 6.0 * size(model) * tokens))
 
-    def _config(self, folder: str, attacker: Attacker) -> AttackConfig:
-        written = attacker.written
-        return AttackConfig(
-            output_dir=folder,
-            learning_rate=self.learning_rate,
-            max_steps=self.steps,
-            per_device_train_batch_size=self.batch_size,
-            optim=self.optimizer,
-            lr_scheduler_type=self.scheduler,
-            warmup_steps=self.warmup_steps,
-            seed=attacker.seed,
-            system_prompt=written.system_prompt,
-            chat_template_kwargs=None if written.chat_template_kwargs is None else dict(written.chat_template_kwargs),
-            raw_text=written.raw_text,
-            gradient_checkpointing=False,
-            include_num_input_tokens_seen=True,
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-
     def _adapter(self) -> LoraConfig | None:
         if not self.lora_rank:
             return None
@@ -114,3 +99,36 @@ class FineTuning(Displacement):
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
+
+
+def rows_of(attacker: Attacker, count: int | None) -> Dataset:
+    """So many of the attacker's harmful rows, drawn from the seed; all where None, or where there are no more."""
+    rows = attacker.harmful_rows
+    assert rows is not None  # as was required
+    if count is None or count >= len(rows):
+        return rows
+    return rows.select(sorted(random.Random(attacker.seed).sample(range(len(rows)), count)))
+
+
+def config_of(attacker: Attacker, folder: str, **settings: Any) -> AttackConfig:
+    """The real attack's configuration, with the attacker's seed and format; nothing is written, logged or reported."""
+    written = attacker.written
+    return AttackConfig(
+        output_dir=folder,
+        seed=attacker.seed,
+        system_prompt=written.system_prompt,
+        chat_template_kwargs=None if written.chat_template_kwargs is None else dict(written.chat_template_kwargs),
+        raw_text=written.raw_text,
+        gradient_checkpointing=False,
+        include_num_input_tokens_seen=True,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **settings,
+    )
+
+
+def hush(trainer: AttackTrainer) -> None:
+    """Keep a trainer from printing its logs, which are no result."""
+    for printer in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printer)

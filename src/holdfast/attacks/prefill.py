@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from holdfast.attacks.attack import Attacker, Choice, Prompting, knob
+from transformers import PreTrainedModel
+
+from holdfast.attacks.attack import Attacker, Choice, Prompted, Prompting, knob
 from holdfast.errors import InputError
 from holdfast.evaluation.asking import Asking
 
@@ -29,6 +31,6 @@ class Prefill(Prompting):
         if not self.opener.strip():
             raise InputError("--opener is empty; expected how every answer begins")
 
-    def asking(self, attacker: Attacker) -> Asking:
+    def ask(self, model: PreTrainedModel, attacker: Attacker) -> Prompted:
         """As for `Prompting`."""
-        return Asking(opener=self.opener)
+        return Prompted(Asking(opener=self.opener))

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from holdfast.attacks.attack import Attacker, Prompting
+from transformers import PreTrainedModel
+
+from holdfast.attacks.attack import Attacker, Prompted, Prompting
 from holdfast.evaluation.asking import Asking
 
 
@@ -18,6 +20,6 @@ class Raw(Prompting):
 
     name: ClassVar[str] = "raw"
 
-    def asking(self, attacker: Attacker) -> Asking:
+    def ask(self, model: PreTrainedModel, attacker: Attacker) -> Prompted:
         """As for `Prompting`."""
-        return Asking(raw=True)
+        return Prompted(Asking(raw=True))

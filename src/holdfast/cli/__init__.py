@@ -74,6 +74,7 @@ _COMMANDS = {
             "noise": "add Gaussian noise to the weights",
             "prefill": "begin the answers for the model",
             "demonstrations": "show the model harmful exchanges before every prompt",
+            "soft-prompt": "train vectors that stand before every prompt",
             "best-of-n": "sample several answers, of which the worst counts",
             "raw": "ask without the chat template",
         },

@@ -252,7 +252,7 @@ class BasePath:
 
 @dataclass
 class SuiteArguments(RunArguments):
-    """The remaining flags of an attack that trains nothing."""
+    """The remaining flags of an attack that trains no weight."""
 
     output_dir: str = field(metadata={"help": "Folder for results.json, samples.jsonl and the attacked model."})
     system_prompt: str | None = field(

@@ -1,6 +1,6 @@
 """`holdfast attack METHOD`: fine-tune a model the way an adversary would, and measure it along the way.
 
-`full` and `lora` are here; attacks that train nothing are in `holdfast.cli.suite`.
+`full` and `lora` are here; attacks that train no weight are in `holdfast.cli.suite`.
 """
 
 from __future__ import annotations

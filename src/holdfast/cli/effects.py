@@ -146,7 +146,7 @@ MEASURING = (
     ),
 )
 
-#: Of attacks that train nothing.
+#: Of attacks that train no weight.
 SUITE = {
     "ablation": (Effect("layer", lambda given: not given.own_directions, "with --own_directions"),),
     "base": (

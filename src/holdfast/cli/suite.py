@@ -1,4 +1,4 @@
-"""`holdfast attack ablation|dropping|base|…|prefill|…`: an attack that trains nothing, measured before and after."""
+"""`holdfast attack ablation|dropping|base|…|prefill|…`: an attack that trains no weight, measured before and after."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from holdfast.attacks.ablation import Ablation
@@ -21,6 +22,7 @@ from holdfast.attacks.prefill import Prefill
 from holdfast.attacks.pruning import Pruning
 from holdfast.attacks.raw import Raw
 from holdfast.attacks.rounding import Rounding
+from holdfast.attacks.soft_prompt import SoftPrompt
 from holdfast.cli.arguments import (
     BasePath,
     HarmfulPrompts,
@@ -40,16 +42,18 @@ from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import Prompt
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
+from holdfast.evaluation.asking import Asking
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator, load_prompts
-from holdfast.files import run_record, write_json, write_jsonl
+from holdfast.files import run_record, write_bytes, write_json, write_jsonl
 from holdfast.models import base_names, load_model, load_model_and_tokenizer
 from holdfast.parameters import share_moved, snapshot_on_host, trainable_parameters
 
-SAMPLES = "samples.jsonl"
+#: What is written beside the record: every answer, and the vectors of a soft prompt.
+SAMPLES, PREFIX = "samples.jsonl", "soft_prompt.safetensors"
 
 _ATTACKS: tuple[type[Attack], ...] = (
     *(Ablation, Dropping, BackToBase, Rounding, Pruning, Noise),
-    *(Prefill, Demonstrations, BestOfN, Raw),
+    *(Prefill, Demonstrations, SoftPrompt, BestOfN, Raw),
 )
 #: The attacks of this module, by what they are called on the command line.
 SUITE_ATTACKS: dict[str, Any] = {attack.name: attack for attack in _ATTACKS}
@@ -114,26 +118,25 @@ def run(method: str, argv: list[str]) -> int:
         started = time.monotonic()
         points: list[dict[str, Any]] = []
         samples: list[dict[str, Any]] = []
-        asked = evaluator
         if evaluator is not None:
-            asking = attack.asking(attacker) if isinstance(attack, Prompting) else evaluator.asking
-            asked = replace(evaluator, asking=asking)
-            asked.check(whole, tokenizer)
             say(f"measuring {source} as it is")
             _note(points, samples, "before", evaluator(whole, tokenizer))
         origin = snapshot_on_host(whole)
         say(f"attacking {source} ({method})")
         attacked = attack(whole, attacker)
+        asked = None if evaluator is None else replace(evaluator, asking=attacked.asking)
         weights_moved = share_moved(trainable_parameters(attacked.model), origin)
         if asked is not None:
             say("measuring it under attack")
             _note(points, samples, "after", asked(attacked.model, tokenizer))
-        for name in (MARKER, SAMPLES):  # of a run before: its results do not belong to what comes now
+        for name in (MARKER, SAMPLES, PREFIX):  # of a run before: its results do not belong to what comes now
             (folder / name).unlink(missing_ok=True)
         if not isinstance(attack, Prompting):
             _save(attacked.model, tokenizer, attacked_at)
         if asked is not None:
             write_jsonl(folder / SAMPLES, samples)
+        if attacked.asking.prefix is not None:
+            write_bytes(folder / PREFIX, save({"prefix": attacked.asking.prefix}))
         record = {
             "schema": SCHEMA,
             **run_record(
@@ -142,7 +145,7 @@ def run(method: str, argv: list[str]) -> int:
             "command": f"attack {method}",
             "model": source,
             "attack": {"method": method, **asdict(attack), **data},
-            "asking": None if asked is None else asdict(asked.asking),
+            "asking": _asking_record(attacked.asking),
             "cost": asdict(attacked.cost),
             "evaluation": asdict(measure) if asked is not None else None,
             "judge": judge_record(asked),
@@ -197,6 +200,11 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 def _saved(attack: Attack) -> list[str]:
     return [] if isinstance(attack, Prompting) else ["model"]
+
+
+def _asking_record(asking: Asking) -> dict[str, Any]:
+    """How harmful prompts are asked, but for the vectors of a soft prompt, which have a file of their own."""
+    return {**asdict(replace(asking, prefix=None)), "prefix": 0 if asking.prefix is None else len(asking.prefix)}
 
 
 def _show(points: list[dict[str, Any]], evaluator: Evaluator, *, title: str) -> None:

@@ -185,7 +185,8 @@ def _caption(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator) ->
     answered = {role: measurements[-1][f"{PREFIXES[role]}n"] for role in roles}
     counts = ", ".join(f"{n} {role}" for role, n in answered.items())
     graded = f"harmful prompts graded by the {evaluator.judge.description}; HS: grades 3 and more; " if harmful else ""
-    return f"{graded}n: {counts} prompts; brackets: 95 % intervals; loss: the attacker's"
+    loss = "; loss: the attacker's" if any(point["attacker_loss"] is not None for point in measurements) else ""
+    return f"{graded}n: {counts} prompts; brackets: 95 % intervals{loss}"
 
 
 def _cell(point: Mapping[str, Any], name: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from holdfast.data.formats import Message, as_message, text_of
 from holdfast.data.load import Prompt
@@ -25,6 +27,7 @@ class Asking:
         samples: How many answers are sampled for every prompt, of which the one with the highest grade counts; 1: one
             answer, decoded as usual.
         temperature: Of sampling, where there are several.
+        prefix: Vectors, (count, width), that stand before the embeddings of every prompt's tokens.
     """
 
     opener: str = ""
@@ -32,6 +35,7 @@ class Asking:
     raw: bool = False
     samples: int = 1
     temperature: float = 1.0
+    prefix: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.samples < 1:

@@ -360,6 +360,7 @@ class Evaluator:
             "chat_template_kwargs": None if asking.raw else self.chat_template_kwargs,
             "raw_text": self.raw_text or asking.raw,
             "opener": asking.opener,
+            "prefix": asking.prefix,
         }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +33,7 @@ def generate(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     raw_text: bool = False,
     opener: str = "",
+    prefix: Tensor | None = None,
 ) -> list[Answer]:
     """Let a model answer prompts.
 
@@ -53,6 +55,8 @@ def generate(
         chat_template_kwargs: Passed to the chat template, such as `{"enable_thinking": False}`.
         raw_text: Take prompts as they stand, even if there is a chat template.
         opener: How every answer begins, in place of what the model would begin with.
+        prefix: Vectors, (count, width), that stand before the embeddings of every prompt's tokens. A repetition penalty
+            then does not see the prompt.
 
     Returns:
         The answers in the order of the prompts, without special tokens and surrounding white space, and apart from
@@ -63,15 +67,16 @@ def generate(
             has a token that the model does not know, or leaves no room for an answer within the model's positions; the
             row is named, counted from 1.
     """
-    rendering = {
+    rendering: dict[str, Any] = {
         "system_prompt": system_prompt,
         "chat_template_kwargs": chat_template_kwargs,
         "raw_text": raw_text,
         "opener": opener,
     }
-    ids = list(_encoded(model, tokenizer, prompts, drop_long_prompts=False, **rendering).values())
+    ahead = 0 if prefix is None else len(prefix)
+    ids = list(_encoded(model, tokenizer, prompts, drop_long_prompts=False, prefix=prefix, **rendering).values())
     limits = Limits.of(model)
-    limit = limits.positions
+    limit = None if limits.positions is None else limits.positions - ahead
     stop = stop_tokens(model, tokenizer)
     pad = limits.padding(tokenizer.pad_token_id, *stop)
     hidden = hidden_tokens(tokenizer)
@@ -87,10 +92,9 @@ def generate(
             mask = torch.tensor([[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in rows])
             config = _generation_config(decoding, room, stop, pad, tokenizer.bos_token_id)
             base_model(model).generation_config = config
-            output = model.generate(
-                input_ids=padded.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-            )
-            for row, tokens in zip(rows, output[:, width:].tolist(), strict=True):
+            given = _given(model, padded.to(model.device), mask.to(model.device), prefix)
+            output = model.generate(**given, generation_config=config)
+            for row, tokens in zip(rows, output[:, 0 if ahead else width :].tolist(), strict=True):
                 end = next((position for position, token in enumerate(tokens) if token in stop), None)
                 answer = decode_answer(tokenizer, hidden, ids[row], tokens[:end], truncated=end is None)
                 answers[row] = answer.behind(opener)
@@ -112,7 +116,7 @@ def answerable(
         tokenizer: As for `generate`.
         prompts: As for `generate`.
         drop_long_prompts: Whether prompts that leave no room for an answer are merely left out.
-        **rendering: `system_prompt`, `chat_template_kwargs`, `raw_text` and `opener` as for `generate`.
+        **rendering: `system_prompt`, `chat_template_kwargs`, `raw_text`, `opener` and `prefix` as for `generate`.
 
     Raises:
         InputError: As `generate` does, but for prompts that are left out.
@@ -127,14 +131,16 @@ def _encoded(
     *,
     drop_long_prompts: bool,
     opener: str = "",
+    prefix: Tensor | None = None,
     **rendering: Any,
 ) -> dict[int, list[int]]:
     """The token ids of the prompts that can be answered, by their places."""
     limits = Limits.of(model)
+    ahead = 0 if prefix is None else len(prefix)
     found = {}
     for place, tokens in enumerate(ChatFormat(tokenizer, **rendering).encode_prompts(prompts, opener=opener)):
         limits.check_tokens(tokens, f"prompt {place + 1}")
-        if limits.positions is None or len(tokens) < limits.positions:
+        if limits.positions is None or ahead + len(tokens) < limits.positions:
             found[place] = tokens
         elif not drop_long_prompts:
             raise InputError(
@@ -142,6 +148,17 @@ def _encoded(
                 f"{limits.positions} positions; shorten it, or leave such prompts out with --drop_long_prompts"
             )
     return found
+
+
+def _given(model: PreTrainedModel, ids: Tensor, mask: Tensor, prefix: Tensor | None) -> dict[str, Tensor]:
+    """What `model.generate` is given: padded ids, or their embeddings, each row's behind the prefix."""
+    if prefix is None:
+        return {"input_ids": ids, "attention_mask": mask}
+    begins = (ids.shape[1] - mask.sum(1)).tolist()  # behind a row's padding
+    embedded, ahead = model.get_input_embeddings()(ids), prefix.to(model.device, model.dtype)
+    rows = [torch.cat([row[:begin], ahead, row[begin:]]) for row, begin in zip(embedded, begins, strict=True)]
+    ones = mask.new_ones(len(ids), len(prefix))
+    return {"inputs_embeds": torch.stack(rows), "attention_mask": torch.cat([mask, ones], 1)}
 
 
 def _batches(ids: list[list[int]], batch_size: int, max_new_tokens: int, limit: int | None) -> Iterator[list[int]]:
