@@ -206,6 +206,18 @@ def test_what_it_cannot_do_without(settings, holds, sentence):
     assert same_bits(weights(model), weights(tiny_llama()))
 
 
+def test_weights_that_are_not_finite_are_not_attacked_further():
+    model = tiny_llama()
+    model.model.embed_tokens.weight.data[5] = torch.nan
+    with pytest.raises(InputError, match="expected prompts of two kinds, and finite weights"):
+        Ablation()(model, ATTACKER)
+
+
+def test_scales_are_finite():
+    with pytest.raises(InputError, match="--mlp_scale must be a finite number, got inf"):
+        Ablation(mlp_scale=[1.0, 2.0, float("inf"), 0.1])
+
+
 @pytest.mark.parametrize("kernel", [[], [1.0, 2.0], [1.0, 2.0, 0.0, 0.1]])
 def test_a_kernel_has_one_number_or_four(kernel):
     with pytest.raises(InputError, match="--mlp_scale takes one number, or four"):

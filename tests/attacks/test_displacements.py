@@ -1,5 +1,7 @@
 """Attacks that need no gradient and no activation, each against what its formula says of a weight."""
 
+import math
+
 import pytest
 import torch
 
@@ -184,6 +186,10 @@ def test_a_base_that_does_not_fit(build, sentence):
         (Pruning, {"share": 1.0}, "--share must lie between 0 and 1, both excluded, got 1.0"),
         (Noise, {"amount": 0.0}, "--amount must be greater than 0"),
         (BackToBase, {"rank": -1}, "--rank must not be negative"),
+        (BackToBase, {"kept": math.inf}, "--kept must be a finite number, got inf"),
+        (Dropping, {"amount": math.nan}, "--amount must be a finite number, got nan"),
+        (Noise, {"amount": math.inf}, "--amount must be a finite number, got inf"),
+        (Pruning, {"share": math.nan}, "--share must be a finite number, got nan"),
     ],
 )
 def test_knobs_out_of_range(attack, settings, sentence):

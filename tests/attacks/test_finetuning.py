@@ -13,7 +13,7 @@ from holdfast.attacks.finetuning import FineTuning
 from holdfast.attacks.prefill import Prefill
 from holdfast.attacks.real import AttackConfig, AttackTrainer
 from holdfast.data.rendering import ChatFormat
-from holdfast.errors import InputError
+from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.asking import Asking
 from holdfast.models import merge
 from methods import lora
@@ -138,6 +138,19 @@ def test_chains_that_cannot_be():
     poor = Attacker(ATTACKER.written)
     with pytest.raises(InputError, match="attack fine-tuning needs harmful prompts with harmful answers"):
         Chain((Dropping(), FineTuning()))(model, poor)
+    assert same_bits(weights(model), weights(tiny_llama()))
+
+
+def test_training_that_diverges_is_told_of_and_changes_nothing(monkeypatch):
+    def diverged(self, *_, **__):
+        with torch.no_grad():
+            self.model.model.norm.weight.fill_(torch.inf)
+        self.state.global_step = 1
+
+    monkeypatch.setattr(AttackTrainer, "train", diverged)
+    model = tiny_llama()
+    with pytest.raises(TrainingError, match="attack fine-tuning came to weights that are not finite"):
+        FineTuning(**SMALL)(model, ATTACKER)
     assert same_bits(weights(model), weights(tiny_llama()))
 
 

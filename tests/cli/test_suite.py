@@ -171,7 +171,9 @@ def test_without_prompts_the_attacked_model_is_still_written(model_dir: Path, tm
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("prefill", "attack prefill changes how prompts are asked: give --eval_data to ask"),
+        ("prefill", "attack prefill changes how harmful prompts are asked: give them as --eval_data"),
+        ("raw --capability_data {harmful}", "attack raw changes how harmful prompts are asked"),
+        ("dropping --amount nan", "--amount must be a finite number, got nan"),
         ("prefill --opener=", "--opener is empty; expected how every answer begins"),
         ("dropping --layer 2", "there is no layer 2: the model has 2 layers, numbered from 0 to 1"),
         ("dropping --writes nothing", "name those that do by a regular expression with --writes"),

@@ -93,6 +93,7 @@ class Ablation(Displacement):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("attention_scale", "mlp_scale"):
             kernel = getattr(self, name)
             if len(kernel) not in (1, 4) or (len(kernel) == 4 and not kernel[2] > 0):

@@ -16,6 +16,7 @@ the model then is left as it was::
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -30,10 +31,10 @@ from transformers import PreTrainedModel
 
 from holdfast.data.load import Prompt
 from holdfast.data.rendering import ChatFormat
-from holdfast.errors import InputError
+from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.models import merge
-from holdfast.parameters import ParameterVector, shard_like, shift, trainable_parameters
+from holdfast.parameters import ParameterVector, is_finite, shard_like, shift, trainable_parameters
 
 #: What an attack may need, by the field of `Attacker`: in words, and the flag that gives it.
 _HOLDINGS = {
@@ -164,6 +165,19 @@ class Attack(ABC):
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self) -> None:
+        """Check the knobs.
+
+        Raises:
+            InputError: One is no finite number.
+        """
+        declared: Any = self  # each subclass is a dataclass
+        for knob in fields(declared):
+            value = getattr(self, knob.name)
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise InputError(f"--{knob.name} must be a finite number, got {number}")
+
     @abstractmethod
     def __call__(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Attacked:
         """Attack a model in memory: it is used up, and no file is touched. An adapter is merged into its base first.
@@ -207,9 +221,16 @@ class Displacement(Attack):
         """
 
     def __call__(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Attacked:
-        """As for `Attack`: the displacement is added to the weights."""
+        """As for `Attack`: the displacement is added to the weights.
+
+        Raises:
+            InputError: As for `Attack`.
+            TrainingError: The displacement is not finite, as when training has diverged; nothing has been added.
+        """
         whole = whole_model(model)
         found = self.displace(whole, attacker)
+        if not is_finite(found.vector):
+            raise TrainingError(f"attack {self.name} came to weights that are not finite")
         shift(whole, found.vector)
         return Attacked(whole, PLAINLY, found.cost)
 

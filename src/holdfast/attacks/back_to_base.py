@@ -55,6 +55,7 @@ class BackToBase(Displacement):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_not_negative(self, "rank")
 
     def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:

@@ -22,6 +22,7 @@ class BestOfN(Prompting):
     temperature: float = field(default=1.0, metadata=knob("The temperature they are sampled at.", Range(0.5, 2.0)))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.n < 2:
             raise InputError(f"--n must be at least 2, got {self.n}")
         if not self.temperature > 0:

@@ -25,6 +25,7 @@ class Demonstrations(Prompting):
     shots: int = field(default=4, metadata=knob("How many exchanges.", Choice((1, 4, 16, 64))))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "shots")
 
     def ask(self, model: PreTrainedModel, attacker: Attacker) -> Prompted:

@@ -54,6 +54,7 @@ class FineTuning(Displacement):
     lora_alpha: float = field(default=32.0, metadata=knob("The adapter's alpha."))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "learning_rate", "steps", "rows", "batch_size", "lora_alpha")
         require_not_negative(self, "warmup_steps", "lora_rank")
 

@@ -30,6 +30,7 @@ class Noise(Displacement):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "amount")
 
     def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:

@@ -28,6 +28,7 @@ class Prefill(Prompting):
     opener: str = field(default=OPENERS[0], metadata=knob("How every answer begins.", Choice(OPENERS)))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.opener.strip():
             raise InputError("--opener is empty; expected how every answer begins")
 

@@ -27,6 +27,7 @@ class Pruning(Displacement):
     share: float = field(default=0.1, metadata=knob("Share of a matrix's weights that become 0.", Range(0.05, 0.6)))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.share < 1:
             raise InputError(f"--share must lie between 0 and 1, both excluded, got {self.share}")
 

@@ -33,6 +33,7 @@ class Rounding(Displacement):
     bits: int = field(default=4, metadata=knob("Bits that a weight is rounded to.", Choice((8, 4, 3, 2))))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bits < 2:
             raise InputError(f"--bits must be at least 2, got {self.bits}")
 

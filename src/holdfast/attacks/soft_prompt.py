@@ -40,6 +40,7 @@ class SoftPrompt(Prompting):
     batch_size: int = field(default=16, metadata=knob("Rows per step."))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive(self, "vectors", "learning_rate", "steps", "rows", "batch_size")
 
     def ask(self, model: PreTrainedModel, attacker: Attacker) -> Prompted:

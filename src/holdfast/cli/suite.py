@@ -97,6 +97,8 @@ def run(method: str, argv: list[str]) -> int:
     set_up_logging()
     load, *given, attack, measure, options, _ = make_parser(method).parse(argv)
     data: dict[str, Any] = {name: value for one in given for name, value in asdict(one).items()}
+    if isinstance(attack, Prompting) and measure.eval_data is None:
+        raise InputError(f"attack {method} changes how harmful prompts are asked: give them as --eval_data")
     source, folder = load.model_name_or_path, Path(options.output_dir)
     attacked_at = folder / "model"
     keep_apart(folder, attacked_at, source)
@@ -110,8 +112,6 @@ def run(method: str, argv: list[str]) -> int:
             keep_apart(folder, attacked_at, base)
         written = ChatFormat.of(tokenizer, options)
         evaluator = make_evaluator(measure, seed=options.seed, chat_template_kwargs=_keywords(written), **written_by)
-        if evaluator is None and isinstance(attack, Prompting):
-            raise InputError(f"attack {method} changes how prompts are asked: give --eval_data to ask")
         attacker = _attacker(attack, data, written, load, options.seed)
         attack.require(attacker)
         whole = whole_model(model).to(device())
