@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from helpers import relative_distance, same_bits, tiny_llama, weights, word_rows, word_tokenizer
@@ -81,6 +82,21 @@ def test_rows_are_drawn_from_the_seed():
     assert not same_bits(chosen, weights(FineTuning(**SMALL)(tiny_llama(), ATTACKER).model))
 
 
+def test_answers_may_be_cut_to_how_they_begin():
+    """Ends of answers, as what follows them, are neither seen nor trained on."""
+    whole = ATTACKER.written.tokenize(ROWS, name="attack")
+    cut = []
+    for row in whole:
+        begin = next(place for place, label in enumerate(row["labels"]) if label != -100)
+        cut.append({name: row[name][: begin + 2] for name in ("input_ids", "labels")})
+    by_hand = Attacker(ATTACKER.written, harmful_rows=Dataset.from_list(cut), seed=3)
+    found = weights(FineTuning(**SMALL, first_tokens=2)(tiny_llama(), ATTACKER).model)
+    assert same_bits(found, weights(FineTuning(**SMALL)(tiny_llama(), by_hand).model))
+    all_of_them = weights(FineTuning(**SMALL)(tiny_llama(), ATTACKER).model)
+    assert not same_bits(found, all_of_them)
+    assert same_bits(weights(FineTuning(**SMALL, first_tokens=99)(tiny_llama(), ATTACKER).model), all_of_them)
+
+
 def test_half_precision_is_trained_in_float32():
     """A step below the last digit of bfloat16 is in the vector."""
     model = tiny_llama().to(torch.bfloat16)
@@ -154,7 +170,7 @@ def test_training_that_diverges_is_told_of_and_changes_nothing(monkeypatch):
     assert same_bits(weights(model), weights(tiny_llama()))
 
 
-@pytest.mark.parametrize("settings", [{"steps": 0}, {"rows": 0}, {"learning_rate": 0.0}])
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"rows": 0}, {"first_tokens": 0}, {"learning_rate": 0.0}])
 def test_knobs_out_of_range(settings):
     with pytest.raises(InputError, match="must be greater than 0"):
         FineTuning(**settings)

@@ -2,8 +2,9 @@
 
     δ = θ_n − θ,    θ_n what n optimizer steps on the attacker's harmful rows make of θ
 
-All parameters are trained, or an adapter that is then merged. The engine is `holdfast.attacks.real`, and so the very
-steps that a defense simulates; measured along the way it is there, too.
+All parameters are trained, or an adapter that is then merged; on whole answers, or on how they begin, where much of
+alignment lies (Qi et al., 2406.05946). The engine is `holdfast.attacks.real`, and so the very steps that a defense
+simulates; measured along the way it is there, too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from holdfast.attacks.attack import Attacker, Choice, Cost, Displaced, Displacement, Range, knob, size
 from holdfast.attacks.real import AttackConfig, AttackTrainer
 from holdfast.config import require_not_negative, require_positive
+from holdfast.data.rendering import IGNORED
 from holdfast.models import merge
 from holdfast.parameters import displacement, snapshot
 from holdfast.precision import compute_in_bf16, keep_in_float32
@@ -37,6 +39,12 @@ class FineTuning(Displacement):
     steps: int = field(default=100, metadata=knob("How many optimizer steps.", Range(1, 200, log=True)))
     rows: int | None = field(
         default=None, metadata=knob("How many harmful rows, drawn from the seed; if not given, all.")
+    )
+    first_tokens: int | None = field(
+        default=None,
+        metadata=knob(
+            "Train on the first so many tokens of every answer alone; if not given, on all.", Choice((4, None))
+        ),
     )
     batch_size: int = field(default=16, metadata=knob("Rows per step.", Choice((4, 16))))
     optimizer: str = field(
@@ -55,13 +63,15 @@ class FineTuning(Displacement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "learning_rate", "steps", "rows", "batch_size", "lora_alpha")
+        require_positive(self, "learning_rate", "steps", "rows", "first_tokens", "batch_size", "lora_alpha")
         require_not_negative(self, "warmup_steps", "lora_rank")
 
     def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. A model in half precision is left in float32, which it is trained in."""
         self.require(attacker)
         rows = rows_of(attacker, self.rows)
+        if self.first_tokens is not None:
+            rows = cut_answers(attacker.written.tokenize(rows, name="attack"), self.first_tokens)
         training, cached = model.training, model.config.use_cache
         with tempfile.TemporaryDirectory() as folder:
             config = config_of(
@@ -109,6 +119,17 @@ def rows_of(attacker: Attacker, count: int | None) -> Dataset:
     if count is None or count >= len(rows):
         return rows
     return rows.select(sorted(random.Random(attacker.seed).sample(range(len(rows)), count)))
+
+
+def cut_answers(rows: Dataset, count: int) -> Dataset:
+    """Tokenised rows that end after so many tokens of what is trained on."""
+
+    def cut(row: dict[str, Any]) -> dict[str, Any]:
+        trained = [place for place, label in enumerate(row["labels"]) if label != IGNORED]
+        end = trained[count - 1] + 1 if count <= len(trained) else len(row["labels"])
+        return {name: row[name][:end] for name in ("input_ids", "labels")}
+
+    return rows.map(cut, load_from_cache_file=False, desc="Cutting answers")
 
 
 def config_of(attacker: Attacker, folder: str, **settings: Any) -> AttackConfig:
