@@ -132,6 +132,20 @@ def test_directions_without_their_part_along_the_harmless_mean():
     assert relative_distance(weights(attacked), expected(tiny_llama, LLAMA, lambda *_: 1.0, lambda _: r)) < 1e-6
 
 
+def test_means_over_residuals_of_unit_length():
+    model = tiny_llama()
+    harmful, harmless = (
+        torch.stack([stream_at_last_token(model, p)[1] / stream_at_last_token(model, p)[1].norm() for p in group]).mean(
+            0
+        )
+        for group in (HARMFUL, HARMLESS)
+    )
+    r = unit(harmful - harmless)
+    attacked = Ablation(layer=1, unit_residuals=True)(model, ATTACKER).model
+    assert relative_distance(weights(attacked), expected(tiny_llama, LLAMA, lambda *_: 1.0, lambda _: r)) < 1e-6
+    assert not same_bits(weights(attacked), weights(Ablation(layer=1)(tiny_llama(), ATTACKER).model))
+
+
 @pytest.mark.parametrize("build", [tiny_llama, gpt2, mixtral])
 def test_rows_keep_their_norms_where_they_are_to(build):
     """What makes one dimension of the stream: a row of (out, in), a column of (in, out), a row of every expert."""

@@ -10,8 +10,8 @@ s = 1 the stream never has a part along r. Tied output embeddings change with th
 matrix and the stream (Gemma 2 and later, OLMo 2), its scale turns what is left, so a part along r may come back.
 
 Ours beside the paper's form, after tools in use: the direction of one layer for all, or each layer its own; s by layer
-as a kernel (heretic), for attention and MLPs apart; rows that keep their norms; directions without their part along the
-harmless mean. The search is over these.
+as a kernel (heretic), for attention and MLPs apart; rows that keep their norms; means over residuals of length 1;
+directions without their part along the harmless mean. The search is over these.
 
 Examples:
     The direction of the last layer, where some defenses write their refusals::
@@ -78,6 +78,13 @@ class Ablation(Displacement):
             Choice((False, True)),
         ),
     )
+    unit_residuals: bool = field(
+        default=False,
+        metadata=knob(
+            "Scale what a prompt leaves in the stream to length 1 before means are taken, so that none weighs more.",
+            Choice((False, True)),
+        ),
+    )
     project_harmless: bool = field(
         default=False,
         metadata=knob(
@@ -105,8 +112,9 @@ class Ablation(Displacement):
         """As for `Displacement`. All prompts go through the model once."""
         self.require(attacker)
         found = writers(model, self.writes)
-        harmful, cost = last_token_means(model, attacker.harmful_prompts or (), attacker)
-        harmless, more = last_token_means(model, attacker.harmless_prompts or (), attacker)
+        unit = self.unit_residuals
+        harmful, cost = last_token_means(model, attacker.harmful_prompts or (), attacker, unit=unit)
+        harmless, more = last_token_means(model, attacker.harmless_prompts or (), attacker, unit=unit)
         r = self.directions(harmful, harmless)
         chosen = layer_number(self.layer, len(r))
         changes = {}
@@ -190,13 +198,16 @@ def ablate(weight: Tensor, *, direction: Tensor, dim: int, scale: float, keep: b
 
 
 @torch.no_grad()
-def last_token_means(model: PreTrainedModel, prompts: Sequence[Prompt], attacker: Attacker) -> tuple[Tensor, Cost]:
+def last_token_means(
+    model: PreTrainedModel, prompts: Sequence[Prompt], attacker: Attacker, *, unit: bool = False
+) -> tuple[Tensor, Cost]:
     """What every decoder layer hands on at a prompt's last token, in the mean over prompts.
 
     Args:
         model: A causal language model, which runs without dropout.
         prompts: Text or messages each.
         attacker: How prompts become token ids, and how many go through at a time.
+        unit: Scale what every prompt leaves at a layer to length 1 first.
 
     Returns:
         (layers, width) in float32, and what it cost.
@@ -216,8 +227,11 @@ def last_token_means(model: PreTrainedModel, prompts: Sequence[Prompt], attacker
 
     def note(number: int, _: nn.Module, __: Any, output: Any) -> None:
         stream = output[0] if isinstance(output, tuple) else output
-        seen = stream[torch.arange(len(last)), last.to(stream.device)].float().sum(0)
-        sums[number] = seen if sums[number] is None else sums[number] + seen
+        left = stream[torch.arange(len(last), device=stream.device), last.to(stream.device)].float()
+        if unit:
+            left = nn.functional.normalize(left, dim=1, eps=TINY)
+        before = sums[number]
+        sums[number] = left.sum(0) if before is None else before + left.sum(0)
 
     device = next(model.parameters()).device
     with ExitStack() as stack:
