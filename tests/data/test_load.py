@@ -275,7 +275,7 @@ def test_one_object_is_one_row(tmp_path, row):
         ("a.json", b"[" * 100_000, "is not valid JSON (it is nested too deeply)"),
         ("a.json", b'{"train": [{"prompt": "x"}], "test": []}', "its columns are 'train', 'test'"),
         ("a.jsonl.gz", b'{"prompt": "x", "completion": "y"}', "is not a valid gzip file"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x", "completion": "y"}')[:-9], "is not a valid gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "x", "completion": "y"}', mtime=0)[:-9], "is not a valid gzip file"),
         ("a.parquet.gz", b"x", "unknown extension"),
     ],
 )
