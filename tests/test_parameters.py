@@ -131,6 +131,14 @@ def test_entries_that_began_at_zero_do_not_count_as_moved():
     assert share_moved(after, before) == 0.25
 
 
+def test_passes_in_bf16_see_only_moves_of_half_a_last_digit():
+    before = ParameterVector(w=torch.full((4, 4), 0.1).bfloat16().float())
+    after = ParameterVector(w=before["w"] + 1e-5)
+    after["w"][0] += 1e-3
+    assert share_moved(after, before) == 1
+    assert share_moved(after, before, seen_in=torch.bfloat16) == 0.25
+
+
 def test_share_moved_is_of_entries_as_they_are_stored():
     """A step below half of a weight's last digit is none in bf16."""
     model = nn.Linear(64, 64, bias=False).bfloat16()

@@ -166,6 +166,18 @@ def test_adapter_on_such_a_base_is_merged_without_rounding(settings):
     assert same_bits(weights(trainer.model), weights(exact.merge_and_unload()))
 
 
+def test_what_passes_in_bf16_see_of_an_attack(settings):
+    """At a small rate all weights move, by less than half of their last digit in bf16."""
+    small = {"learning_rate": 1e-6, "weight_decay": 0.0}
+    real = attack(settings, tiny_llama().bfloat16(), **small)
+    real.train()
+    assert real.weights_moved > 0.8
+    assert real.weights_moved_in_bf16 < 0.3
+    whole = attack(settings, tiny_llama(), **small)
+    whole.train()
+    assert whole.weights_moved_in_bf16 is None
+
+
 def test_attack_that_hardly_moves_the_weights_is_told_of(settings, caplog):
     still = {"learning_rate": 1e-12, "weight_decay": 0.0}
     real = attack(settings, tiny_llama(), **still)

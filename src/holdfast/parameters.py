@@ -135,7 +135,9 @@ def snapshot_on_host(model: nn.Module) -> ParameterVector:
 
 
 @torch.no_grad()
-def share_moved(parameters: Mapping[str, Tensor], origin: Mapping[str, Tensor]) -> float:
+def share_moved(
+    parameters: Mapping[str, Tensor], origin: Mapping[str, Tensor], *, seen_in: torch.dtype | None = None
+) -> float:
     """The share of entries whose value is not the one that `origin` has, over all entries of all shards.
 
     In low precision a step below half of a weight's last digit does not move it, however many follow: the share tells
@@ -146,11 +148,13 @@ def share_moved(parameters: Mapping[str, Tensor], origin: Mapping[str, Tensor]) 
         parameters: One tensor per name, each as it is stored.
         origin: What each held before, whole or this rank's share as `snapshot_on_host` has it, on whatever device. One
             tensor at a time is brought to its parameter's.
+        seen_in: The type that passes compute in: a move that rounding to it hides is none then.
     """
     moved, counted = {}, {}
     for name, tensor in parameters.items():
         before = local(origin[name]).to(tensor.device)
-        moved[name] = tensor, ((local(tensor) != before) & (before != 0)).sum()
+        seen = seen_in or tensor.dtype
+        moved[name] = tensor, ((local(tensor).to(seen) != before.to(seen)) & (before != 0)).sum()
         counted[name] = tensor, (before != 0).sum()
     return _total(moved) / max(_total(counted), 1)
 

@@ -123,6 +123,9 @@ class AttackTrainer(DefenseTrainer):
         evaluations: The evaluations behind them, by step.
         weights_moved: The share of the trained weights that differ from what they were before the attack, once it is
             over. Until then a copy of those lies in host memory.
+        weights_moved_in_bf16: The same, of the weights as passes in bf16 see them; None if passes are in float32. Where
+            it is small, the attack has moved the weights by less than its own passes see, and is weaker than the same
+            attack in float32.
     """
 
     _tag_names = ["holdfast", "attacked"]
@@ -158,6 +161,7 @@ class AttackTrainer(DefenseTrainer):
         self._measured = measured
         self.evaluations: dict[int, Evaluation] = {}
         self.weights_moved: float | None = None
+        self.weights_moved_in_bf16: float | None = None
         self._origin = ParameterVector()
         self._last_loss: Tensor | None = None
         self.add_callback(_Measure(self, evaluator))
@@ -177,7 +181,10 @@ class AttackTrainer(DefenseTrainer):
 
     def end(self) -> None:
         """Note the share of the weights that the attack has moved, and warn of a small one."""
-        self.weights_moved, self._origin = self._share_moved(), ParameterVector()
+        self.weights_moved = self._share_moved()
+        if self.args.bf16:
+            self.weights_moved_in_bf16 = self._share_moved(seen_in=torch.bfloat16)
+        self._origin = ParameterVector()
         if few := hardly_moved(self.weights_moved):
             logger.warning("the attack %s", few)
 
@@ -194,8 +201,8 @@ class AttackTrainer(DefenseTrainer):
             self._measured(point, evaluation)
         self.measurements.append(point)
 
-    def _share_moved(self) -> float:
-        return share_moved(trainable_parameters(self.model), self._origin)
+    def _share_moved(self, seen_in: torch.dtype | None = None) -> float:
+        return share_moved(trainable_parameters(self.model), self._origin, seen_in=seen_in)
 
 
 class _Measure(TrainerCallback):

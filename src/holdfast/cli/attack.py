@@ -180,13 +180,16 @@ def run(method: str, argv: list[str]) -> int:
             "judge": judge_record(evaluator),
             "precision": precision_record(loaded, config),
             "weights_moved": trainer.weights_moved,
+            "weights_moved_in_bf16": trainer.weights_moved_in_bf16,
             "seconds": round(time.monotonic() - started, 3),
             "log": last_log(trainer.state.log_history),
             "points": trainer.measurements,
         }
         write_json(folder / MARKER, record)
         (folder / POINTS).unlink(missing_ok=True)  # the record has them
-        say(f"the attack moved {trainer.weights_moved:.2%} of the weights that it trained")
+        seen = trainer.weights_moved_in_bf16
+        in_bf16 = "" if seen is None else f", {seen:.2%} as its passes in bf16 see them"
+        say(f"the attack moved {trainer.weights_moved:.2%} of the weights that it trained{in_bf16}")
         if evaluator is not None:
             warn_of_unclosed_thinking(trainer.measurements)
             stdout.print(attack_table(trainer.measurements, evaluator, title=f"{source} under attack ({method})"))
