@@ -8,6 +8,7 @@ answer and its end token, which is checked here, or a sentence says why not.
 
 from __future__ import annotations
 
+import html
 import itertools
 import logging
 import re
@@ -168,9 +169,14 @@ def table() -> str:
                 why = outcome(written, case)
             cells.append("yes" if why is None else f"({notes.setdefault(why, len(notes) + 1)})")
         end = ChatFormat(tokenizer).end_token
-        cells.append("none" if end is None else f"`{tokenizer.convert_ids_to_tokens(end)}`")
-        lines.append(f"| {name} | {' | '.join(cells)} | {said.cure} |".replace("<|", "<\\|").replace("|>", "\\|>"))
+        cells.append("none" if end is None else _code(tokenizer.convert_ids_to_tokens(end)))
+        lines.append(f"| {name} | {' | '.join(cells)} | {said.cure} |")
     return "\n".join([*lines, "", *(f"{number}. {why}" for why, number in notes.items())])
+
+
+def _code(token: str) -> str:
+    """A token as code; readers of Markdown disagree on how a bar is escaped between backticks."""
+    return f"<code>{html.escape(token).replace('|', '&#124;')}</code>"
 
 
 class _Warnings(logging.Handler):
