@@ -73,8 +73,8 @@ def main() -> None:
 def command_lines() -> list[str]:
     """Every way to ask for help, as `holdfast --help` lists commands and their methods."""
     text = subprocess.check_output([*_HOLDFAST, "--help"], text=True)
-    found = re.findall(r"^  (\w+)(?: METHOD)? {2,}\S.*\n(?: {10,}\(([\w, ]+)\)\n)?", text, re.MULTILINE)
-    words = [f"{command} {method}".strip() for command, methods in found for method in methods.split(", ")]
+    found = re.findall(r"^  (\w+)(?: METHOD)? {2,}\S.*\n(?: {10,}\(([\w,\s-]+)\)\n)?", text, re.MULTILINE)
+    words = [f"{command} {method}".strip() for command, methods in found for method in re.split(r",\s+", methods)]
     return ["holdfast --help", "holdfast align --help", *(f"holdfast {word} --help" for word in words)]
 
 
