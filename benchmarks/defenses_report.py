@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from defenses import UPLOAD_ROWS, UPLOAD_UPDATES
-from holdfast.cli.report import is_control
+from holdfast.cli.demo_report import is_control
 from holdfast.files import write_text
 from readme import crafts_table, spread
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.cli import main as holdfast
-from holdfast.cli.report import TITLES, break_step, is_control
+from holdfast.cli.demo_report import TITLES, break_step, is_control
 from holdfast.files import write_bytes, write_json
 from readme import crafts_table, fill_block, spread
 

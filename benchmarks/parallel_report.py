@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from holdfast.cli.report import break_step
+from holdfast.cli.demo_report import break_step
 from holdfast.files import write_bytes
 from readme import RESULTS, ROOT, fill_block, spread
 

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from holdfast.cli import main
 from holdfast.cli.demo import ATTACKS, CRAFTS, METHODS, MODELS, DemoArguments, commands
-from holdfast.cli.report import break_step, control_table, crafts_table, demo_table, plot_attack_curves
+from holdfast.cli.demo_report import break_step, control_table, crafts_table, demo_table, plot_attack_curves
 from holdfast.cli.workers import Command, run_commands
 from holdfast.errors import TrainingError
 

@@ -83,7 +83,7 @@ def run(argv: list[str]) -> int:
 def _run(options: DemoArguments, folder: Path) -> None:
     from rich.console import Console
 
-    from holdfast.cli.report import control_table, crafts_table, demo_table, plot_attack_curves
+    from holdfast.cli.demo_report import control_table, crafts_table, demo_table, plot_attack_curves
 
     console = Console(stderr=True, highlight=False)
     console.print(f"building the organism, aligning it with SFT and with Patcher, attacking both (seed {options.seed})")
