@@ -1,5 +1,7 @@
 """Fine-tuning as a displacement is the real attack's run; chains are one attack after the other."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -10,7 +12,7 @@ from holdfast.attacks.ablation import Ablation
 from holdfast.attacks.attack import Attacker
 from holdfast.attacks.chain import Chain
 from holdfast.attacks.dropping import Dropping
-from holdfast.attacks.finetuning import FineTuning
+from holdfast.attacks.finetuning import Along, FineTuning
 from holdfast.attacks.prefill import Prefill
 from holdfast.attacks.real import AttackConfig, AttackTrainer
 from holdfast.data.rendering import ChatFormat
@@ -71,6 +73,33 @@ def test_it_says_what_it_cost():
     assert (cost.steps, cost.harmful_rows, cost.forward_passes, cost.backward_passes) == (4, 5, 4, 4)
     assert 4 * 3 <= cost.tokens <= 16 * 12
     assert cost.flops == 6.0 * size * cost.tokens
+
+
+def test_it_is_measured_along_the_way_and_ends_when_told():
+    seen = []
+
+    def evaluator(model, _):
+        return SimpleNamespace(flat=dict, weights=weights(model))
+
+    def measured(cost, found):
+        seen.append((cost, found.weights))
+        return cost.steps == 2
+
+    model = tiny_llama()
+    cost = FineTuning(**SMALL).train(model, ATTACKER, Along(evaluator, [0, 1, 2, 3, 9], measured))
+    assert [point.steps for point, _ in seen] == [0, 1, 2]
+    assert cost == seen[-1][0]
+    assert same_bits(seen[0][1], weights(tiny_llama()))
+    assert same_bits(weights(model), seen[-1][1])
+    two = FineTuning(learning_rate=1e-2, steps=2, batch_size=4)(tiny_llama(), ATTACKER)
+    assert same_bits(weights(model), weights(two.model))
+    assert cost == two.cost
+
+
+def test_half_precision_is_computed_on_in_bf16(caplog):
+    caplog.set_level("INFO", logger="holdfast")
+    FineTuning(**SMALL).displace(tiny_llama().to(torch.bfloat16), ATTACKER)
+    assert "computed on in bf16" in caplog.text
 
 
 def test_rows_are_drawn_from_the_seed():

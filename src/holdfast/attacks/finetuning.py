@@ -11,21 +11,40 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from holdfast.attacks.attack import Attacker, Choice, Cost, Displaced, Displacement, Range, knob, size
-from holdfast.attacks.real import AttackConfig, AttackTrainer
+from holdfast.attacks.real import AttackConfig, AttackTrainer, Evaluate
 from holdfast.config import require_not_negative, require_positive
 from holdfast.data.rendering import IGNORED
+from holdfast.evaluation.evaluate import Evaluation
 from holdfast.models import merge
-from holdfast.parameters import displacement, snapshot
+from holdfast.parameters import ParameterVector, displacement, snapshot
 from holdfast.precision import compute_in_bf16, keep_in_float32
+
+
+@dataclass(frozen=True)
+class Along:
+    """What is measured of a fine-tuning while it goes on.
+
+    Attributes:
+        evaluator: As for `AttackTrainer`.
+        at: The steps to measure after; those beyond its end play no part.
+        measured: Called with the cost so far and what was measured; it says whether to end there.
+    """
+
+    evaluator: Evaluate
+    at: Sequence[int]
+    measured: Callable[[Cost, Evaluation], bool]
 
 
 @dataclass(frozen=True)
@@ -68,11 +87,43 @@ class FineTuning(Displacement):
 
     def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. A model in half precision is left in float32, which it is trained in."""
+        origin = ParameterVector({name: _in_float32(tensor) for name, tensor in snapshot(model).items()})
+        try:
+            cost = self.train(model, attacker)
+        finally:
+            vector = displacement(model, origin)
+        return Displaced(vector, cost)
+
+    def train(self, model: PreTrainedModel, attacker: Attacker, along: Along | None = None) -> Cost:
+        """Train the model in place, for good; an adapter is merged into it when training ends.
+
+        Args:
+            model: As for `displace`.
+            attacker: What the attacker holds.
+            along: What to measure along the way.
+
+        Returns:
+            What it cost.
+
+        Raises:
+            InputError: The attacker lacks rows.
+            TrainingError: Training has diverged.
+        """
         self.require(attacker)
         rows = rows_of(attacker, self.rows)
         if self.first_tokens is not None:
             rows = cut_answers(attacker.written.tokenize(rows, name="attack"), self.first_tokens)
         training, cached = model.training, model.config.use_cache
+
+        def cost() -> Cost:
+            done, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
+            return Cost(done, len(rows), tokens, done, done, 6.0 * size(model) * tokens)
+
+        def measured(_: dict[str, Any], evaluation: Evaluation) -> None:
+            assert along is not None  # as it is what measures
+            if along.measured(cost(), evaluation):
+                trainer.control.should_training_stop = True
+
         with tempfile.TemporaryDirectory() as folder:
             config = config_of(
                 attacker,
@@ -83,22 +134,28 @@ class FineTuning(Displacement):
                 optim=self.optimizer,
                 lr_scheduler_type=self.scheduler,
                 warmup_steps=self.warmup_steps,
+                measure_at=[] if along is None else [step for step in along.at if step <= self.steps],
             )
             compute_in_bf16(model, config)
             keep_in_float32(model, frozen=True)
-            origin = snapshot(model)
-            trainer = AttackTrainer(model, config, rows, attacker.written.tokenizer, peft_config=self._adapter())
+            trainer = AttackTrainer(
+                model,
+                config,
+                rows,
+                attacker.written.tokenizer,
+                evaluator=None if along is None else along.evaluator,
+                measured=measured,
+                peft_config=self._adapter(),
+            )
             hush(trainer)
             try:
                 trainer.train()
             finally:
                 if self.lora_rank:
                     merge(trainer.model).requires_grad_(True)
-                vector = displacement(model, origin)
                 model.train(training)
                 model.config.use_cache = cached
-        done, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
-        return Displaced(vector, Cost(done, len(rows), tokens, done, done, 6.0 * size(model) * tokens))
+        return cost()
 
     def _adapter(self) -> LoraConfig | None:
         if not self.lora_rank:
@@ -110,6 +167,10 @@ class FineTuning(Displacement):
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def rows_of(attacker: Attacker, count: int | None) -> Dataset:

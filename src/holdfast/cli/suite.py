@@ -11,18 +11,9 @@ from datasets import Dataset
 from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from holdfast.attacks.ablation import Ablation
 from holdfast.attacks.attack import Attack, Attacker, Prompting, whole_model
-from holdfast.attacks.back_to_base import BackToBase
-from holdfast.attacks.best_of_n import BestOfN
-from holdfast.attacks.demonstrations import Demonstrations
-from holdfast.attacks.dropping import Dropping
-from holdfast.attacks.noise import Noise
-from holdfast.attacks.prefill import Prefill
-from holdfast.attacks.pruning import Pruning
-from holdfast.attacks.raw import Raw
-from holdfast.attacks.rounding import Rounding
-from holdfast.attacks.soft_prompt import SoftPrompt
+from holdfast.attacks.catalogue import ATTACKS
+from holdfast.attacks.finetuning import FineTuning
 from holdfast.cli.arguments import (
     BasePath,
     HarmfulPrompts,
@@ -51,12 +42,8 @@ from holdfast.parameters import share_moved, snapshot_on_host, trainable_paramet
 #: What is written beside the record: every answer, and the vectors of a soft prompt.
 SAMPLES, PREFIX = "samples.jsonl", "soft_prompt.safetensors"
 
-_ATTACKS: tuple[type[Attack], ...] = (
-    *(Ablation, Dropping, BackToBase, Rounding, Pruning, Noise),
-    *(Prefill, Demonstrations, SoftPrompt, BestOfN, Raw),
-)
 #: The attacks of this module, by what they are called on the command line.
-SUITE_ATTACKS: dict[str, Any] = {attack.name: attack for attack in _ATTACKS}
+SUITE_ATTACKS: dict[str, Any] = {name: attack for name, attack in ATTACKS.items() if attack is not FineTuning}
 
 #: The flags that give what an attack needs.
 _GIVING = {
