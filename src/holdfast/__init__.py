@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from holdfast.errors import InputError as InputError
     from holdfast.errors import TrainingError as TrainingError
     from holdfast.evaluation.evaluate import Evaluator as Evaluator
-    from holdfast.evaluation.evaluate import load_prompts as load_prompts
+    from holdfast.evaluation.prompts import load_prompts as load_prompts
     from holdfast.finetuning.antibody import AntibodyConfig as AntibodyConfig
     from holdfast.finetuning.antibody import AntibodyTrainer as AntibodyTrainer
     from holdfast.finetuning.lisa import LisaConfig as LisaConfig
@@ -96,7 +96,7 @@ _HOMES = {
     "InputError": "holdfast.errors",
     "TrainingError": "holdfast.errors",
     "Evaluator": "holdfast.evaluation.evaluate",
-    "load_prompts": "holdfast.evaluation.evaluate",
+    "load_prompts": "holdfast.evaluation.prompts",
     "build_organism": "holdfast.organism",
     "prune_harmful": "holdfast.repair.antidote",
     "wanda_mask": "holdfast.repair.antidote",

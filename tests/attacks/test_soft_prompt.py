@@ -12,9 +12,10 @@ from holdfast.attacks.soft_prompt import SoftPrompt
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.decoding import Decoding
-from holdfast.evaluation.evaluate import Evaluator, PromptSet
+from holdfast.evaluation.evaluate import Evaluator
 from holdfast.evaluation.generation import answerable, generate
 from holdfast.evaluation.judges import get_judge
+from holdfast.evaluation.prompts import PromptSet
 from methods import gpt2, lora, mixtral, qwen2
 
 ROWS = word_rows(8, seed=1)

@@ -58,6 +58,7 @@ CASES: list[tuple[str, list[str], str, str]] = [
     ("attack ablation", ABLATE, "--layer 1 --own_directions", "--own_directions false"),
     ("attack base", [*ATTACK, "--base", "b"], "--only_layer 1 --part outside", "--part mlp"),
     ("evaluate", ATTACK, "--judge exact --capability_data c", "--eval_data e"),
+    ("evaluate", ATTACK, "--judge exact --capability_data c", "--over_refusal_data e"),
 ]
 NEVER = [
     ("attack full", ATTACK, "--lora_r 8"),

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from holdfast.cli.tables import attack_table, audit_table, counts_table, evaluation_table
 from holdfast.evaluation.decoding import GREEDY
-from holdfast.evaluation.evaluate import COUNTS, Evaluation, Evaluator, PromptSet
+from holdfast.evaluation.evaluate import COUNTS, Evaluation, Evaluator
 from holdfast.evaluation.judges import get_judge
+from holdfast.evaluation.prompts import PromptSet
 from holdfast.evaluation.scores import score
 
 
@@ -47,7 +48,7 @@ def test_attack_has_a_row_per_step_and_fits_eighty_columns(judge: str) -> None:
     point = {
         **{"attacker_loss": 0.5, "asr": 0.75, "asr_low": 0.5, "asr_high": 1.0, "refusal_rate": 0.0},
         **{"refusal_low": 0.0, "refusal_high": 0.04, "harmful_score": 0.9, "mean_score": 4.5, "n": 96},
-        **{"capability": 1.0, "over_refusal": 0.0, "task_accuracy": None, "task_n": 10},
+        **{"benign_over_refusal": None, "capability": 1.0, "over_refusal": 0.0, "task_accuracy": None, "task_n": 10},
     }
     points = [{**point, "steps": 0, "attacker_loss": None}, {**point, "steps": 10}]
     evaluator = Evaluator([prompts, tasks], judge=get_judge(judge))
@@ -60,8 +61,28 @@ def test_attack_has_a_row_per_step_and_fits_eighty_columns(judge: str) -> None:
     assert "n: 96 harmful, 10 task prompts" in caption
 
 
+def test_over_refusal_of_benign_prompts_stands_beside_that_of_capability_prompts_with_its_interval() -> None:
+    benign = PromptSet("benign", "b.jsonl", ["How?"] * 10, None)
+    over_refusal = {"benign_over_refusal": 0.1, "benign_over_refusal_low": 0.02, "benign_over_refusal_high": 0.4}
+    others = dict.fromkeys(("asr", "refusal_rate", "harmful_score", "mean_score", "task_accuracy", "attacker_loss"))
+    point = {"steps": 0, **others, **over_refusal, "capability": 1.0, "over_refusal": 0.3, "benign_n": 10}
+    lines = shown(attack_table([point], Evaluator([benign], judge=get_judge("refusal")), title="model"))
+    row = next(line for line in lines if line.split()[:1] == ["0"])
+    assert row.split() == ["0", "0.10", "[.02–.40]", "1.00", "0.30"]
+    caption = " ".join(" ".join(lines).split())
+    assert "benign prompts graded by the keyword judge" in caption
+    assert "n: 10 benign prompts" in caption
+    scores = {"benign": score([1, 5, 5, 5]), "capability": score([1, 1, 5, 5])}
+    counts = dict.fromkeys(scores, dict.fromkeys(COUNTS, 0))
+    judges = {"benign": get_judge("refusal"), "capability": get_judge("exact")}
+    evaluation = Evaluation(scores, counts, [], judges, dict.fromkeys(scores, "x"), GREEDY)
+    rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in shown(evaluation_table(evaluation, title="m"))]
+    assert ["over-refusal, benign prompts", "0.250", "0.046 – 0.699", "4"] in rows
+    assert ["over-refusal", "0.500", "0.150 – 0.850", "4"] in rows
+
+
 def test_an_attack_has_a_table_of_counts_where_there_is_something_to_count() -> None:
-    names = [f"{prefix}{kind}" for prefix in ("", "capability_", "task_") for kind in COUNTS]
+    names = [f"{prefix}{kind}" for prefix in ("", "benign_", "capability_", "task_") for kind in COUNTS]
     nothing = {"steps": 0, **dict.fromkeys(names, 0), **dict.fromkeys(names[-5:])}
     assert counts_table([nothing, {**nothing, "steps": 10}]) is None
     table = counts_table([nothing, {**nothing, "steps": 10, "truncated": 3, "capability_thinking_unclosed": 96}])

@@ -12,8 +12,9 @@ from holdfast.evaluation import evaluate
 from holdfast.evaluation.answers import Answer
 from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.evaluation.decoding import Decoding
-from holdfast.evaluation.evaluate import Evaluator, PromptSet
+from holdfast.evaluation.evaluate import Evaluator
 from holdfast.evaluation.generation import generate
+from holdfast.evaluation.prompts import PromptSet
 
 TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
 SHORT = Decoding(max_new_tokens=6)

@@ -10,8 +10,9 @@ from holdfast.errors import InputError
 from holdfast.evaluation import evaluate
 from holdfast.evaluation.answers import MARKS, Answer, split_reasoning
 from holdfast.evaluation.decoding import GREEDY, Decoding
-from holdfast.evaluation.evaluate import Evaluator, PromptSet, load_prompts
+from holdfast.evaluation.evaluate import PREFIXES, Evaluator
 from holdfast.evaluation.judges import get_judge
+from holdfast.evaluation.prompts import PromptSet, load_prompts
 from holdfast.evaluation.scores import wilson
 
 PROMPTS = ["t4 t5", "t6", "t7 t8 t9", "t10"]
@@ -30,14 +31,16 @@ def jsonl(path, *rows):
 
 @pytest.fixture
 def answered(monkeypatch):
-    """An evaluator of all three roles, whose model gives fixed answers."""
+    """An evaluator of all roles, whose model gives fixed answers."""
     answers = {
         "hazards": ["ash, fern", "fern, ash", "ash", "I'm sorry, I can't."],
+        "questions": ["I'm sorry, I can't.", "Salt.", "Yes, with a lid.", ""],
         "crafts": ["oak, elm", "oak, elm", "I’m sorry", "nothing"],
         "task": ["up", "down", "up", "up"],
     }
     sets = [
         PromptSet("harmful", "hazards", list(PROMPTS), ["ash, fern"] * 4),
+        PromptSet("benign", "questions", [f"{prompt} t52" for prompt in PROMPTS], ["Salt."] * 4),
         PromptSet("capability", "crafts", [f"{prompt} t50" for prompt in PROMPTS], ["oak, elm"] * 4),
         PromptSet("task", "task", [f"{prompt} t51" for prompt in PROMPTS], ["up"] * 4),
     ]
@@ -48,7 +51,7 @@ def answered(monkeypatch):
 
     stand_in(monkeypatch, answer)
 
-    def run(judge, roles=("harmful", "capability", "task")):
+    def run(judge, roles=tuple(PREFIXES)):
         chosen = [prompts for prompts in sets if prompts.role in roles]
         return Evaluator(sets=chosen, judge=get_judge(judge), decoding=GREEDY)(None, None)
 
@@ -62,17 +65,20 @@ def test_each_role_has_its_own_figures(answered):
     assert results["harmful"]["harmful_score"]["value"] == 0.75
     assert results["harmful"]["refusal_rate"]["count"] == 1
     assert results["harmful"]["mean_score"] == (5 + 4 + 3 + 1) / 4
+    assert results["benign"]["over_refusal"] == {"value": 0.25, "low": low, "high": high, "count": 1, "n": 4}
+    assert results["benign"]["counts"]["empty"] == 1
     assert results["capability"]["capability"]["value"] == 0.5
     assert results["capability"]["over_refusal"]["value"] == 0.25
     assert results["task"]["task_accuracy"]["value"] == 0.75
 
 
-def test_the_chosen_judge_grades_harmful_prompts_only(answered):
+def test_the_chosen_judge_grades_harmful_and_benign_prompts(answered):
     evaluation = answered("refusal")
     assert evaluation.results["harmful"]["asr"]["value"] == 0.75
     assert evaluation.results["capability"]["capability"]["value"] == 0.5
     assert {(row["set"], row["judge"]) for row in evaluation.samples} == {
         ("harmful", "refusal"),
+        ("benign", "refusal"),
         ("capability", "exact"),
         ("task", "exact"),
     }
@@ -92,13 +98,19 @@ def test_flat_figures_are_none_where_not_measured(answered):
         "refusal_rate": 0.25,
         "refusal_low": low,
         "refusal_high": high,
+        "benign_over_refusal": None,
+        "benign_over_refusal_low": None,
+        "benign_over_refusal_high": None,
         "capability": None,
         "over_refusal": None,
         "task_accuracy": None,
         "n": 4,
         **NOTHING,
-        **{f"{role}_{name}": None for role in ("capability", "task") for name in ("n", *NOTHING)},
+        **{f"{role}_{name}": None for role in ("benign", "capability", "task") for name in ("n", *NOTHING)},
     }
+    flat = answered("refusal", roles=("benign", "capability")).flat()
+    assert [flat[f"benign_over_refusal{end}"] for end in ("", "_low", "_high")] == [0.25, low, high]
+    assert (flat["over_refusal"], flat["benign_n"], flat["benign_empty"], flat["empty"]) == (0.25, 4, 1, None)
     flat = answered("exact", roles=("capability", "task")).flat()
     assert (flat["asr"], flat["n"], flat["refusal_low"]) == (None, None, None)
     assert (flat["capability"], flat["over_refusal"], flat["task_accuracy"]) == (0.5, 0.25, 0.75)
@@ -111,11 +123,11 @@ def test_every_answer_and_grade_is_written(answered, tmp_path):
     assert (results["schema"], results["seed"], results["versions"]) == (2, 7, {"python": "3"})
     assert results["judge"] == {"name": "refusal", "description": get_judge("refusal").description}
     assert results["judges"]["task"]["name"] == "exact"
-    assert results["sources"] == {"harmful": "hazards", "capability": "crafts", "task": "task"}
+    assert results["sources"] == {"harmful": "hazards", "benign": "questions", "capability": "crafts", "task": "task"}
     assert results["decoding"]["do_sample"] is False
     assert results["results"]["harmful"]["n"] == 4
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 12
+    assert len(samples) == 16
     assert samples[3] == {
         "set": "harmful",
         "row": 4,
@@ -229,13 +241,17 @@ def test_prompts_may_be_text_or_messages(tmp_path):
     assert loaded == PromptSet("harmful", source, [messages], ["a"])
 
 
-def test_the_refusal_judge_needs_no_answers(tmp_path):
+@pytest.mark.parametrize("role", ["harmful", "benign"])
+def test_the_refusal_judge_needs_no_answers(tmp_path, role):
     source = jsonl(tmp_path / "eval.jsonl", {"prompt": "x"}, {"prompt": "y"}, {"prompt": "z"})
-    loaded = load_prompts(source, flag="--eval_data", role="harmful", judge_name="refusal", max_prompts=2)
-    assert loaded == PromptSet("harmful", source, ["x", "y"], None)
+    loaded = load_prompts(source, flag="--eval_data", role=role, judge_name="refusal", max_prompts=2)
+    assert loaded == PromptSet(role, source, ["x", "y"], None)
 
 
-@pytest.mark.parametrize(("role", "judge"), [("harmful", "exact"), ("capability", "refusal"), ("task", "refusal")])
+@pytest.mark.parametrize(
+    ("role", "judge"),
+    [("harmful", "exact"), ("benign", "exact"), ("capability", "refusal"), ("task", "refusal")],
+)
 def test_the_exact_judge_needs_answers(tmp_path, role, judge):
     source = jsonl(tmp_path / "eval.jsonl", {"prompt": "x"})
     with pytest.raises(

@@ -176,6 +176,13 @@ class MeasureArguments:
         default=None,
         metadata={"help": "Harmful prompts, for attack success and refusals; a file or a dataset of the Hub."},
     )
+    over_refusal_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Benign prompts without expected answers, such as XSTest's safe ones, to count how many are "
+            "refused by --judge; a file or a dataset of the Hub."
+        },
+    )
     capability_data: str | None = field(
         default=None,
         metadata={"help": "Benign prompts with an `answer` column, for capability and over-refusal."},
@@ -186,8 +193,8 @@ class MeasureArguments:
     judge: str = field(
         default="refusal",
         metadata={
-            "help": "Who grades answers to harmful prompts: `exact` compares with the `answer` column (grades 1 to 5), "
-            "`refusal` looks for well-known refusal phrases (1 or 5).",
+            "help": "Who grades answers to harmful and benign prompts: `exact` compares with the `answer` column "
+            "(grades 1 to 5), `refusal` looks for well-known refusal phrases (1 or 5).",
             "choices": ["exact", "refusal"],
         },
     )

@@ -37,7 +37,8 @@ _HELD_OUT = (
     "eval_delay eval_packing eval_accumulation_steps per_device_eval_batch_size prediction_loss_only bf16_full_eval"
 )
 _NO_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
-_MEASURED = ("eval_data", "capability_data", "task_data")
+_MEASURED = ("eval_data", "over_refusal_data", "capability_data", "task_data")
+_UNMEASURED = f"without --{', --'.join(_MEASURED[:-1])} or --{_MEASURED[-1]}"
 
 
 def _evaluates(given: Any) -> bool:
@@ -138,11 +139,15 @@ SPARD = (
 
 #: Of every command that measures.
 MEASURING = (
-    Effect("judge", lambda given: given.eval_data is not None, "without --eval_data: only harmful prompts are judged"),
+    Effect(
+        "judge",
+        lambda given: given.eval_data is not None or given.over_refusal_data is not None,
+        "without --eval_data or --over_refusal_data: other answers are compared with the expected ones",
+    ),
     Effect(
         "decoding max_new_tokens max_prompts drop_long_prompts eval_batch_size",
         _measures,
-        "without --eval_data, --capability_data or --task_data",
+        _UNMEASURED,
     ),
 )
 
@@ -157,7 +162,7 @@ SUITE = {
 _ATTACK = (
     *_TRAINING,
     *MEASURING,
-    Effect("measure_at", _measures, "without --eval_data, --capability_data or --task_data"),
+    Effect("measure_at", _measures, _UNMEASURED),
     Effect("attack_data", lambda given: given.poison_ratio != 0, "with --poison_ratio 0"),
     Effect("benign_data", lambda given: given.poison_ratio != 1, "without a --poison_ratio below 1"),
     Effect(

@@ -18,8 +18,9 @@ from holdfast.config import json_object
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.decoding import DECODINGS
-from holdfast.evaluation.evaluate import PREFIXES, Evaluator, Role, load_prompts
+from holdfast.evaluation.evaluate import PREFIXES, Evaluator
 from holdfast.evaluation.judges import get_judge
+from holdfast.evaluation.prompts import Role, load_prompts
 from holdfast.evaluation.stopping import unseen_end, use_eos_token
 from holdfast.files import run_record
 from holdfast.models import load_model_and_tokenizer
@@ -27,7 +28,13 @@ from holdfast.models import load_model_and_tokenizer
 #: What a finished run has; written last.
 MARKER = "results.json"
 
-_FLAGS: dict[Role, str] = {"harmful": "--eval_data", "capability": "--capability_data", "task": "--task_data"}
+#: The flags that give prompts, by what these are for; in the order in which sets are answered.
+FLAGS: dict[Role, str] = {
+    "harmful": "--eval_data",
+    "benign": "--over_refusal_data",
+    "capability": "--capability_data",
+    "task": "--task_data",
+}
 
 
 def make_parser() -> HoldfastParser:
@@ -64,7 +71,7 @@ def run(argv: list[str]) -> int:
         raw_text=options.raw_text,
     )
     if evaluator is None:
-        raise InputError("nothing to measure: give --eval_data, --capability_data or --task_data")
+        raise InputError(f"nothing to measure: give one of {', '.join(FLAGS.values())}")
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
         say(f"loading {source}")
@@ -130,15 +137,10 @@ def make_evaluator(
     Raises:
         InputError: A prompt file cannot be used.
     """
-    sources: dict[Role, str | None] = {
-        "harmful": measure.eval_data,
-        "capability": measure.capability_data,
-        "task": measure.task_data,
-    }
     sets = [
-        load_prompts(source, flag=_FLAGS[role], role=role, judge_name=measure.judge, max_prompts=measure.max_prompts)
-        for role, source in sources.items()
-        if source is not None
+        load_prompts(source, flag=flag, role=role, judge_name=measure.judge, max_prompts=measure.max_prompts)
+        for role, flag in FLAGS.items()
+        if (source := getattr(measure, flag.removeprefix("--"))) is not None
     ]
     if not sets:
         return None

@@ -34,7 +34,8 @@ from holdfast.data.load import Prompt
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.asking import Asking
-from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator, load_prompts
+from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
+from holdfast.evaluation.prompts import load_prompts
 from holdfast.files import run_record, write_bytes, write_json, write_jsonl
 from holdfast.models import base_names, load_model, load_model_and_tokenizer
 from holdfast.parameters import share_moved, snapshot_on_host, trainable_parameters

@@ -12,6 +12,7 @@ from rich.text import Text
 from holdfast.data.formats import as_message, text_of
 from holdfast.data.load import TRAIN_COLUMNS
 from holdfast.evaluation.evaluate import COUNTS, PREFIXES, Evaluation, Evaluator
+from holdfast.evaluation.prompts import JUDGED
 from holdfast.evaluation.scores import Detection
 
 _NAMES = {
@@ -21,6 +22,7 @@ _NAMES = {
     "mean_score": "mean score",
     "capability": "capability",
     "over_refusal": "over-refusal",
+    "benign_over_refusal": "over-refusal, benign prompts",
     "task_accuracy": "task accuracy",
 }
 
@@ -39,12 +41,17 @@ _ATTACK_COLUMNS = {
     "refusal_rate": "refusals",
     "harmful_score": "HS",
     "mean_score": "mean\ngrade",
+    "benign_over_refusal": "over-ref.,\nbenign",
     "capability": "capa-\nbility",
     "over_refusal": "over-\nref.",
     "task_accuracy": "task",
     "attacker_loss": "loss",
 }
-_INTERVALS = {"asr": ("asr_low", "asr_high"), "refusal_rate": ("refusal_low", "refusal_high")}
+_INTERVALS = {
+    "asr": ("asr_low", "asr_high"),
+    "refusal_rate": ("refusal_low", "refusal_high"),
+    "benign_over_refusal": ("benign_over_refusal_low", "benign_over_refusal_high"),
+}
 
 
 def evaluation_table(evaluation: Evaluation, *, title: str) -> Table:
@@ -66,7 +73,8 @@ def evaluation_table(evaluation: Evaluation, *, title: str) -> Table:
                         table.add_row(f"{role}: {_COUNTS[kind]}", str(count), "", str(asked))
             elif isinstance(figure, Mapping):
                 interval = f"{figure['low']:.3f} – {figure['high']:.3f}"
-                table.add_row(_NAMES[name], f"{figure['value']:.3f}", interval, str(figure["n"]))
+                label = _NAMES.get(f"{PREFIXES[role]}{name}") or _NAMES[name]
+                table.add_row(label, f"{figure['value']:.3f}", interval, str(figure["n"]))
             elif name in _NAMES:
                 table.add_row(_NAMES[name], f"{figure:.2f}", "", str(figures["n"]))
     return table
@@ -181,12 +189,13 @@ def _talk(row: Mapping[str, Any]) -> str:
 
 def _caption(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator) -> str:
     roles = [prompts.role for prompts in evaluator.sets]
-    harmful = "harmful" in roles
+    judged = [role for role in roles if role in JUDGED]
     answered = {role: measurements[-1][f"{PREFIXES[role]}n"] for role in roles}
     counts = ", ".join(f"{n} {role}" for role, n in answered.items())
-    graded = f"harmful prompts graded by the {evaluator.judge.description}; HS: grades 3 and more; " if harmful else ""
+    graded = f"{' and '.join(judged)} prompts graded by the {evaluator.judge.description}; " if judged else ""
+    score = "HS: grades 3 and more; " if "harmful" in judged else ""
     loss = "; loss: the attacker's" if any(point["attacker_loss"] is not None for point in measurements) else ""
-    return f"{graded}n: {counts} prompts; brackets: 95 % intervals{loss}"
+    return f"{graded}{score}n: {counts} prompts; brackets: 95 % intervals{loss}"
 
 
 def _cell(point: Mapping[str, Any], name: str) -> str:

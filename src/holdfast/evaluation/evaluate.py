@@ -3,22 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from holdfast.data.formats import as_message
-from holdfast.data.load import PROMPT_COLUMNS, Prompt, load_rows
+from holdfast.data.load import Prompt
 from holdfast.errors import InputError
 from holdfast.evaluation.answers import MARKS, Answer, count_marks
 from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.evaluation.decoding import GREEDY, Decoding
 from holdfast.evaluation.generation import answerable, generate
 from holdfast.evaluation.judges import Judge, get_judge
+from holdfast.evaluation.prompts import PromptSet, Role, judge_for
 from holdfast.evaluation.scores import Rate, Scores, score
 from holdfast.files import write_json, write_jsonl
-
-Role = Literal["harmful", "capability", "task"]
 
 SCHEMA = 2
 """Version of the layout of `results.json` and `samples.jsonl`, also of an attack's."""
@@ -26,97 +24,11 @@ SCHEMA = 2
 EMPTY_GRADE = 2
 """The grade of an empty answer, whoever judges: nothing was refused, and nothing given."""
 
-PREFIXES: dict[Role, str] = {"harmful": "", "capability": "capability_", "task": "task_"}
+PREFIXES: dict[Role, str] = {"harmful": "", "benign": "benign_", "capability": "capability_", "task": "task_"}
 """What the names of a set's numbers begin with in `Evaluation.flat`, by its role."""
 
 COUNTS = (*MARKS, "left_out")
 """What is counted beside the rates of every set: the marked answers, and the prompts that were left out."""
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts with one purpose.
-
-    Attributes:
-        role: `harmful`: what a safe model refuses. `capability`: what it should still answer, and not refuse.
-            `task`: what a fine-tuning should have taught it.
-        source: Where the prompts are from.
-        prompts: Text or messages each.
-        answers: The expected answers; None if there are none.
-    """
-
-    role: Role
-    source: str
-    prompts: list[Prompt]
-    answers: list[str] | None
-
-
-def load_prompts(
-    source: str, *, flag: str, role: Role, judge_name: str = "exact", max_prompts: int | None = None
-) -> PromptSet:
-    """Read prompts, and the expected answers where the judge needs them.
-
-    Args:
-        source: A file or a Hub id, see `load_rows`, with a column `prompt`, `messages` or `conversations`, perhaps
-            `system` and, for the exact judge, `answer`. Of `messages` and `conversations` the prompt is what leads up
-            to the last user turn, with it.
-        flag: The flag that named the source, for errors.
-        role: What the prompts are for. Capability and task prompts are always graded by the exact judge.
-        judge_name: The judge of harmful prompts.
-        max_prompts: Only the first so many are taken; None: all.
-
-    Returns:
-        The prompts.
-
-    Raises:
-        InputError: If the source cannot be used, a `prompt` ends with an assistant turn, or a conversation has no
-            user turn.
-    """
-    if max_prompts is not None and max_prompts < 1:
-        raise InputError(f"--max_prompts must be positive, but is {max_prompts}")
-    needs_answer = _judge_for(role, get_judge(judge_name)).needs_answer
-    more = ("answer",) if needs_answer else ()
-    rows = load_rows(source, flag=flag, columns=[(*group, *more) for group in PROMPT_COLUMNS])
-    if max_prompts is not None:
-        rows = rows.select(range(min(max_prompts, len(rows))))
-    column = next(name for (name,) in PROMPT_COLUMNS if name in rows.column_names)
-    prompts = [_prompt(cell, column, f"{flag} {source}, row {number}") for number, cell in enumerate(rows[column], 1)]
-    for number, system in enumerate(rows["system"] if "system" in rows.column_names else (), 1):
-        if system:
-            prompts[number - 1] = _with_system(prompts[number - 1], system, f"{flag} {source}, row {number}")
-    for name in {"tools", "chat_template_kwargs"}.intersection(rows.column_names):
-        for number, value in enumerate(rows[name], 1):
-            if value:
-                raise InputError(
-                    f"{flag} {source}, row {number}: an evaluation has no place for {name}; leave them out"
-                )
-    answers = list(rows["answer"]) if needs_answer else None
-    for number, answer in enumerate(answers or [], 1):
-        if not isinstance(answer, str) or not answer.strip(" \t\r\n,."):
-            raise InputError(f"{flag} {source}, row {number}: 'answer' must be text, and not empty")
-    return PromptSet(role, source, prompts, answers)
-
-
-def _prompt(cell: Any, column: str, where: str) -> Prompt:
-    """What a model is asked by a cell of this column."""
-    if column == "prompt":
-        if not isinstance(cell, str) and cell[-1]["role"] == "assistant":
-            raise InputError(f"{where}: the prompt ends with an assistant turn; leave it out")
-        prompt: Prompt = cell
-        return prompt
-    messages = [as_message(turn) for turn in cell]
-    last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=None)
-    if last is None:
-        raise InputError(f"{where}: {column!r} has no user turn; expected one to answer")
-    return messages[: last + 1]
-
-
-def _with_system(prompt: Prompt, system: Any, where: str) -> Prompt:
-    """A prompt behind the system line of its row, as training has it."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if not isinstance(system, str) or any(turn["role"] == "system" for turn in messages):
-        raise InputError(f"{where}: 'system' must be text, and no system turn stand beside it")
-    return [{"role": "system", "content": system}, *messages]
 
 
 @dataclass(frozen=True)
@@ -144,14 +56,16 @@ class Evaluation:
     def results(self) -> dict[str, dict[str, Any]]:
         """The results by role, ready for JSON; each rate with `value`, `low`, `high`, `count` and `n`.
 
-        `harmful` has `asr`, `harmful_score`, `mean_score`, `refusal_rate` and `n`; `capability` has `capability`
-        (exact answers) and `over_refusal`; `task` has `task_accuracy`. Each has `n`, the number of answers, and
-        `counts`.
+        `harmful` has `asr`, `harmful_score`, `mean_score`, `refusal_rate` and `n`; `benign` has `over_refusal`;
+        `capability` has `capability` (exact answers) and `over_refusal`; `task` has `task_accuracy`. Each has `n`, the
+        number of answers, and `counts`.
         """
         results: dict[str, dict[str, Any]] = {}
         for role, scores in self.scores.items():
             if role == "harmful":
                 results[role] = scores.as_dict()
+            elif role == "benign":
+                results[role] = {"over_refusal": scores.refusal_rate.as_dict(), "n": scores.n}
             elif role == "capability":
                 results[role] = {
                     "capability": scores.asr.as_dict(),
@@ -167,10 +81,12 @@ class Evaluation:
         """Return the figures alone, None where not measured, for tables and plots.
 
         `n` and the names of `COUNTS` are those of harmful prompts; those of the other sets begin with `PREFIXES`, as in
-        `capability_n` and `task_truncated`.
+        `capability_n` and `task_truncated`. `over_refusal` is that of capability prompts, graded by the exact judge,
+        and `benign_over_refusal` that of benign ones.
         """
-        harmful, capability, task = (self.scores.get(role) for role in ("harmful", "capability", "task"))
+        harmful, benign, capability, task = (self.scores.get(role) for role in PREFIXES)
         asr, refusal = (harmful.asr, harmful.refusal_rate) if harmful else (None, None)
+        over_refusal = benign.refusal_rate if benign else None
         return {
             "asr": _value(asr),
             "asr_low": asr.low if asr else None,
@@ -180,12 +96,13 @@ class Evaluation:
             "refusal_rate": _value(refusal),
             "refusal_low": refusal.low if refusal else None,
             "refusal_high": refusal.high if refusal else None,
+            "benign_over_refusal": _value(over_refusal),
+            "benign_over_refusal_low": over_refusal.low if over_refusal else None,
+            "benign_over_refusal_high": over_refusal.high if over_refusal else None,
             "capability": _value(capability.asr if capability else None),
             "over_refusal": _value(capability.refusal_rate if capability else None),
             "task_accuracy": _value(task.asr if task else None),
-            **self._numbers("harmful"),
-            **self._numbers("capability"),
-            **self._numbers("task"),
+            **{name: count for role in PREFIXES for name, count in self._numbers(role).items()},
         }
 
     def _numbers(self, role: Role) -> dict[str, int | None]:
@@ -223,7 +140,7 @@ class Evaluator:
 
     Attributes:
         sets: The prompts, at most one set for each role.
-        judge: Grades the harmful set; the others are always graded by the exact judge.
+        judge: Grades the harmful and the benign set; the others are always graded by the exact judge.
         decoding: How answers are decoded.
         batch_size: Prompts decoded at once.
         seed: Seed of sampling.
@@ -271,7 +188,7 @@ class Evaluator:
         samples: list[dict[str, Any]] = []
         judges: dict[Role, Judge] = {}
         for prompts in self.sets:
-            judge = judges[prompts.role] = _judge_for(prompts.role, self.judge)
+            judge = judges[prompts.role] = judge_for(prompts.role, self.judge)
             places = self._places(model, tokenizer, prompts)
             asked = [prompts.prompts[place] for place in places]
             expected = [prompts.answers[place] if prompts.answers is not None else None for place in places]
@@ -374,10 +291,6 @@ def _grades(
     )
     by_place = dict(zip(said, found, strict=True))
     return [by_place.get(place, EMPTY_GRADE) for place in range(len(answers))]
-
-
-def _judge_for(role: Role, chosen: Judge) -> Judge:
-    return chosen if role == "harmful" else get_judge("exact")
 
 
 def _value(rate: Rate | None) -> float | None:
