@@ -39,7 +39,7 @@ def load_tokenizer(source: str, *, base_model: str | None = None) -> PreTrainedT
     """
     _check_exists(source)
     folder = Path(source).expanduser()
-    base = _base_of(source, base_model)
+    base = base_of(source, base_model)
     if folder.is_dir() and not _has_any(folder, _VOCABULARIES):
         if base is not None:
             _check_base(base, source)
@@ -75,7 +75,7 @@ def load_model(
     if kwargs.pop("trust_remote_code", False):
         raise InputError("--trust_remote_code is not supported: a model must not bring code of its own")
     _check_exists(source)
-    base = _base_of(source, base_model)
+    base = base_of(source, base_model)
     if base is not None:
         _check_adapter_weights(source)
         _check_base(base, source)
@@ -260,7 +260,7 @@ def _check_base(base: str, adapter: str) -> None:
         raise InputError(f"adapter {adapter}: its base {error}; name it with --base_model") from error
 
 
-def _base_of(source: str, given: str | None = None) -> str | None:
+def base_of(source: str, given: str | None = None) -> str | None:
     """Return the base model of an adapter: the one given, or the one it names; None if the source is not an adapter.
 
     Raises:
