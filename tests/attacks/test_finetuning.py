@@ -92,7 +92,7 @@ def test_it_is_measured_along_the_way_and_ends_when_told():
     assert same_bits(seen[0][1], weights(tiny_llama()))
     assert same_bits(weights(model), seen[-1][1])
     two = FineTuning(learning_rate=1e-2, steps=2, batch_size=4)(tiny_llama(), ATTACKER)
-    assert same_bits(weights(model), weights(two.model))
+    assert relative_distance(weights(model), weights(two.model)) < 1e-6
     assert cost == two.cost
 
 
