@@ -53,14 +53,14 @@ class Evaluation:
     decoding: Decoding
 
     @property
-    def results(self) -> dict[str, dict[str, Any]]:
+    def results(self) -> dict[Role, dict[str, Any]]:
         """The results by role, ready for JSON; each rate with `value`, `low`, `high`, `count` and `n`.
 
         `harmful` has `asr`, `harmful_score`, `mean_score`, `refusal_rate` and `n`; `benign` has `over_refusal`;
         `capability` has `capability` (exact answers) and `over_refusal`; `task` has `task_accuracy`. Each has `n`, the
         number of answers, and `counts`.
         """
-        results: dict[str, dict[str, Any]] = {}
+        results: dict[Role, dict[str, Any]] = {}
         for role, scores in self.scores.items():
             if role == "harmful":
                 results[role] = scores.as_dict()
