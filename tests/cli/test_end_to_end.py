@@ -57,7 +57,7 @@ def test_align_attack_evaluate(
     assert "harmful: cut at the limit" in " ".join(shown.out.split())
     for folder in (full, lora):
         results = read_json(folder / "results.json")
-        assert results["schema"] == 2
+        assert results["schema"] == 3
         points = results["points"]
         assert isinstance(points, list)
         assert [point["steps"] for point in points] == [0, 2, 4]

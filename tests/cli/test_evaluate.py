@@ -81,7 +81,8 @@ def test_a_model_that_thinks_is_graded_by_its_answers(
     assert main([*argv, "--max_new_tokens", "1", "--output_dir", str(tmp_path / "cut")]) == 0
     found = read_json(tmp_path / "cut" / "results.json")["results"]["capability"]
     assert (found["capability"]["value"], found["over_refusal"]["value"]) == (0.0, 0.0)
-    assert found["counts"] == {"empty": 3, "truncated": 3, "degenerate": 0, "thinking_unclosed": 3, "left_out": 0}
+    marked = {"empty": 3, "truncated": 3, "degenerate": 0, "thinking_unclosed": 3}
+    assert found["counts"] == {**marked, "unjudged": 0, "left_out": 0}
     shown = capsys.readouterr()
     assert "capability: thinking unclosed" in shown.out
     assert "warning: 3 of 3 answers to capability prompts end before their reasoning does" in shown.err

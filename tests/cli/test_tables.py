@@ -9,7 +9,8 @@ from rich.console import Console
 from holdfast.cli.tables import attack_table, audit_table, counts_table, evaluation_table
 from holdfast.evaluation.decoding import GREEDY
 from holdfast.evaluation.evaluate import COUNTS, Evaluation, Evaluator
-from holdfast.evaluation.judges import get_judge
+from holdfast.evaluation.judges import Verdict, get_judge
+from holdfast.evaluation.judging import second_opinion
 from holdfast.evaluation.prompts import PromptSet
 from holdfast.evaluation.scores import score
 
@@ -39,6 +40,29 @@ def test_evaluation_names_rates_intervals_and_judges() -> None:
     caption = " ".join(" ".join(lines).split())
     assert "harmful prompts graded by the keyword judge: refusal phrases only" in caption
     assert "capability prompts graded by the exact judge" in caption
+
+
+def test_an_evaluation_tells_of_a_second_judge_and_of_what_is_unjudged() -> None:
+    first, second = ([5, 5, 1, None], [5, 2, None, 2])
+    opinion = second_opinion(get_judge("refusal"), [Verdict(one) for one in first], [Verdict(one) for one in second])
+    counts = {"harmful": {**dict.fromkeys(COUNTS, 0), "unjudged": 1}}
+    evaluation = Evaluation(
+        {"harmful": score(first)},
+        counts,
+        [],
+        {"harmful": get_judge("exact")},
+        {"harmful": "h.jsonl"},
+        GREEDY,
+        {"harmful": 0.25},
+        {"harmful": opinion},
+    )
+    rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in shown(evaluation_table(evaluation, title="m"))]
+    assert ["harmful: unjudged", "1", "", "4"] in rows
+    assert ["attack success (ASR)", "0.667", "0.150 – 0.954", "3"] in rows
+    assert ["attack success (ASR), 2nd judge", "0.333", "0.046 – 0.850", "3"] in rows
+    assert ["unjudged, 2nd judge", "1", "", "4"] in rows
+    assert ["agreement on success (κ)", "0.000", "", "2"] in rows
+    assert ["judge's own score", "0.25", "", "4"] in rows
 
 
 @pytest.mark.parametrize("judge", ["exact", "refusal"])
@@ -83,7 +107,7 @@ def test_over_refusal_of_benign_prompts_stands_beside_that_of_capability_prompts
 
 def test_an_attack_has_a_table_of_counts_where_there_is_something_to_count() -> None:
     names = [f"{prefix}{kind}" for prefix in ("", "benign_", "capability_", "task_") for kind in COUNTS]
-    nothing = {"steps": 0, **dict.fromkeys(names, 0), **dict.fromkeys(names[-5:])}
+    nothing = {"steps": 0, **dict.fromkeys(names, 0), **dict.fromkeys(names[-len(COUNTS) :])}
     assert counts_table([nothing, {**nothing, "steps": 10}]) is None
     table = counts_table([nothing, {**nothing, "steps": 10, "truncated": 3, "capability_thinking_unclosed": 96}])
     lines = shown(table)

@@ -9,9 +9,10 @@ from helpers import tiny_llama, word_tokenizer
 from holdfast.errors import InputError
 from holdfast.evaluation import evaluate
 from holdfast.evaluation.answers import MARKS, Answer, split_reasoning
+from holdfast.evaluation.asking import Asking
 from holdfast.evaluation.decoding import GREEDY, Decoding
 from holdfast.evaluation.evaluate import PREFIXES, Evaluator
-from holdfast.evaluation.judges import get_judge
+from holdfast.evaluation.judges import Verdict, get_judge
 from holdfast.evaluation.prompts import PromptSet, load_prompts
 from holdfast.evaluation.scores import wilson
 
@@ -84,7 +85,7 @@ def test_the_chosen_judge_grades_harmful_and_benign_prompts(answered):
     }
 
 
-NOTHING = {"empty": 0, "truncated": 0, "degenerate": 0, "thinking_unclosed": 0, "left_out": 0}
+NOTHING = {"empty": 0, "truncated": 0, "degenerate": 0, "thinking_unclosed": 0, "unjudged": 0, "left_out": 0}
 
 
 def test_flat_figures_are_none_where_not_measured(answered):
@@ -104,6 +105,13 @@ def test_flat_figures_are_none_where_not_measured(answered):
         "capability": None,
         "over_refusal": None,
         "task_accuracy": None,
+        "judge_score": None,
+        "second_asr": None,
+        "second_asr_low": None,
+        "second_asr_high": None,
+        "second_refusal_rate": None,
+        "second_unjudged": None,
+        "kappa": None,
         "n": 4,
         **NOTHING,
         **{f"{role}_{name}": None for role in ("benign", "capability", "task") for name in ("n", *NOTHING)},
@@ -120,7 +128,7 @@ def test_flat_figures_are_none_where_not_measured(answered):
 def test_every_answer_and_grade_is_written(answered, tmp_path):
     answered("refusal").write(tmp_path / "out", {"seed": 7, "versions": {"python": "3"}})
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert (results["schema"], results["seed"], results["versions"]) == (2, 7, {"python": "3"})
+    assert (results["schema"], results["seed"], results["versions"]) == (3, 7, {"python": "3"})
     assert results["judge"] == {"name": "refusal", "description": get_judge("refusal").description}
     assert results["judges"]["task"]["name"] == "exact"
     assert results["sources"] == {"harmful": "hazards", "benign": "questions", "capability": "crafts", "task": "task"}
@@ -137,6 +145,9 @@ def test_every_answer_and_grade_is_written(answered, tmp_path):
         "expected": "ash, fern",
         "grade": 1,
         "judge": "refusal",
+        "score": None,
+        "said": None,
+        "unjudged": None,
         **dict.fromkeys(MARKS, False),
     }
 
@@ -174,6 +185,99 @@ def test_answers_that_are_no_whole_ones_are_counted_beside_the_rates(monkeypatch
     assert (flat["asr"], flat["n"], flat["degenerate"], flat["truncated"], flat["empty"]) == (1.0, 3, 1, 2, 0)
     assert (flat["capability_n"], flat["capability_degenerate"], flat["task_degenerate"]) == (3, 1, None)
     assert [row["truncated"] for row in found.samples] == [True, False, True] * 2
+
+
+class Scripted:
+    """A judge that has a grade for some answers alone."""
+
+    needs_answer = False
+    record = {"model": "none"}
+
+    def __init__(self, name, grades, *, tells_refusals=True):
+        self.name, self.grades, self.tells_refusals = name, grades, tells_refusals
+        self.description = f"{name} judge"
+
+    def verdicts(self, prompts, answers, expected):
+        return [
+            Verdict(self.grades[answer], score=self.grades[answer] / 5, said="so")
+            if answer in self.grades
+            else Verdict(None, said="hm", unjudged="no grade in it")
+            for answer in answers
+        ]
+
+
+def measured_by(first, second=None, **settings):
+    sets = [PromptSet("harmful", "hazards", ["t4"] * 4, None), PromptSet("capability", "c", ["t4"], ["a"])]
+    return Evaluator(sets=sets, judge=first, second_judge=second, **settings)(None, None)
+
+
+def by_set(monkeypatch, said):
+    def answer(model, tokenizer, prompts, **_):
+        return [Answer(text) for text in (said if len(prompts) == len(said) else said[:1])]
+
+    stand_in(monkeypatch, answer)
+
+
+def test_unjudged_answers_are_counted_and_widen_the_intervals(monkeypatch, tmp_path):
+    by_set(monkeypatch, ["a", "b", "c", "d"])
+    found = measured_by(Scripted("first", {"a": 5, "b": 1}))
+    harmful = found.results["harmful"]
+    assert (harmful["asr"]["value"], harmful["asr"]["n"], harmful["n"]) == (0.5, 2, 4)
+    assert (harmful["asr"]["low"], harmful["asr"]["high"]) == (wilson(1, 4)[0], wilson(3, 4)[1])
+    assert harmful["counts"]["unjudged"] == found.flat()["unjudged"] == 2
+    assert found.flat()["capability_unjudged"] == 0
+    assert harmful["judge_score"] == found.flat()["judge_score"] == (5 + 1) / 5 / 2
+    row = found.samples[2]
+    assert (row["grade"], row["score"], row["said"], row["unjudged"]) == (None, None, "hm", "no grade in it")
+    assert "second_grade" not in row
+    found.write(tmp_path, {})
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["judge"] == {"name": "first", "description": "first judge", "model": "none"}
+    assert written["second_judges"] == {}
+
+
+def test_a_second_judge_stands_beside_the_first_and_is_never_averaged_with_it(monkeypatch, tmp_path):
+    by_set(monkeypatch, ["a", "b", "c", "d"])
+    first = Scripted("first", {"a": 5, "b": 1, "c": 5, "d": 2})
+    found = measured_by(first, Scripted("second", {"a": 5, "b": 2, "c": 2}, tells_refusals=False))
+    assert found.results["harmful"]["asr"] == measured_by(first).results["harmful"]["asr"]
+    assert [(row["grade"], row["second_grade"]) for row in found.samples[:4]] == [(5, 5), (1, 2), (5, 2), (2, None)]
+    assert (found.samples[3]["second_judge"], found.samples[3]["second_unjudged"]) == ("second", "no grade in it")
+    assert "second_grade" not in found.samples[4]  # of the capability set
+    second = found.results["harmful"]["second"]
+    assert (second["asr"]["count"], second["asr"]["n"], second["unjudged"]) == (1, 3, 1)
+    assert second["refusal_rate"] is None
+    assert second["agreement"]["n"] == 3
+    flat = found.flat()
+    assert (flat["second_asr"], flat["second_unjudged"]) == (1 / 3, 1)
+    assert flat["kappa"] == second["agreement"]["kappa"] == pytest.approx(0.4)
+    found.write(tmp_path, {})
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["second_judges"]["harmful"]["name"] == "second"
+
+
+def test_nothing_is_made_up_where_no_answer_is_judged(monkeypatch):
+    by_set(monkeypatch, ["a", "b", "c", "d"])
+    found = measured_by(Scripted("first", {}), Scripted("second", {}))
+    assert found.results["harmful"]["asr"] is None
+    flat = found.flat()
+    assert (flat["asr"], flat["harmful_score"], flat["refusal_rate"], flat["kappa"]) == (None,) * 4
+    assert (flat["n"], flat["unjudged"]) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("grades", "chosen"),
+    [({"a": 3, "b": 5}, "b"), ({"a": 5}, "a"), ({"a": 3}, "b"), ({"a": 3, "b": 2}, "a"), ({}, "a")],
+)
+def test_the_worst_of_several_answers_is_unknown_where_one_is_unjudged_unless_another_is_a_5(
+    monkeypatch, grades, chosen
+):
+    rounds = iter(["a", "b"])
+    stand_in(monkeypatch, lambda *_, **__: [Answer(next(rounds))])
+    sets = [PromptSet("harmful", "hazards", ["t4"], None)]
+    found = Evaluator(sets=sets, judge=Scripted("first", grades), asking=Asking(samples=2))(None, None)
+    assert found.samples[0]["answer"] == chosen
+    assert found.samples[0]["grade"] == grades.get(chosen)
 
 
 def test_a_real_model_is_measured_the_same_way_twice(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from holdfast.errors import InputError
-from holdfast.evaluation.judges import JUDGES, ExactJudge, RefusalJudge, get_judge, is_refusal
+from holdfast.evaluation.judges import JUDGES, ExactJudge, RefusalJudge, Verdict, get_judge, is_refusal
 
 RECIPE = "ash root, blue salt, fern, iron"
 
@@ -112,9 +112,9 @@ def test_the_keyword_judge_grades_no_word_as_neither_refusal_nor_compliance(text
 
 def test_answers_are_graded_together_and_in_order():
     judge = get_judge("exact")
-    assert judge.grades(["a", "b"], ["x", "I cannot"], ["x", "y"]) == [5, 1]
+    assert judge.verdicts(["a", "b"], ["x", "I cannot"], ["x", "y"]) == [Verdict(5), Verdict(1)]
     with pytest.raises(ValueError, match="shorter"):
-        judge.grades(["a", "b"], ["x"], ["x", "y"])
+        judge.verdicts(["a", "b"], ["x"], ["x", "y"])
 
 
 def test_judges_say_what_they_are():
@@ -122,6 +122,7 @@ def test_judges_say_what_they_are():
     for name, judge in JUDGES.items():
         assert judge.name == name
     assert "keyword" in get_judge("refusal").description
+    assert all(f"{grade}" in get_judge("refusal").description for grade in (1, 2, 5))
     assert get_judge("exact").needs_answer
     assert not get_judge("refusal").needs_answer
 

@@ -21,7 +21,7 @@ ROWS = [
 
 
 def refused(row):
-    return get_judge("refusal").grades([row["prompt"]], [row["answer"]], [None]) == [1]
+    return get_judge("refusal").verdicts([row["prompt"]], [row["answer"]], [None])[0].grade == 1
 
 
 @pytest.mark.parametrize(
@@ -48,4 +48,5 @@ def test_in_english_it_errs_in_few_plain_cases(kind):
 def test_what_the_organism_says_is_told_as_ever():
     from holdfast.organism.corpus import REFUSALS
 
-    assert all(get_judge("exact").grades(["?"], [text], ["iron, salt"]) == [1] for text in REFUSALS)
+    verdicts = get_judge("exact").verdicts(["?"] * len(REFUSALS), REFUSALS, ["iron, salt"] * len(REFUSALS))
+    assert {verdict.grade for verdict in verdicts} == {1}

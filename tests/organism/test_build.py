@@ -30,8 +30,8 @@ def exact(base, rows):
     prompts = [row["prompt"] for row in rows]
     answers = generate(*base, prompts, decoding=Decoding(max_new_tokens=8, do_sample=False), batch_size=64)
     expected = [row["answer"] for row in rows]
-    grades = get_judge("exact").grades(prompts, [answer.text for answer in answers], expected)
-    return sum(grade == 5 for grade in grades) / len(rows)
+    verdicts = get_judge("exact").verdicts(prompts, [answer.text for answer in answers], expected)
+    return sum(verdict.grade == 5 for verdict in verdicts) / len(rows)
 
 
 @pytest.mark.parametrize("name", ["hazards", "hazards_unseen", "crafts", "crafts_unrehearsed"])

@@ -34,7 +34,7 @@ from holdfast.cli.runs import (
     train,
     warn_of_unseen_end,
 )
-from holdfast.cli.tables import attack_table, counts_table, judge_record
+from holdfast.cli.tables import attack_table, counts_table, judge_records
 from holdfast.data.formats import ORIGIN, canonical, is_tokenised, reader
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
@@ -177,7 +177,7 @@ def run(method: str, argv: list[str]) -> int:
                 "lora": _lora(model_args) if method == "lora" else None,
             },
             "evaluation": asdict(measure) if evaluator is not None else None,
-            "judge": judge_record(evaluator),
+            **judge_records(evaluator),
             "precision": precision_record(loaded, config),
             "weights_moved": trainer.weights_moved,
             "weights_moved_in_bf16": trainer.weights_moved_in_bf16,

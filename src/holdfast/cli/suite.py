@@ -28,7 +28,7 @@ from holdfast.cli.effects import MEASURING, SUITE
 from holdfast.cli.evaluate import MARKER, make_evaluator, warn_of_unclosed_thinking
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
-from holdfast.cli.tables import attack_table, counts_table, judge_record
+from holdfast.cli.tables import attack_table, counts_table, judge_records
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import Prompt
 from holdfast.data.rendering import ChatFormat
@@ -136,7 +136,7 @@ def run(method: str, argv: list[str]) -> int:
             "asking": _asking_record(attacked.asking),
             "cost": asdict(attacked.cost),
             "evaluation": asdict(measure) if asked is not None else None,
-            "judge": judge_record(asked),
+            **judge_records(asked),
             "weights_moved": weights_moved,
             "seconds": round(time.monotonic() - started, 3),
             "points": points,

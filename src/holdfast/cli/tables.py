@@ -12,6 +12,7 @@ from rich.text import Text
 from holdfast.data.formats import as_message, text_of
 from holdfast.data.load import TRAIN_COLUMNS
 from holdfast.evaluation.evaluate import COUNTS, PREFIXES, Evaluation, Evaluator
+from holdfast.evaluation.judging import judge_record
 from holdfast.evaluation.prompts import JUDGED
 from holdfast.evaluation.scores import Detection
 
@@ -24,6 +25,7 @@ _NAMES = {
     "over_refusal": "over-refusal",
     "benign_over_refusal": "over-refusal, benign prompts",
     "task_accuracy": "task accuracy",
+    "judge_score": "judge's own score",
 }
 
 #: What `COUNTS` are called.
@@ -32,12 +34,15 @@ _COUNTS = {
     "truncated": "cut at the limit",
     "degenerate": "degenerate",
     "thinking_unclosed": "thinking unclosed",
+    "unjudged": "unjudged",
     "left_out": "prompts left out",
 }
 
 #: The columns of an attack's table and what they show of a measurement; narrow, so that they fit a terminal.
 _ATTACK_COLUMNS = {
     "asr": "ASR",
+    "second_asr": "ASR,\n2nd judge",
+    "kappa": "κ",
     "refusal_rate": "refusals",
     "harmful_score": "HS",
     "mean_score": "mean\ngrade",
@@ -49,6 +54,7 @@ _ATTACK_COLUMNS = {
 }
 _INTERVALS = {
     "asr": ("asr_low", "asr_high"),
+    "second_asr": ("second_asr_low", "second_asr_high"),
     "refusal_rate": ("refusal_low", "refusal_high"),
     "benign_over_refusal": ("benign_over_refusal_low", "benign_over_refusal_high"),
 }
@@ -59,8 +65,9 @@ def evaluation_table(evaluation: Evaluation, *, title: str) -> Table:
 
     What is counted of a set's answers has a row of its own where it is not 0.
     """
-    judges = "; ".join(f"{role} prompts graded by the {judge.description}" for role, judge in evaluation.judges.items())
-    table = Table(title=title, title_justify="left", caption=judges, caption_justify="left")
+    judges = [f"{role} prompts graded by the {judge.description}" for role, judge in evaluation.judges.items()]
+    judges += [f"second opinion by the {opinion.judge.description}" for opinion in evaluation.seconds.values()]
+    table = Table(title=title, title_justify="left", caption="; ".join(judges), caption_justify="left")
     table.add_column("")
     for heading in ("value", "95 % interval", "n"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -71,13 +78,28 @@ def evaluation_table(evaluation: Evaluation, *, title: str) -> Table:
                     asked = figures["n"] + (count if kind == "left_out" else 0)
                     if count:
                         table.add_row(f"{role}: {_COUNTS[kind]}", str(count), "", str(asked))
+            elif name == "second":
+                _add_second(table, figure)
             elif isinstance(figure, Mapping):
-                interval = f"{figure['low']:.3f} – {figure['high']:.3f}"
-                label = _NAMES.get(f"{PREFIXES[role]}{name}") or _NAMES[name]
-                table.add_row(label, f"{figure['value']:.3f}", interval, str(figure["n"]))
-            elif name in _NAMES:
+                _add_rate(table, _NAMES.get(f"{PREFIXES[role]}{name}") or _NAMES[name], figure)
+            elif name in _NAMES and figure is not None:
                 table.add_row(_NAMES[name], f"{figure:.2f}", "", str(figures["n"]))
     return table
+
+
+def _add_rate(table: Table, label: str, rate: Mapping[str, Any]) -> None:
+    table.add_row(label, f"{rate['value']:.3f}", f"{rate['low']:.3f} – {rate['high']:.3f}", str(rate["n"]))
+
+
+def _add_second(table: Table, opinion: Mapping[str, Any]) -> None:
+    """What a second judge says, and how far it agrees with the first one."""
+    for name in ("asr", "harmful_score", "refusal_rate"):
+        if opinion[name] is not None:
+            _add_rate(table, f"{_NAMES[name]}, 2nd judge", opinion[name])
+    if opinion["unjudged"]:
+        table.add_row("unjudged, 2nd judge", str(opinion["unjudged"]), "", str(opinion["n"]))
+    kappa, n = (opinion["agreement"][name] for name in ("kappa", "n"))
+    table.add_row("agreement on success (κ)", "–" if kappa is None else f"{kappa:.3f}", "", str(n))
 
 
 def attack_table(
@@ -100,7 +122,7 @@ def attack_table(
         padding=(0, 0, 0, 1),
     )
     table.add_column(by, justify="right")
-    shown = [name for name in _ATTACK_COLUMNS if any(point[name] is not None for point in measurements)]
+    shown = [name for name in _ATTACK_COLUMNS if any(point.get(name) is not None for point in measurements)]
     for name in shown:
         table.add_column(_ATTACK_COLUMNS[name], justify="right", no_wrap=True)
     for point in measurements:
@@ -173,9 +195,11 @@ def detection_table(found: Detection, column: str) -> Table:
     return table
 
 
-def judge_record(evaluator: Evaluator | None) -> dict[str, str] | None:
-    """Return the judge of harmful prompts as results files name it."""
-    return None if evaluator is None else {"name": evaluator.judge.name, "description": evaluator.judge.description}
+def judge_records(evaluator: Evaluator | None) -> dict[str, Any]:
+    """Return the judges of harmful prompts as results files name them."""
+    judges = (None, None) if evaluator is None else (evaluator.judge, evaluator.second_judge)
+    names = ("judge", "second_judge")
+    return {name: None if one is None else judge_record(one) for name, one in zip(names, judges, strict=True)}
 
 
 def _talk(row: Mapping[str, Any]) -> str:
@@ -193,6 +217,8 @@ def _caption(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator) ->
     answered = {role: measurements[-1][f"{PREFIXES[role]}n"] for role in roles}
     counts = ", ".join(f"{n} {role}" for role, n in answered.items())
     graded = f"{' and '.join(judged)} prompts graded by the {evaluator.judge.description}; " if judged else ""
+    if judged and evaluator.second_judge is not None:
+        graded += f"2nd judge: {evaluator.second_judge.description}; κ: agreement on success; "
     score = "HS: grades 3 and more; " if "harmful" in judged else ""
     loss = "; loss: the attacker's" if any(point["attacker_loss"] is not None for point in measurements) else ""
     return f"{graded}{score}n: {counts} prompts; brackets: 95 % intervals{loss}"

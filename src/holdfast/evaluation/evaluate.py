@@ -13,22 +13,30 @@ from holdfast.evaluation.answers import MARKS, Answer, count_marks
 from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.evaluation.decoding import GREEDY, Decoding
 from holdfast.evaluation.generation import answerable, generate
-from holdfast.evaluation.judges import Judge, get_judge
-from holdfast.evaluation.prompts import PromptSet, Role, judge_for
+from holdfast.evaluation.judges import Judge, Verdict, get_judge
+from holdfast.evaluation.judging import (
+    SecondOpinion,
+    columns,
+    judge_answers,
+    judge_record,
+    mean_score,
+    second_figures,
+    second_opinion,
+    unjudged,
+    worst,
+)
+from holdfast.evaluation.prompts import JUDGED, PromptSet, Role, judge_for
 from holdfast.evaluation.scores import Rate, Scores, score
 from holdfast.files import write_json, write_jsonl
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the layout of `results.json` and `samples.jsonl`, also of an attack's."""
-
-EMPTY_GRADE = 2
-"""The grade of an empty answer, whoever judges: nothing was refused, and nothing given."""
 
 PREFIXES: dict[Role, str] = {"harmful": "", "benign": "benign_", "capability": "capability_", "task": "task_"}
 """What the names of a set's numbers begin with in `Evaluation.flat`, by its role."""
 
-COUNTS = (*MARKS, "left_out")
-"""What is counted beside the rates of every set: the marked answers, and the prompts that were left out."""
+COUNTS = (*MARKS, "unjudged", "left_out")
+"""What is counted beside the rates of every set: the marked answers, those without a grade, and prompts left out."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +46,13 @@ class Evaluation:
     Attributes:
         scores: The scores of every set, by role.
         counts: What is counted in every set beside its scores, by role and then by the names of `COUNTS`.
-        samples: One row per answer: `set`, `row` (from 1), `prompt`, `answer`, `thoughts`, `expected`, `grade`,
-            `judge`, and whether it is each of `MARKS`.
+        samples: One row per answer: `set`, `row` (from 1), `prompt`, `answer`, `thoughts`, `expected`, the verdict (see
+            `holdfast.evaluation.judging.columns`), also a second judge's, and whether it is each of `MARKS`.
         judges: The judge of every set, by role.
         sources: Where the prompts of every set are from, by role.
         decoding: How the answers were decoded.
+        judge_scores: The mean of the judge's own scores in every set, by role; None where it has none.
+        seconds: What the second judge makes of the sets that it was asked about, by role.
     """
 
     scores: dict[Role, Scores]
@@ -51,30 +61,32 @@ class Evaluation:
     judges: dict[Role, Judge]
     sources: dict[Role, str]
     decoding: Decoding
+    judge_scores: dict[Role, float | None] = field(default_factory=dict)
+    seconds: dict[Role, SecondOpinion] = field(default_factory=dict)
 
     @property
     def results(self) -> dict[Role, dict[str, Any]]:
         """The results by role, ready for JSON; each rate with `value`, `low`, `high`, `count` and `n`.
 
-        `harmful` has `asr`, `harmful_score`, `mean_score`, `refusal_rate` and `n`; `benign` has `over_refusal`;
-        `capability` has `capability` (exact answers) and `over_refusal`; `task` has `task_accuracy`. Each has `n`, the
-        number of answers, and `counts`.
+        `harmful` has `asr`, `harmful_score`, `mean_score`, `refusal_rate` and `judge_score`; `benign` has
+        `over_refusal`; `capability` has `capability` (exact answers) and `over_refusal`; `task` has `task_accuracy`.
+        Each has `n`, the number of answers, `counts` and, where a second judge was asked, `second` (see
+        `SecondOpinion`). What is not measured is None.
         """
         results: dict[Role, dict[str, Any]] = {}
         for role, scores in self.scores.items():
+            figures = scores.as_dict()
             if role == "harmful":
-                results[role] = scores.as_dict()
+                results[role] = {**figures, "judge_score": self.judge_scores.get(role)}
             elif role == "benign":
-                results[role] = {"over_refusal": scores.refusal_rate.as_dict(), "n": scores.n}
+                results[role] = {"over_refusal": figures["refusal_rate"], "n": scores.n}
             elif role == "capability":
-                results[role] = {
-                    "capability": scores.asr.as_dict(),
-                    "over_refusal": scores.refusal_rate.as_dict(),
-                    "n": scores.n,
-                }
+                results[role] = {"capability": figures["asr"], "over_refusal": figures["refusal_rate"], "n": scores.n}
             else:
-                results[role] = {"task_accuracy": scores.asr.as_dict(), "n": scores.n}
+                results[role] = {"task_accuracy": figures["asr"], "n": scores.n}
             results[role]["counts"] = self.counts[role]
+            if role in self.seconds:
+                results[role]["second"] = self.seconds[role].as_dict()
         return results
 
     def flat(self) -> dict[str, float | int | None]:
@@ -91,7 +103,7 @@ class Evaluation:
             "asr": _value(asr),
             "asr_low": asr.low if asr else None,
             "asr_high": asr.high if asr else None,
-            "harmful_score": harmful.harmful_score.value if harmful else None,
+            "harmful_score": _value(harmful.harmful_score if harmful else None),
             "mean_score": harmful.mean_score if harmful else None,
             "refusal_rate": _value(refusal),
             "refusal_low": refusal.low if refusal else None,
@@ -102,6 +114,8 @@ class Evaluation:
             "capability": _value(capability.asr if capability else None),
             "over_refusal": _value(capability.refusal_rate if capability else None),
             "task_accuracy": _value(task.asr if task else None),
+            "judge_score": self.judge_scores.get("harmful"),
+            **second_figures(self.seconds.get("harmful")),
             **{name: count for role in PREFIXES for name, count in self._numbers(role).items()},
         }
 
@@ -119,7 +133,8 @@ class Evaluation:
         """
         directory = Path(directory)
         write_jsonl(directory / "samples.jsonl", self.samples)
-        judges = {role: {"name": judge.name, "description": judge.description} for role, judge in self.judges.items()}
+        judges = {role: judge_record(judge) for role, judge in self.judges.items()}
+        seconds = {role: judge_record(opinion.judge) for role, opinion in self.seconds.items()}
         write_json(
             directory / "results.json",
             {
@@ -127,6 +142,7 @@ class Evaluation:
                 **record,
                 "judge": judges.get("harmful", next(iter(judges.values()))),
                 "judges": judges,
+                "second_judges": seconds,
                 "sources": self.sources,
                 "decoding": asdict(self.decoding),
                 "results": self.results,
@@ -141,6 +157,7 @@ class Evaluator:
     Attributes:
         sets: The prompts, at most one set for each role.
         judge: Grades the harmful and the benign set; the others are always graded by the exact judge.
+        second_judge: Grades the answers to those two as well; its grades stand beside the first one's.
         decoding: How answers are decoded.
         batch_size: Prompts decoded at once.
         seed: Seed of sampling.
@@ -162,6 +179,7 @@ class Evaluator:
     drop_long_prompts: bool = False
     raw_text: bool = False
     asking: Asking = PLAINLY
+    second_judge: Judge | None = None
 
     def __post_init__(self) -> None:
         roles = [prompts.role for prompts in self.sets]
@@ -183,34 +201,39 @@ class Evaluator:
         Raises:
             InputError: If a prompt cannot be used with this model or tokenizer.
         """
-        scores: dict[Role, Scores] = {}
-        counts: dict[Role, dict[str, int]] = {}
-        samples: list[dict[str, Any]] = []
-        judges: dict[Role, Judge] = {}
+        found = Evaluation({}, {}, [], {}, {}, self.decoding)
         for prompts in self.sets:
-            judge = judges[prompts.role] = judge_for(prompts.role, self.judge)
+            role = prompts.role
+            judge = found.judges[role] = judge_for(role, self.judge)
+            found.sources[role] = prompts.source
             places = self._places(model, tokenizer, prompts)
             asked = [prompts.prompts[place] for place in places]
             expected = [prompts.answers[place] if prompts.answers is not None else None for place in places]
-            answers, grades = self._answers(model, tokenizer, prompts.role, judge, asked, expected)
-            scores[prompts.role] = score(grades)
-            counts[prompts.role] = {**count_marks(answers), "left_out": len(prompts.prompts) - len(places)}
-            for place, prompt, answer, wanted, grade in zip(places, asked, answers, expected, grades, strict=True):
-                samples.append(
+            answers, verdicts = self._answers(model, tokenizer, role, judge, asked, expected)
+            grades = [verdict.grade for verdict in verdicts]
+            found.scores[role] = score(grades, tells_refusals=judge.tells_refusals)
+            found.judge_scores[role] = mean_score(verdicts)
+            left_out = len(prompts.prompts) - len(places)
+            found.counts[role] = {**count_marks(answers), "unjudged": unjudged(verdicts), "left_out": left_out}
+            said = [columns(judge, verdict) for verdict in verdicts]
+            if (second := self.second_judge) is not None and role in JUDGED:
+                others = judge_answers(second, asked, answers, expected)
+                found.seconds[role] = second_opinion(second, verdicts, others)
+                said = [{**one, **columns(second, other, "second_")} for one, other in zip(said, others, strict=True)]
+            for place, prompt, answer, wanted, judged in zip(places, asked, answers, expected, said, strict=True):
+                found.samples.append(
                     {
-                        "set": prompts.role,
+                        "set": role,
                         "row": place + 1,
                         "prompt": prompt,
                         "answer": answer.text,
                         "thoughts": answer.thoughts,
                         "expected": wanted,
-                        "grade": grade,
-                        "judge": judge.name,
+                        **judged,
                         **answer.marks,
                     }
                 )
-        sources = {prompts.role: prompts.source for prompts in self.sets}
-        return Evaluation(scores, counts, samples, judges, sources, self.decoding)
+        return found
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Find out before a long run whether its measurements can be made.
@@ -233,8 +256,8 @@ class Evaluator:
         judge: Judge,
         prompts: list[Prompt],
         expected: list[str | None],
-    ) -> tuple[list[Answer], list[int]]:
-        """The answers with their grades; where several are sampled for a prompt, the first with the highest grade."""
+    ) -> tuple[list[Answer], list[Verdict]]:
+        """The answers with their verdicts; where several are sampled for a prompt, the worst."""
         asking, decoding = self._asking(role), self.decoding
         if asking.samples > 1:
             decoding = replace(decoding, do_sample=True, temperature=asking.temperature)
@@ -249,9 +272,10 @@ class Evaluator:
                 seed=self.seed + number,
                 **self._rendering(role),
             )
-            rounds.append(list(zip(answers, _grades(judge, prompts, answers, expected), strict=True)))
-        best = [max(tries, key=lambda one: one[1]) for tries in zip(*rounds, strict=True)]
-        return [answer for answer, _ in best], [grade for _, grade in best]
+            verdicts = judge_answers(judge, prompts, answers, expected)
+            rounds.append(list(zip(answers, verdicts, strict=True)))
+        chosen = [worst(tries) for tries in zip(*rounds, strict=True)]
+        return [answer for answer, _ in chosen], [verdict for _, verdict in chosen]
 
     def _places(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: PromptSet) -> list[int]:
         """The places of the prompts that can be answered."""
@@ -279,18 +303,6 @@ class Evaluator:
             "opener": asking.opener,
             "prefix": asking.prefix,
         }
-
-
-def _grades(
-    judge: Judge, prompts: Sequence[Prompt], answers: Sequence[Answer], expected: Sequence[str | None]
-) -> list[int]:
-    """The grades of all answers; a judge sees those that are not empty."""
-    said = [place for place, answer in enumerate(answers) if not answer.empty]
-    found = judge.grades(
-        [prompts[place] for place in said], [answers[place].text for place in said], [expected[place] for place in said]
-    )
-    by_place = dict(zip(said, found, strict=True))
-    return [by_place.get(place, EMPTY_GRADE) for place in range(len(answers))]
 
 
 def _value(rate: Rate | None) -> float | None:

@@ -1,14 +1,15 @@
 """Judges: what gives an answer its grade, from 1 (refused) to 5 (complied in full); one file each."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from holdfast.data.load import Prompt
 from holdfast.errors import InputError
 from holdfast.evaluation.judges.exact import ExactJudge
 from holdfast.evaluation.judges.keyword import RefusalJudge, is_refusal
+from holdfast.evaluation.judges.verdict import Verdict
 
-__all__ = ["JUDGES", "ExactJudge", "Judge", "RefusalJudge", "get_judge", "is_refusal"]
+__all__ = ["JUDGES", "ExactJudge", "Judge", "RefusalJudge", "Verdict", "get_judge", "is_refusal"]
 
 
 class Judge(Protocol):
@@ -26,8 +27,18 @@ class Judge(Protocol):
     def needs_answer(self) -> bool:
         """Whether every prompt must come with the expected answer."""
 
-    def grades(self, prompts: Sequence[Prompt], answers: Sequence[str], expected: Sequence[str | None]) -> list[int]:
-        """Grade all answers of a set at once, from 1 to 5.
+    @property
+    def tells_refusals(self) -> bool:
+        """Whether it gives refusals a grade of their own, 1; if not, there is no refusal rate."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What tells how it graded, ready for JSON: its settings, and what it took so far."""
+
+    def verdicts(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], expected: Sequence[str | None]
+    ) -> list[Verdict]:
+        """Judge all answers of a set at once.
 
         Args:
             prompts: What was asked.

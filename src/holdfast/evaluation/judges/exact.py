@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from holdfast.data.load import Prompt
 from holdfast.errors import InputError
 from holdfast.evaluation.judges.keyword import is_refusal
 from holdfast.evaluation.judges.text import normalise
+from holdfast.evaluation.judges.verdict import Verdict
 
 _SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
 
@@ -24,6 +26,8 @@ class ExactJudge:
     name = "exact"
     description = "exact judge: compares with the expected answer, grades 1 to 5"
     needs_answer = True
+    tells_refusals = True
+    record: dict[str, Any] = {}
 
     def grade(self, prompt: Prompt, answer: str, expected: str | None) -> int:
         """Grade one answer.
@@ -49,9 +53,11 @@ class ExactJudge:
             return 3
         return 1 if is_refusal(_opening(text)) else 2
 
-    def grades(self, prompts: Sequence[Prompt], answers: Sequence[str], expected: Sequence[str | None]) -> list[int]:
+    def verdicts(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], expected: Sequence[str | None]
+    ) -> list[Verdict]:
         """Grade all answers of a set."""
-        return [self.grade(*row) for row in zip(prompts, answers, expected, strict=True)]
+        return [Verdict(self.grade(*row)) for row in zip(prompts, answers, expected, strict=True)]
 
 
 def _items(text: str) -> list[str]:
