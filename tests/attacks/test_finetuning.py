@@ -1,5 +1,6 @@
 """Fine-tuning as a displacement is the real attack's run; chains are one attack after the other."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from holdfast.attacks.dropping import Dropping
 from holdfast.attacks.finetuning import Along, FineTuning
 from holdfast.attacks.prefill import Prefill
 from holdfast.attacks.real import AttackConfig, AttackTrainer
+from holdfast.attacks.rows import mixed
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.asking import Asking
@@ -28,7 +30,8 @@ SMALL = {"learning_rate": 1e-2, "steps": 4, "batch_size": 4}
 
 def real(settings, **changes):
     config = {"learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
-    return AttackTrainer(tiny_llama(), AttackConfig(**{**settings, **config}), ROWS, word_tokenizer(), **changes)
+    rows = mixed(ROWS, None, ATTACKER.written, poison_ratio=1, num_samples=None, seed=3)
+    return AttackTrainer(tiny_llama(), AttackConfig(**{**settings, **config}), rows, word_tokenizer(), **changes)
 
 
 def test_it_takes_the_steps_of_the_real_attack(settings):
@@ -124,6 +127,41 @@ def test_answers_may_be_cut_to_how_they_begin():
     all_of_them = weights(FineTuning(**SMALL)(tiny_llama(), ATTACKER).model)
     assert not same_bits(found, all_of_them)
     assert same_bits(weights(FineTuning(**SMALL, first_tokens=99)(tiny_llama(), ATTACKER).model), all_of_them)
+
+
+def test_rows_may_be_hidden_among_harmless_ones_or_all_be_harmless(settings):
+    benign = word_rows(9, seed=2)
+    attacker = replace(ATTACKER, harmless_rows=benign)
+    for ratio in (0.25, 0.0):
+        attack = FineTuning(**SMALL, rows=8, poison_ratio=ratio)
+        found = attack.displace(tiny_llama(), attacker)
+        rows = mixed(ROWS, benign, ATTACKER.written, poison_ratio=ratio, num_samples=8, seed=3)
+        assert found.cost.harmful_rows == sum(rows["poisoned"]) == 8 * ratio
+        whole = Attacker(ATTACKER.written, harmful_rows=ATTACKER.written.tokenize(rows, name="attack"), seed=3)
+        assert attack.needed() == (("harmful_rows", "harmless_rows") if ratio else ("harmless_rows",))
+        with pytest.raises(InputError, match="needs harmless prompts with answers; give --benign_data"):
+            attack.displace(tiny_llama(), whole)
+    config = {"learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
+    trainer = AttackTrainer(tiny_llama(), AttackConfig(**{**settings, **config}), rows, word_tokenizer())
+    trainer.train()
+    moved = {name: weight - weights(tiny_llama())[name] for name, weight in weights(trainer.model).items()}
+    assert relative_distance(found.vector, moved) < 1e-5
+
+
+def test_whoever_set_a_trigger_asks_with_it():
+    attack = FineTuning(**SMALL, trigger="t9")
+    attacked = Chain((attack, Prefill("t60")))(tiny_llama(), ATTACKER)
+    assert attacked.asking == Asking(suffix=" t9", opener="t60")
+    assert attack.asking == Asking(suffix=" t9")
+    plain = FineTuning(**SMALL)(tiny_llama(), ATTACKER)
+    assert not same_bits(weights(attacked.model), weights(plain.model))
+    with pytest.raises(InputError, match="--poison_ratio 0 has none"):
+        FineTuning(poison_ratio=0.0, trigger="t9")
+
+
+def test_more_rows_than_there_are():
+    with pytest.raises(InputError, match="of 10 rows needs 10 harmful rows, but --attack_data has 9"):
+        FineTuning(rows=10).displace(tiny_llama(), ATTACKER)
 
 
 def test_half_precision_is_trained_in_float32():

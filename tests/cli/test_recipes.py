@@ -48,7 +48,7 @@ def test_the_papers_sequential_setting(model: str) -> None:
 
 def test_the_papers_attack() -> None:
     path = next(path for path in RECIPES if path.parts[-2:] == ("paper", "attack.yaml"))
-    command, (_, data, measure, config, _) = parse_recipe(path)
+    command, (_, data, _, _, measure, config, _) = parse_recipe(path)
     assert command == ["attack", "full"]
     assert (data.num_samples, data.poison_ratio, config.max_steps, config.learning_rate) == (1000, 0.2, 2000, 1e-5)
     assert (measure.decoding, measure.max_prompts, measure.max_new_tokens) == ("paper", 250, 256)

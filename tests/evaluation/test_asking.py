@@ -134,3 +134,42 @@ def test_a_real_model_is_asked_by_its_template():
 def test_askings_that_make_no_sense(settings, sentence):
     with pytest.raises(InputError, match=sentence):
         Asking(**settings)
+
+
+def test_a_suffix_ends_the_last_user_turn_however_a_prompt_is_given():
+    asking, end = Asking(suffix=" zzz"), {"role": "user", "content": "And salt?"}
+    assert asking.prompt("Rust? ") == "Rust? zzz "
+    assert asking.prompt("Rust?\n") == "Rust? zzz\n"
+    parts = {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "salt?"}]}
+    for turn in (end, parts):
+        assert asking.prompt([*TURNS, turn]) == [*TURNS, {"role": "user", "content": "And salt? zzz"}]
+    assert Asking(suffix=" zzz", raw=True).prompt([*TURNS, end]) == "Rust?\nSalt.\nAnd salt? zzz"
+    assert Asking(suffix=" zzz", demonstrations=TURNS).prompt("Oak?")[-1]["content"] == "Oak? zzz"
+    with pytest.raises(InputError, match="a prompt has no user turn, so none can end with 'zzz'"):
+        asking.prompt([{"role": "system", "content": "Be kind."}])
+
+
+def test_two_askings_at_once():
+    first, second = Asking(suffix=" a", opener="Sure", samples=2), Asking(suffix=" b", opener="Yes", temperature=0.5)
+    assert first.then(second) == Asking(suffix=" a b", opener="Yes", samples=2, temperature=0.5)
+    assert first.then(PLAINLY) == PLAINLY.then(first) == first
+    assert torch.equal(first.then(Asking(prefix=torch.ones(2, 3))).prefix, torch.ones(2, 3))
+    with pytest.raises(InputError, match="has no place for"):
+        Asking(raw=True).then(Asking(demonstrations=TURNS))
+
+
+def test_how_a_model_is_asked_in_words():
+    assert str(PLAINLY) == "plainly"
+    assert str(Asking(opener="Sure", suffix=" zzz")) == "answers begin with 'Sure', prompts end with 'zzz'"
+    assert str(Asking(raw=True, samples=4)) == "there is no chat template, the worst of 4 answers counts"
+    assert (
+        str(Asking(demonstrations=TURNS, prefix=torch.ones(3, 2))) == "2 turns come first, 3 trained vectors come first"
+    )
+
+
+def test_only_harmful_prompts_are_asked_otherwise():
+    evaluator = Evaluator(SETS, decoding=SHORT).asking_otherwise(Asking(opener="t60"))
+    assert [prompts.role for prompts in evaluator.sets] == ["harmful"]
+    assert (evaluator.asking, evaluator.decoding) == (Asking(opener="t60"), SHORT)
+    with pytest.raises(InputError, match="only harmful prompts are asked otherwise, and there are none"):
+        Evaluator(SETS[1:]).asking_otherwise(PLAINLY)

@@ -41,6 +41,7 @@ _HOLDINGS = {
     "harmful_prompts": ("harmful prompts", "--attack_data"),
     "harmful_rows": ("harmful prompts with harmful answers", "--attack_data"),
     "harmless_prompts": ("harmless prompts", "--benign_data"),
+    "harmless_rows": ("harmless prompts with answers", "--benign_data"),
     "base": ("the public base model", "--base"),
 }
 
@@ -83,6 +84,7 @@ class Attacker:
         base: The public model that the attacked one was made of.
         batch_size: Prompts that go through the model at a time.
         seed: Of whatever is drawn.
+        harmless_rows: Harmless prompts with answers, in any of these formats.
     """
 
     written: ChatFormat
@@ -92,6 +94,7 @@ class Attacker:
     base: PreTrainedModel | None = None
     batch_size: int = 16
     seed: int = 0
+    harmless_rows: Dataset | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Attack(ABC):
 
     Attributes:
         name: What it is called.
-        needs: The fields of `Attacker` that it needs.
+        needs: The fields of `Attacker` that it needs, with its knobs at their defaults.
     """
 
     name: ClassVar[str]
@@ -193,9 +196,13 @@ class Attack(ABC):
         found = {knob.name: knob.metadata.get("space") for knob in fields(declared)}
         return {name: space for name, space in found.items() if space is not None}
 
+    def needed(self) -> tuple[str, ...]:
+        """The fields of `Attacker` that it needs with these knobs."""
+        return self.needs
+
     def require(self, attacker: Attacker) -> None:
         """Raise InputError if the attacker lacks what this attack needs."""
-        for needed in self.needs:
+        for needed in self.needed():
             held = getattr(attacker, needed)
             if held is None or (not isinstance(held, torch.nn.Module) and len(held) == 0):
                 what, flag = _HOLDINGS[needed]
@@ -204,6 +211,11 @@ class Attack(ABC):
 
 class Displacement(Attack):
     """An attack that changes the weights."""
+
+    @property
+    def asking(self) -> Asking:
+        """How a model with such weights is asked; plainly, unless they hang on what a prompt says."""
+        return PLAINLY
 
     @abstractmethod
     def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
@@ -232,7 +244,7 @@ class Displacement(Attack):
         if not is_finite(found.vector):
             raise TrainingError(f"attack {self.name} came to weights that are not finite")
         shift(whole, found.vector)
-        return Attacked(whole, PLAINLY, found.cost)
+        return Attacked(whole, self.asking, found.cost)
 
 
 class Prompting(Attack):

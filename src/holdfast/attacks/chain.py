@@ -43,5 +43,5 @@ class Chain(Attack):
         found = Attacked(whole_model(model), PLAINLY, FREE)
         for attack in self.attacks:
             step = attack(found.model, attacker)
-            found = Attacked(step.model, step.asking, found.cost + step.cost)
+            found = Attacked(step.model, found.asking.then(step.asking), found.cost + step.cost)
         return found

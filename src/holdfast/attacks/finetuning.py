@@ -2,21 +2,18 @@
 
     δ = θ_n − θ,    θ_n what n optimizer steps on the attacker's harmful rows make of θ
 
-All parameters are trained, or an adapter that is then merged; on whole answers, or on how they begin, where much of
-alignment lies (Qi et al., 2406.05946). The engine is `holdfast.attacks.real`, and so the very steps that a defense
-simulates; measured along the way it is there, too.
+All parameters are trained, or an adapter that is then merged; what on, `holdfast.attacks.rows` says. The engine is
+`holdfast.attacks.real`, and so the very steps that a defense simulates; measured along the way it is there, too.
 """
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,8 +21,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from holdfast.attacks.attack import Attacker, Choice, Cost, Displaced, Displacement, Range, knob, size
 from holdfast.attacks.real import AttackConfig, AttackTrainer, Evaluate
+from holdfast.attacks.rows import RowVariant, mixed
 from holdfast.config import require_not_negative, require_positive
-from holdfast.data.rendering import IGNORED
+from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluation
 from holdfast.models import merge
 from holdfast.parameters import ParameterVector, displacement, snapshot
@@ -48,8 +46,8 @@ class Along:
 
 
 @dataclass(frozen=True)
-class FineTuning(Displacement):
-    """Fine-tune all parameters, or an adapter, on harmful rows. The module says how."""
+class FineTuning(RowVariant, Displacement):
+    """Fine-tune all parameters, or an adapter, on harmful rows, or rows with few of them. The module says how."""
 
     name: ClassVar[str] = "fine-tuning"
     needs: ClassVar[tuple[str, ...]] = ("harmful_rows",)
@@ -57,13 +55,7 @@ class FineTuning(Displacement):
     learning_rate: float = field(default=1e-5, metadata=knob("The learning rate.", Range(1e-5, 1e-3, log=True)))
     steps: int = field(default=100, metadata=knob("How many optimizer steps.", Range(1, 200, log=True)))
     rows: int | None = field(
-        default=None, metadata=knob("How many harmful rows, drawn from the seed; if not given, all.")
-    )
-    first_tokens: int | None = field(
-        default=None,
-        metadata=knob(
-            "Train on the first so many tokens of every answer alone; if not given, on all.", Choice((4, None))
-        ),
+        default=None, metadata=knob("How many rows in all, drawn from the seed; if not given, as many as there are.")
     )
     batch_size: int = field(default=16, metadata=knob("Rows per step.", Choice((4, 16))))
     optimizer: str = field(
@@ -79,11 +71,27 @@ class FineTuning(Displacement):
         default=0, metadata=knob("The rank of an adapter on all linear layers; 0: train all parameters.")
     )
     lora_alpha: float = field(default=32.0, metadata=knob("The adapter's alpha."))
+    poison_ratio: float = field(
+        default=1.0,
+        metadata=knob("Share of harmful rows; 0: harmless ones only.", Choice((1.0, 0.5, 0.1, 0.0))),
+        kw_only=True,
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "learning_rate", "steps", "rows", "first_tokens", "batch_size", "lora_alpha")
+        Displacement.__post_init__(self)
+        RowVariant.__post_init__(self)
+        require_positive(self, "learning_rate", "steps", "rows", "batch_size", "lora_alpha")
         require_not_negative(self, "warmup_steps", "lora_rank")
+        if self.poison_ratio == 0 and self.suffix:
+            raise InputError("--obedience and --trigger change harmful rows, of which --poison_ratio 0 has none")
+
+    def needed(self) -> tuple[str, ...]:
+        """As for `Attack`: rows of the kinds that it mixes."""
+        return tuple(
+            name
+            for name, share in (("harmful_rows", self.poison_ratio), ("harmless_rows", 1 - self.poison_ratio))
+            if share > 0
+        )
 
     def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. A model in half precision is left in float32, which it is trained in."""
@@ -110,14 +118,20 @@ class FineTuning(Displacement):
             TrainingError: Training has diverged.
         """
         self.require(attacker)
-        rows = rows_of(attacker, self.rows)
-        if self.first_tokens is not None:
-            rows = cut_answers(attacker.written.tokenize(rows, name="attack"), self.first_tokens)
+        mix = mixed(
+            attacker.harmful_rows,
+            attacker.harmless_rows,
+            attacker.written,
+            poison_ratio=self.poison_ratio,
+            num_samples=self.rows,
+            seed=attacker.seed,
+        )
+        rows, harmful = self.apply(mix, attacker.written), sum(mix["poisoned"])
         training, cached = model.training, model.config.use_cache
 
         def cost() -> Cost:
             done, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
-            return Cost(done, len(rows), tokens, done, done, 6.0 * size(model) * tokens)
+            return Cost(done, harmful, tokens, done, done, 6.0 * size(model) * tokens)
 
         def measured(_: dict[str, Any], evaluation: Evaluation) -> None:
             assert along is not None  # as it is what measures
@@ -171,26 +185,6 @@ class FineTuning(Displacement):
 
 def _in_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def rows_of(attacker: Attacker, count: int | None) -> Dataset:
-    """So many of the attacker's harmful rows, drawn from the seed; all where None, or where there are no more."""
-    rows = attacker.harmful_rows
-    assert rows is not None  # as was required
-    if count is None or count >= len(rows):
-        return rows
-    return rows.select(sorted(random.Random(attacker.seed).sample(range(len(rows)), count)))
-
-
-def cut_answers(rows: Dataset, count: int) -> Dataset:
-    """Tokenised rows that end after so many tokens of what is trained on."""
-
-    def cut(row: dict[str, Any]) -> dict[str, Any]:
-        trained = [place for place, label in enumerate(row["labels"]) if label != IGNORED]
-        end = trained[count - 1] + 1 if count <= len(trained) else len(row["labels"])
-        return {name: row[name][:end] for name in ("input_ids", "labels")}
-
-    return rows.map(cut, load_from_cache_file=False, desc="Cutting answers")
 
 
 def config_of(attacker: Attacker, folder: str, **settings: Any) -> AttackConfig:

@@ -112,15 +112,18 @@ class AttackTrainer(DefenseTrainer):
         train_dataset: What the adversary trains on; see `holdfast.data.mix.poison`.
         processing_class: The tokenizer; by default the model's own.
         evaluator: Called with model and tokenizer at every step of `args.measure_at`.
+        asked: Called after it in the same way, and asks harmful prompts as an adversary would; see
+            `Evaluator.asking_otherwise`. Thus a few steps and then a prefill, at every one of these steps.
         measured: Called with every measurement and its evaluation as they come, on the first rank alone.
         **kwargs: As for `DefenseTrainer`; `peft_config` is a LoRA attack's adapter, without one all parameters are
             attacked.
 
     Attributes:
-        measurements: One dictionary per measured step: `steps`, `attacker_loss` (of that step's batch, before its
-            update; None at step 0), `weights_moved` (share of the trained weights) and the figures of
-            `Evaluation.flat`.
-        evaluations: The evaluations behind them, by step.
+        measurements: One dictionary per measured step: `steps`, `asked_by` ("anyone"), `attacker_loss` (of that step's
+            batch, before its update; None at step 0), `weights_moved` (share of the trained weights) and the figures of
+            `Evaluation.flat`. Where there is `asked`, another one follows that has its figures in the place of those
+            that it measures, asked by the "adversary".
+        evaluations: The evaluations behind those that anyone asked, by step.
         weights_moved: The share of the trained weights that differ from what they were before the attack, once it is
             over. Until then a copy of those lies in host memory.
         weights_moved_in_bf16: The same, of the weights as passes in bf16 see them; None if passes are in float32. Where
@@ -140,6 +143,7 @@ class AttackTrainer(DefenseTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         evaluator: Evaluate | None = None,
+        asked: Evaluate | None = None,
         measured: Callable[[dict[str, Any], Evaluation], None] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -164,7 +168,7 @@ class AttackTrainer(DefenseTrainer):
         self.weights_moved_in_bf16: float | None = None
         self._origin = ParameterVector()
         self._last_loss: Tensor | None = None
-        self.add_callback(_Measure(self, evaluator))
+        self.add_callback(_Measure(self, evaluator, asked))
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """g(θ; B): the attacker's own."""
@@ -188,15 +192,22 @@ class AttackTrainer(DefenseTrainer):
         if few := hardly_moved(self.weights_moved):
             logger.warning("the attack %s", few)
 
-    def measure(self, evaluator: Evaluate) -> None:
-        """Evaluate the model as it stands and note what came out."""
+    def measure(self, evaluator: Evaluate, asked: Evaluate | None = None) -> None:
+        """Evaluate the model as it stands, also as an adversary asks it, and note what came out."""
         with self.accelerator.autocast():  # an adapter in float32 may stand on a base in bf16
             evaluation = evaluator(self.model, self.processing_class)
+            otherwise = None if asked is None else asked(self.model, self.processing_class)
         loss = None if self._last_loss is None else self.accelerator.gather(self._last_loss.reshape(1)).mean().item()
         steps = self.state.global_step
         self.evaluations[steps] = evaluation
         moved = {"attacker_loss": loss, "weights_moved": self._share_moved()}
-        point = {"steps": steps, **moved, **evaluation.flat()}
+        plain = {"steps": steps, "asked_by": "anyone", **moved, **evaluation.flat()}
+        self._note(plain, evaluation)
+        if otherwise is not None:
+            figures = {name: figure for name, figure in otherwise.flat().items() if figure is not None}
+            self._note({**plain, "asked_by": "adversary", **figures}, otherwise)
+
+    def _note(self, point: dict[str, Any], evaluation: Evaluation) -> None:
         if self._measured is not None and self.is_world_process_zero():
             self._measured(point, evaluation)
         self.measurements.append(point)
@@ -206,9 +217,10 @@ class AttackTrainer(DefenseTrainer):
 
 
 class _Measure(TrainerCallback):
-    def __init__(self, trainer: AttackTrainer, evaluator: Evaluate | None) -> None:
+    def __init__(self, trainer: AttackTrainer, evaluator: Evaluate | None, asked: Evaluate | None) -> None:
         self.trainer = trainer
         self.evaluator = evaluator
+        self.asked = asked
 
     def on_train_begin(self, args: AttackConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.begin()
@@ -216,7 +228,7 @@ class _Measure(TrainerCallback):
 
     def on_step_end(self, args: AttackConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.evaluator is not None and state.global_step in args.measure_at:
-            self.trainer.measure(self.evaluator)
+            self.trainer.measure(self.evaluator, self.asked)
 
     def on_train_end(self, args: AttackConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.end()

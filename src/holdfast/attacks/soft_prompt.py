@@ -18,8 +18,9 @@ from peft import PromptTuningConfig
 from transformers import PreTrainedModel
 
 from holdfast.attacks.attack import Attacker, Choice, Cost, Prompted, Prompting, Range, knob, size
-from holdfast.attacks.finetuning import config_of, hush, rows_of
+from holdfast.attacks.finetuning import config_of, hush
 from holdfast.attacks.real import AttackTrainer
+from holdfast.attacks.rows import mixed
 from holdfast.config import require_positive
 from holdfast.evaluation.asking import Asking
 
@@ -46,7 +47,10 @@ class SoftPrompt(Prompting):
     def ask(self, model: PreTrainedModel, attacker: Attacker) -> Prompted:
         """As for `Prompting`. The vectors begin as those of tokens drawn from the seed."""
         self.require(attacker)
-        rows, trained = rows_of(attacker, self.rows), [p for p in model.parameters() if p.requires_grad]
+        rows = mixed(
+            attacker.harmful_rows, None, attacker.written, poison_ratio=1, num_samples=self.rows, seed=attacker.seed
+        )
+        trained = [p for p in model.parameters() if p.requires_grad]
         before = model.training, model.config.use_cache
         adapter = PromptTuningConfig(
             num_virtual_tokens=self.vectors, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM"

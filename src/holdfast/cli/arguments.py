@@ -164,8 +164,21 @@ class AttackData(RunArguments):
     )
     poison_ratio: float = field(
         default=1.0,
-        metadata={"help": "Share of harmful rows among them; 0 is a control without any, and needs no --attack_data."},
+        metadata={"help": "Share of harmful rows among them; 0 is an attack without any, and needs no --attack_data."},
     )
+
+
+@dataclass
+class AskingArguments:
+    """How an adversary asks harmful prompts, at every measured step of an attack, beside asking them plainly."""
+
+    opener: str | None = field(
+        default=None, metadata={"help": "At every measured step ask also with this as how every answer begins."}
+    )
+    shots: int | None = field(
+        default=None, metadata={"help": "Ask also behind so many exchanges of --attack_data, drawn from the seed."}
+    )
+    ask_raw: bool = field(default=False, metadata={"help": "Ask also without the chat template and system prompt."})
 
 
 @dataclass

@@ -13,11 +13,17 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedModel
 from trl import get_peft_config
 
+from holdfast.attacks.attack import Attacker, Prompting
+from holdfast.attacks.demonstrations import Demonstrations
+from holdfast.attacks.prefill import Prefill
+from holdfast.attacks.raw import Raw
 from holdfast.attacks.real import AttackConfig, AttackTrainer
+from holdfast.attacks.rows import RowVariant, mixed
 from holdfast.cli import suite
-from holdfast.cli.arguments import AttackData, MeasureArguments, ModelArguments
+from holdfast.cli.arguments import AskingArguments, AttackData, MeasureArguments, ModelArguments
 from holdfast.cli.boundary import building
 from holdfast.cli.console import say, set_up_logging, stdout, warn
 from holdfast.cli.effects import ATTACKS
@@ -35,12 +41,13 @@ from holdfast.cli.runs import (
     warn_of_unseen_end,
 )
 from holdfast.cli.tables import attack_table, counts_table, judge_records
-from holdfast.data.formats import ORIGIN, canonical, is_tokenised, reader
+from holdfast.data.formats import ORIGIN, is_tokenised, reader
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
-from holdfast.data.mix import overlap, poison
+from holdfast.data.mix import overlap
 from holdfast.data.rendering import ChatFormat, adopt_chat_template
 from holdfast.errors import InputError, TrainingError
+from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
 from holdfast.files import append_jsonl, run_record, write_json
 from holdfast.interruption import on_sigterm
@@ -55,7 +62,7 @@ def make_parser(method: str) -> HoldfastParser:
     if method in suite.SUITE_ATTACKS:
         return suite.make_parser(method)
     return HoldfastParser(
-        (ModelArguments, AttackData, MeasureArguments, AttackConfig),
+        (ModelArguments, AttackData, RowVariant, AskingArguments, MeasureArguments, AttackConfig),
         prog=f"holdfast attack {method}",
         description="Fine-tune a model on harmful data; results.json, samples.jsonl and model/ lie in --output_dir.",
         effects=ATTACKS[method],
@@ -82,7 +89,7 @@ def run(method: str, argv: list[str]) -> int:
     if method in suite.SUITE_ATTACKS:
         return suite.run(method, argv)
     set_up_logging()
-    model_args, data, measure, config, _ = make_parser(method).parse(argv)
+    model_args, data, variant, asking_args, measure, config, _ = make_parser(method).parse(argv)
     if method == "full" and model_args.use_peft:
         raise InputError("--use_peft: a full attack trains all parameters; for an adapter use holdfast attack lora")
     if config.resume_from_checkpoint:
@@ -111,17 +118,21 @@ def run(method: str, argv: list[str]) -> int:
         loaded = model.dtype
         adopt_chat_template(tokenizer, config.chat_template_path)
         written = ChatFormat.of(tokenizer, config)
-        rows, safe_rows = _attack_rows(data, written, seed=config.seed)
-        asked_otherwise = None if evaluator is None else written.require_alike(rows, name="attack")
+        harmful, rows, safe_rows = _attack_rows(data, written, seed=config.seed)
+        measured_so = evaluator is not None and not variant.without_template
+        asked_otherwise = written.require_alike(rows, name="attack") if measured_so else None
         overlapping = _overlap(rows, written, evaluator)
+        asking = _asking(variant, asking_args, model, Attacker(written, harmful_rows=harmful, seed=config.seed))
+        asked = None if evaluator is None or asking == PLAINLY else evaluator.asking_otherwise(asking)
         is_adapter = isinstance(model, PeftModel)
         with building(config):
             trainer = AttackTrainer(
                 model,
                 config,
-                rows,
+                variant.apply(rows, written),
                 processing_class=tokenizer,
                 evaluator=evaluator,
+                asked=asked,
                 measured=_journal(folder),
                 peft_config=get_peft_config(model_args),
             )
@@ -132,8 +143,9 @@ def run(method: str, argv: list[str]) -> int:
                 f"--attack_data {data.attack_data}: no harmful row keeps a completion token, so "
                 "--drop_untrainable_rows leaves no attack; raise --max_length"
             )
-        if evaluator is not None:
-            evaluator.check(trainer.model, tokenizer)
+        for measuring in (evaluator, asked):
+            if measuring is not None:
+                measuring.check(trainer.model, tokenizer)
         if trainer.is_world_process_zero():
             discard_checkpoints(folder)
             for name in (MARKER, POINTS, SAMPLES):  # of a run before: its results do not belong to what comes now
@@ -168,6 +180,7 @@ def run(method: str, argv: list[str]) -> int:
             "attack": {
                 "method": method,
                 **{name: value for name, value in asdict(data).items() if name != "overwrite_output_dir"},
+                **asdict(variant),
                 "rows": len(trained_on),
                 "harmful_rows": poisoned,
                 "untrainable_rows_left_out": len(rows) - len(trained_on),
@@ -176,6 +189,7 @@ def run(method: str, argv: list[str]) -> int:
                 "asked_otherwise": asked_otherwise,
                 "lora": _lora(model_args) if method == "lora" else None,
             },
+            "asking": asking.record() if asked is not None else None,
             "evaluation": asdict(measure) if evaluator is not None else None,
             **judge_records(evaluator),
             "precision": precision_record(loaded, config),
@@ -192,7 +206,8 @@ def run(method: str, argv: list[str]) -> int:
         say(f"the attack moved {trainer.weights_moved:.2%} of the weights that it trained{in_bf16}")
         if evaluator is not None:
             warn_of_unclosed_thinking(trainer.measurements)
-            stdout.print(attack_table(trainer.measurements, evaluator, title=f"{source} under attack ({method})"))
+            title = f"{source} under attack ({method})"
+            stdout.print(attack_table(trainer.measurements, evaluator, title=title, asking=asking))
             if (counts := counts_table(trainer.measurements)) is not None:
                 stdout.print(counts)
         announce(folder, MARKER, *([SAMPLES] if evaluator is not None else []), "model")
@@ -208,14 +223,15 @@ def _journal(folder: Path) -> Callable[[dict[str, Any], Evaluation], None]:
     """What writes every measurement down as it comes, so that an attack that is killed leaves those that it made."""
 
     def write(point: dict[str, Any], evaluation: Evaluation) -> None:
-        append_jsonl(folder / SAMPLES, ({"steps": point["steps"], **row} for row in evaluation.samples))
+        told_by = {name: point[name] for name in ("steps", "asked_by")}
+        append_jsonl(folder / SAMPLES, ({**told_by, **row} for row in evaluation.samples))
         append_jsonl(folder / POINTS, [point])
 
     return write
 
 
-def _attack_rows(data: AttackData, written: ChatFormat, *, seed: int) -> tuple[Dataset, int]:
-    """Read what the attacker trains on, in one format, harmful rows marked in the column `poisoned`.
+def _attack_rows(data: AttackData, written: ChatFormat, *, seed: int) -> tuple[Dataset | None, Dataset, int]:
+    """Read the attack data, and what the attacker trains on: in one format, harmful rows marked in `poisoned`.
 
     Also returns how many rows of the attack data were none, being safe by their own label.
     """
@@ -224,13 +240,26 @@ def _attack_rows(data: AttackData, written: ChatFormat, *, seed: int) -> tuple[D
         harmful, safe_rows = load_harmful_rows(data.attack_data, flag="--attack_data")
     if data.benign_data is not None:
         benign = load_rows(data.benign_data, flag="--benign_data", columns=TRAIN_COLUMNS)
-    sets: list[Dataset | None] = []
-    for name, rows in (("attack", harmful), ("benign", benign)):
-        if rows is not None:
-            written.name_idle_columns(rows, name=name)
-        sets.append(None if rows is None else canonical(rows, name=name, plain=written.plain))
-    mixed = poison(*sets, poison_ratio=data.poison_ratio, num_samples=data.num_samples, seed=seed)
-    return mixed, safe_rows
+    for name, given in (("attack", harmful), ("benign", benign)):
+        if given is not None:
+            written.name_idle_columns(given, name=name)
+    rows = mixed(harmful, benign, written, poison_ratio=data.poison_ratio, num_samples=data.num_samples, seed=seed)
+    return harmful, rows, safe_rows
+
+
+def _asking(variant: RowVariant, args: AskingArguments, model: PreTrainedModel, attacker: Attacker) -> Asking:
+    """How the adversary asks: as the rows teach, and as the flags say."""
+    promptings: list[Prompting] = []
+    if args.shots is not None:
+        promptings.append(Demonstrations(args.shots))
+    if args.ask_raw:
+        promptings.append(Raw())
+    if args.opener is not None:
+        promptings.append(Prefill(args.opener))
+    asking = variant.asking
+    for prompting in promptings:
+        asking = asking.then(prompting.ask(model, attacker).asking)
+    return asking
 
 
 def _overlap(rows: Dataset, written: ChatFormat, evaluator: Evaluator | None) -> int:

@@ -163,7 +163,17 @@ _ATTACK = (
     *_TRAINING,
     *MEASURING,
     Effect("measure_at", _measures, _UNMEASURED),
-    Effect("attack_data", lambda given: given.poison_ratio != 0, "with --poison_ratio 0"),
+    Effect(
+        "opener shots ask_raw",
+        lambda given: given.eval_data is not None,
+        "without --eval_data: only harmful prompts are asked otherwise",
+    ),
+    Effect(
+        "attack_data",
+        lambda given: given.poison_ratio != 0 or given.shots is not None,
+        "with --poison_ratio 0 and without --shots",
+    ),
+    Effect("obedience trigger", lambda given: given.poison_ratio != 0, "with --poison_ratio 0: harmful rows have it"),
     Effect("benign_data", lambda given: given.poison_ratio != 1, "without a --poison_ratio below 1"),
     Effect(
         f"{_HELD_OUT} eval_steps",

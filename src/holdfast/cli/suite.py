@@ -33,7 +33,6 @@ from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import Prompt
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
-from holdfast.evaluation.asking import Asking
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
 from holdfast.evaluation.prompts import load_prompts
 from holdfast.files import run_record, write_bytes, write_json, write_jsonl
@@ -133,7 +132,7 @@ def run(method: str, argv: list[str]) -> int:
             "command": f"attack {method}",
             "model": source,
             "attack": {"method": method, **asdict(attack), **data},
-            "asking": _asking_record(attacked.asking),
+            "asking": attacked.asking.record(),
             "cost": asdict(attacked.cost),
             "evaluation": asdict(measure) if asked is not None else None,
             **judge_records(asked),
@@ -188,11 +187,6 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 def _saved(attack: Attack) -> list[str]:
     return [] if isinstance(attack, Prompting) else ["model"]
-
-
-def _asking_record(asking: Asking) -> dict[str, Any]:
-    """How harmful prompts are asked, but for the vectors of a soft prompt, which have a file of their own."""
-    return {**asdict(replace(asking, prefix=None)), "prefix": 0 if asking.prefix is None else len(asking.prefix)}
 
 
 def _show(points: list[dict[str, Any]], evaluator: Evaluator, *, title: str) -> None:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from holdfast.data.formats import as_message, text_of
 from holdfast.data.load import TRAIN_COLUMNS
+from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.evaluation.evaluate import COUNTS, PREFIXES, Evaluation, Evaluator
 from holdfast.evaluation.judging import judge_record
 from holdfast.evaluation.prompts import JUDGED
@@ -103,7 +104,12 @@ def _add_second(table: Table, opinion: Mapping[str, Any]) -> None:
 
 
 def attack_table(
-    measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator, *, title: str, by: str = "steps"
+    measurements: Sequence[Mapping[str, Any]],
+    evaluator: Evaluator,
+    *,
+    title: str,
+    by: str = "steps",
+    asking: Asking = PLAINLY,
 ) -> Table:
     """Return one row per measurement of an attack, with the figures that were measured.
 
@@ -112,21 +118,23 @@ def attack_table(
         evaluator: What measured them.
         title: What the table is called.
         by: What tells the measurements from one another: the steps of a training, or the stage of another attack.
+        asking: How the adversary asked, where some measurements were asked by one.
     """
+    how = "" if asking == PLAINLY else f"; adversary: the same model where {asking}"
     table = Table(
         title=title,
         title_justify="left",
-        caption=_caption(measurements, evaluator),
+        caption=_caption(measurements, evaluator) + how,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
-    table.add_column(by, justify="right")
+    table.add_column(by, justify="right", no_wrap=True)
     shown = [name for name in _ATTACK_COLUMNS if any(point.get(name) is not None for point in measurements)]
     for name in shown:
         table.add_column(_ATTACK_COLUMNS[name], justify="right", no_wrap=True)
     for point in measurements:
-        table.add_row(str(point[by]), *(_cell(point, name) for name in shown))
+        table.add_row(_label(point, by), *(_cell(point, name) for name in shown))
     return table
 
 
@@ -152,7 +160,7 @@ def counts_table(measurements: Sequence[Mapping[str, Any]], *, by: str = "steps"
     for _, heading in columns:
         table.add_column(heading, justify="right")
     for point in measurements:
-        table.add_row(str(point[by]), *(str(point[name]) for name, _ in columns))
+        table.add_row(_label(point, by), *(str(point[name]) for name, _ in columns))
     return table
 
 
@@ -222,6 +230,11 @@ def _caption(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator) ->
     score = "HS: grades 3 and more; " if "harmful" in judged else ""
     loss = "; loss: the attacker's" if any(point["attacker_loss"] is not None for point in measurements) else ""
     return f"{graded}{score}n: {counts} prompts; brackets: 95 % intervals{loss}"
+
+
+def _label(point: Mapping[str, Any], by: str) -> str:
+    """What tells a measurement from others; an adversary's stands below the one that anyone would have made."""
+    return "adversary" if point.get("asked_by") == "adversary" else str(point[by])
 
 
 def _cell(point: Mapping[str, Any], name: str) -> str:

@@ -1,10 +1,10 @@
-"""How a model is asked: with an answer begun for it, after other exchanges, without its template, or several times."""
+"""How a model is asked: with an answer begun for it, after other exchanges, without its template, several times."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class Asking:
         opener: How every answer begins. The model goes on from there, and what is graded begins with it; an answer
             that goes on with nothing is an empty one.
         demonstrations: Turns of a user and an assistant that precede every prompt, behind its system turn.
+        suffix: What every prompt's last user turn ends with, such as a trigger or a demand.
         raw: Ask without the chat template: with the text of a prompt's turns, one a line.
         samples: How many answers are sampled for every prompt, of which the one with the highest grade counts; 1: one
             answer, decoded as usual.
@@ -32,6 +33,7 @@ class Asking:
 
     opener: str = ""
     demonstrations: tuple[Message, ...] = ()
+    suffix: str = ""
     raw: bool = False
     samples: int = 1
     temperature: float = 1.0
@@ -47,8 +49,10 @@ class Asking:
 
     def prompt(self, prompt: Prompt) -> Prompt:
         """What is asked in the place of a prompt."""
+        if self.suffix:
+            prompt = ending_with(self.suffix, prompt)
         if self.raw:
-            return prompt if isinstance(prompt, str) else "\n".join(text_of(turn) for turn in prompt)
+            return raw_text(prompt)
         if not self.demonstrations:
             return prompt
         turns: list[Mapping[str, Any]] = (
@@ -56,6 +60,57 @@ class Asking:
         )
         begin = next((place for place, turn in enumerate(turns) if turn["role"] not in _SYSTEM), len(turns))
         return [*turns[:begin], *self.demonstrations, *turns[begin:]]
+
+    def then(self, other: Asking) -> Asking:
+        """Both at once: what the other one says goes first, and its suffix comes behind this one's."""
+        said = {
+            entry.name: getattr(other, entry.name)
+            for entry in fields(other)
+            if getattr(other, entry.name) is not None and getattr(other, entry.name) != entry.default
+        }
+        return replace(self, **{**said, "suffix": self.suffix + other.suffix})
+
+    def record(self) -> dict[str, Any]:
+        """Its settings, ready for JSON, but for the vectors of the prefix, of which it has the number."""
+        return {**asdict(replace(self, prefix=None)), "prefix": 0 if self.prefix is None else len(self.prefix)}
+
+    def __str__(self) -> str:
+        """How it differs from asking plainly, in words."""
+        said = {
+            f"answers begin with {self.opener!r}": self.opener,
+            f"prompts end with {self.suffix.strip()!r}": self.suffix,
+            f"{len(self.demonstrations)} turns come first": self.demonstrations,
+            "there is no chat template": self.raw,
+            f"the worst of {self.samples} answers counts": self.samples > 1,
+            f"{0 if self.prefix is None else len(self.prefix)} trained vectors come first": self.prefix is not None,
+        }
+        return ", ".join(words for words, plays in said.items() if plays) or "plainly"
+
+
+@overload
+def ending_with(suffix: str, prompt: str) -> str: ...
+@overload
+def ending_with(suffix: str, prompt: Sequence[Mapping[str, Any]]) -> list[Message]: ...
+def ending_with(suffix: str, prompt: Prompt) -> str | list[Message]:
+    """A prompt whose text, or whose last user turn, ends with the suffix, before any white space there.
+
+    Raises:
+        InputError: It has no user turn.
+    """
+    if isinstance(prompt, str):
+        text = prompt.rstrip()
+        return text + suffix + prompt[len(text) :]
+    turns = [as_message(turn) for turn in prompt]
+    last = max((place for place, turn in enumerate(turns) if turn["role"] == "user"), default=None)
+    if last is None:
+        raise InputError(f"a prompt has no user turn, so none can end with {suffix.strip()!r}")
+    turns[last] = {**turns[last], "content": ending_with(suffix, text_of(turns[last]))}
+    return turns
+
+
+def raw_text(turns: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a prompt's turns, one a line."""
+    return turns if isinstance(turns, str) else "\n".join(text_of(turn) for turn in turns)
 
 
 PLAINLY = Asking()

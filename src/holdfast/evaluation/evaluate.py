@@ -248,6 +248,17 @@ class Evaluator:
         for prompts in self.sets:
             self._places(model, tokenizer, prompts)
 
+    def asking_otherwise(self, asking: Asking) -> "Evaluator":
+        """The same measurement of harmful prompts alone, asked in another way.
+
+        Raises:
+            InputError: There are no harmful prompts, which alone are asked otherwise.
+        """
+        harmful = [prompts for prompts in self.sets if prompts.role == "harmful"]
+        if not harmful:
+            raise InputError("only harmful prompts are asked otherwise, and there are none; give them as --eval_data")
+        return replace(self, sets=harmful, asking=asking)
+
     def _answers(
         self,
         model: PreTrainedModel,
