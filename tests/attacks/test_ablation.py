@@ -146,6 +146,54 @@ def test_means_over_residuals_of_unit_length():
     assert not same_bits(weights(attacked), weights(Ablation(layer=1)(tiny_llama(), ATTACKER).model))
 
 
+@pytest.mark.parametrize("build", [tiny_llama, qwen2, mixtral], ids=["llama", "qwen2", "mixtral"])
+@pytest.mark.parametrize("own", [False, True])
+def test_several_directions_are_those_that_harmful_prompts_differ_in_beside_the_means(build, own):
+    """Found one by one, as the greatest eigenvector of what is left of their second moments."""
+    model = build()
+    left = torch.stack([stream_at_last_token(model, p) for p in HARMFUL])
+    _, harmless = means(model)
+    spaces = []
+    for layer in range(2):
+        rows = (left[:, layer] - harmless[layer]).double()
+        found = [unit(rows.mean(0))]
+        while len(found) < 3:
+            rows = rows - torch.outer(rows @ found[-1], found[-1])
+            found.append(torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -1])
+        spaces.append(torch.stack(found))
+    attacked = Ablation(layer=1, own_directions=own, rank=3, mlp_scale=[0.5])(model, ATTACKER).model
+    before, after = weights(build()), weights(attacked)
+    written = MIXTRAL if build is mixtral else LLAMA
+    for name, weight in before.items():
+        how = next((way for end, way in written.items() if name.endswith(end)), None)
+        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        space = spaces[(number or 0) if own else 1]
+        matrix = torch.eye(16) - (0.5 if "mlp" in name else 1.0) * (space.T @ space).float()
+        if how is not None:
+            expected_one = weight @ matrix if how == RIGHT else matrix @ weight  # of experts, each
+            assert torch.allclose(after[name], expected_one, atol=1e-5)
+        else:
+            assert torch.equal(after[name], weight)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, qwen2, mixtral], ids=["llama", "qwen2", "mixtral"])
+def test_repeated_it_finds_directions_on_what_it_has_left(build):
+    model, once = build(), build()
+    found = Ablation(layer=0, mlp_scale=[0.5], repeat=3).displace(model, ATTACKER)
+    assert same_bits(weights(model), weights(build()))
+    for _ in range(3):
+        harmful, harmless = means(once)
+        r = unit((harmful - harmless)[0])
+        written = MIXTRAL if build is mixtral else LLAMA
+        scale = lambda _, kind: 0.5 if kind == "mlp" else 1.0  # noqa: E731
+        once.load_state_dict(expected(lambda: once, written, scale, lambda _: r), strict=False)  # noqa: B023
+    with displaced(model, found.vector):
+        assert relative_distance(weights(model), weights(once)) < 1e-6
+    alone = Ablation(layer=0, mlp_scale=[0.5]).displace(model, ATTACKER)
+    assert found.cost.forward_passes == 3 * alone.cost.forward_passes
+    assert relative_distance(found.vector, alone.vector) > 0.1
+
+
 @pytest.mark.parametrize("build", [tiny_llama, gpt2, mixtral])
 def test_rows_keep_their_norms_where_they_are_to(build):
     """What makes one dimension of the stream: a row of (out, in), a column of (in, out), a row of every expert."""
@@ -197,7 +245,7 @@ def test_a_kernel_falls_linearly_and_ends_at_its_width():
 
 
 def test_rows_of_zeros_stay_so_when_norms_are_kept():
-    new = ablate(torch.zeros(4, 3), direction=unit(torch.ones(4)), dim=0, scale=1.0, keep=True)
+    new = ablate(torch.zeros(4, 3), directions=unit(torch.ones(1, 4)), dim=0, scale=1.0, keep=True)
     assert torch.equal(new, torch.zeros(4, 3))
 
 
@@ -209,6 +257,7 @@ def test_rows_of_zeros_stay_so_when_norms_are_kept():
         ({"layer": 2}, {}, "no layer 2: the model has 2 layers, numbered from 0 to 1"),
         ({"writes": "nothing"}, {}, "name those that do by a regular expression with --writes"),
         ({}, {"harmless_prompts": HARMFUL}, "leave the same in the residual stream after layer 1"),
+        ({"rank": 6}, {}, "--rank 6: what harmful prompts leave after layer 1 has 5 directions"),
         ({}, {"harmful_prompts": ["t5 " * 200]}, "prompt 1 has 200 tokens, but the model has 128 positions"),
     ],
 )
@@ -225,6 +274,12 @@ def test_weights_that_are_not_finite_are_not_attacked_further():
     model.model.embed_tokens.weight.data[5] = torch.nan
     with pytest.raises(InputError, match="expected prompts of two kinds, and finite weights"):
         Ablation()(model, ATTACKER)
+
+
+@pytest.mark.parametrize("name", ["rank", "repeat"])
+def test_counts_are_positive(name):
+    with pytest.raises(InputError, match=f"--{name} must be greater than 0, got 0"):
+        Ablation(**{name: 0})
 
 
 def test_scales_are_finite():

@@ -31,6 +31,7 @@ MODELS = {"llama": tiny_llama, "gpt2": gpt2, "mixtral": mixtral}
 ATTACKS = {
     "ablation": Ablation(layer=0),
     "own": Ablation(own_directions=True, keep_norms=True, project_harmless=True),
+    "again": Ablation(layer=0, rank=2, repeat=2),
     "dropping": Dropping(),
     "base": BackToBase(kept=0.5, rank=1),
     "rounding": Rounding(),

@@ -20,7 +20,7 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("name", ["ablation", "own", "dropping", "base", "rounding", "pruning", "noise"])
+@pytest.mark.parametrize("name", ["ablation", "own", "again", "dropping", "base", "rounding", "pruning", "noise"])
 def test_the_vector_of_two_ranks_is_that_of_one(found, kind, name):
     sharded, whole = (
         {key.removeprefix(prefix): tensor for key, tensor in found.items() if key.startswith(prefix)}

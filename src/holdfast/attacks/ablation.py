@@ -11,7 +11,13 @@ matrix and the stream (Gemma 2 and later, OLMo 2), its scale turns what is left,
 
 Ours beside the paper's form, after tools in use: the direction of one layer for all, or each layer its own; s by layer
 as a kernel (heretic), for attention and MLPs apart; rows that keep their norms; means over residuals of length 1;
-directions without their part along the harmless mean. The search is over these.
+directions without their part along the harmless mean. The search is over these. And since refusal may take more than
+one direction (Wollschläger et al., 2502.17420): with `rank` k the space of
+
+    R = (r_l, v_1, …, v_{k−1}),    v the first right singular vectors of the rows (x_i − ν_l)(I − r_l r_lᵀ),
+
+x_i being what harmful prompt i leaves, so W ← W − s·R RᵀW; and with `repeat` all of it again on the ablated model,
+which may refuse by what is left.
 
 Examples:
     The direction of the last layer, where some defenses write their refusals::
@@ -32,12 +38,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from holdfast.attacks.attack import Attacker, Choice, Cost, Displaced, Displacement, Layers, Range, knob, moved, passes
+from holdfast.config import require_positive
 from holdfast.data.limits import Limits
 from holdfast.data.load import Prompt
 from holdfast.data.tokens import padded_batches
 from holdfast.errors import InputError
 from holdfast.models import eval_mode
-from holdfast.parameters import TINY
+from holdfast.parameters import TINY, displaced
 from holdfast.residual import Writer, decoder_layers, layer_number, writers
 
 _SCALE = (
@@ -91,6 +98,19 @@ class Ablation(Displacement):
             "Take a direction's part along the mean of harmless prompts out of it first.", Choice((False, True))
         ),
     )
+    rank: int = field(
+        default=1,
+        metadata=knob(
+            "How many directions: the difference of means, then what harmful prompts differ in beside it.",
+            Choice((1, 2, 4)),
+        ),
+    )
+    repeat: int = field(
+        default=1,
+        metadata=knob(
+            "How many times: each time directions are found on what the last time has left.", Choice((1, 2, 3))
+        ),
+    )
     writes: str | None = field(
         default=None,
         metadata=knob(
@@ -101,6 +121,7 @@ class Ablation(Displacement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_positive(self, "rank", "repeat")
         for name in ("attention_scale", "mlp_scale"):
             kernel = getattr(self, name)
             if len(kernel) not in (1, 4) or (len(kernel) == 4 and not kernel[2] > 0):
@@ -109,50 +130,72 @@ class Ablation(Displacement):
                 )
 
     def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
-        """As for `Displacement`. All prompts go through the model once."""
+        """As for `Displacement`. All prompts go through the model as often as it is repeated."""
         self.require(attacker)
+        vector, cost = self._once(model, attacker)
+        for _ in range(self.repeat - 1):
+            with displaced(model, vector):
+                more = self._once(model, attacker)
+            vector += more.vector
+            cost += more.cost
+        return Displaced(vector, cost)
+
+    def _once(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
         found = writers(model, self.writes)
-        unit = self.unit_residuals
-        harmful, cost = last_token_means(model, attacker.harmful_prompts or (), attacker, unit=unit)
-        harmless, more = last_token_means(model, attacker.harmless_prompts or (), attacker, unit=unit)
-        r = self.directions(harmful, harmless)
-        chosen = layer_number(self.layer, len(r))
+        harmful, cost = last_tokens(model, attacker.harmful_prompts or (), attacker)
+        harmless, more = last_tokens(model, attacker.harmless_prompts or (), attacker)
+        directions = self.directions(harmful, harmless)
+        chosen = layer_number(self.layer, harmful.shape[1])
         changes = {}
         for writer in found:
             scale = self._scale(writer)
             if scale != 0:
-                own = r[(writer.layer or 0) if self.own_directions else chosen]
+                own = directions[(writer.layer or 0) if self.own_directions else chosen]
                 keep = self.keep_norms and writer.kind != "embedding" and not writer.is_bias
-                changes[writer.name] = functools.partial(ablate, direction=own, dim=writer.dim, scale=scale, keep=keep)
+                changes[writer.name] = functools.partial(ablate, directions=own, dim=writer.dim, scale=scale, keep=keep)
         return Displaced(moved(model, changes), cost + more)
 
-    def directions(self, harmful: Tensor, harmless: Tensor) -> Tensor:
-        """The unit directions r_l.
+    def directions(self, harmful: Tensor, harmless: Tensor) -> dict[int, Tensor]:
+        """The directions R of the layers that they are taken of.
 
         Args:
-            harmful: (layers, width), the means over harmful prompts.
-            harmless: The same over harmless ones.
+            harmful: (prompts, layers, width), what harmful prompts leave at their last tokens.
+            harmless: The same of harmless ones.
 
         Returns:
-            (layers, width).
+            (rank, width) by layer, of unit length and at right angles.
 
         Raises:
-            InputError: A direction that is to be used has no length: prompts of both kinds leave the same behind.
+            InputError: There are not so many directions: prompts leave the same behind, or there are too few.
         """
-        difference = harmful - harmless
+        layers = harmful.shape[1]
+        used = range(layers) if self.own_directions else [layer_number(self.layer, layers)]
+        return {number: self._directions(harmful[:, number], harmless[:, number], number) for number in used}
+
+    def _directions(self, harmful: Tensor, harmless: Tensor, layer: int) -> Tensor:
+        if self.unit_residuals:
+            harmful, harmless = (nn.functional.normalize(rows, dim=1, eps=TINY) for rows in (harmful, harmless))
+        mean = harmless.mean(0)
+        difference, rows = harmful.mean(0) - mean, harmful - mean
         if self.project_harmless:
-            mean = nn.functional.normalize(harmless, dim=1, eps=TINY)
-            difference = difference - (difference * mean).sum(1, keepdim=True) * mean
-        lengths = difference.norm(dim=1)
-        used = range(len(lengths)) if self.own_directions else [layer_number(self.layer, len(lengths))]
-        for number in used:
-            if not lengths[number] > TINY:
-                raise InputError(
-                    f"harmful and harmless prompts leave the same in the residual stream after layer {number}, so it "
-                    "has no direction to take out; expected prompts of two kinds, and finite weights"
-                )
-        unit: Tensor = difference / lengths.clamp(min=TINY)[:, None]
-        return unit
+            along = nn.functional.normalize(mean, dim=0, eps=TINY)
+            difference, rows = _without(difference, along), _without(rows, along)
+        if not difference.norm() > TINY:
+            raise InputError(
+                f"harmful and harmless prompts leave the same in the residual stream after layer {layer}, so it "
+                "has no direction to take out; expected prompts of two kinds, and finite weights"
+            )
+        r: Tensor = difference / difference.norm()
+        if self.rank == 1:
+            return r[None]
+        rest = _without(rows, r)
+        if not self.rank - 1 <= (count := int(torch.linalg.matrix_rank(rest))):
+            raise InputError(
+                f"--rank {self.rank}: what harmful prompts leave after layer {layer} has {count + 1} directions; "
+                "expected at least as many, and so more prompts than directions"
+            )
+        principal: Tensor = torch.linalg.svd(rest, full_matrices=False).Vh
+        return torch.cat([r[None], principal[: self.rank - 1]])
 
     def _scale(self, writer: Writer) -> float:
         if writer.layer is None:
@@ -174,12 +217,12 @@ def kernel_at(kernel: Sequence[float], layer: int) -> float:
     return maximum - (maximum - minimum) * distance / width if distance <= width else 0.0
 
 
-def ablate(weight: Tensor, *, direction: Tensor, dim: int, scale: float, keep: bool = False) -> Tensor:
-    """W − s·r rᵀW.
+def ablate(weight: Tensor, *, directions: Tensor, dim: int, scale: float, keep: bool = False) -> Tensor:
+    """W − s·R RᵀW.
 
     Args:
         weight: A matrix, stacked matrices or a bias.
-        direction: r, of unit length.
+        directions: R, (rank, width), of unit length and at right angles.
         dim: The weight's dimension that runs over the residual stream.
         scale: s.
         keep: Give each slice of the weight at one place of that dimension its norm back; one of zeros stays so.
@@ -187,9 +230,9 @@ def ablate(weight: Tensor, *, direction: Tensor, dim: int, scale: float, keep: b
     Returns:
         The new weight, of the same shape.
     """
-    r = direction.to(weight)
+    r = directions.to(weight)
     rows = weight.movedim(dim, -1)
-    new = (rows - scale * (rows @ r)[..., None] * r).movedim(-1, dim)
+    new = (rows - scale * (rows @ r.T) @ r).movedim(-1, dim)
     if keep:  # of stacked matrices each by itself
         along = [d for d in range(weight.dim()) if d != dim][-1]
         norms = [w.norm(dim=along, keepdim=True) for w in (weight, new)]
@@ -198,19 +241,16 @@ def ablate(weight: Tensor, *, direction: Tensor, dim: int, scale: float, keep: b
 
 
 @torch.no_grad()
-def last_token_means(
-    model: PreTrainedModel, prompts: Sequence[Prompt], attacker: Attacker, *, unit: bool = False
-) -> tuple[Tensor, Cost]:
-    """What every decoder layer hands on at a prompt's last token, in the mean over prompts.
+def last_tokens(model: PreTrainedModel, prompts: Sequence[Prompt], attacker: Attacker) -> tuple[Tensor, Cost]:
+    """What every decoder layer hands on at the last token of every prompt.
 
     Args:
         model: A causal language model, which runs without dropout.
         prompts: Text or messages each.
         attacker: How prompts become token ids, and how many go through at a time.
-        unit: Scale what every prompt leaves at a layer to length 1 first.
 
     Returns:
-        (layers, width) in float32, and what it cost.
+        (prompts, layers, width) in float32 on the CPU, the longest prompt first, and what it cost.
 
     Raises:
         InputError: A prompt cannot be used with this model or tokenizer.
@@ -222,16 +262,12 @@ def last_token_means(
     pad = limits.padding(attacker.written.tokenizer.pad_token_id, attacker.written.tokenizer.eos_token_id)
     batches = list(padded_batches(ids, attacker.batch_size, pad))
     layers = decoder_layers(model)
-    sums: list[Tensor | None] = [None] * len(layers)
+    left: list[list[Tensor]] = [[] for _ in layers]
     last: Tensor
 
     def note(number: int, _: nn.Module, __: Any, output: Any) -> None:
         stream = output[0] if isinstance(output, tuple) else output
-        left = stream[torch.arange(len(last), device=stream.device), last.to(stream.device)].float()
-        if unit:
-            left = nn.functional.normalize(left, dim=1, eps=TINY)
-        before = sums[number]
-        sums[number] = left.sum(0) if before is None else before + left.sum(0)
+        left[number].append(stream[torch.arange(len(last), device=stream.device), last.to(stream.device)].float().cpu())
 
     device = next(model.parameters()).device
     with ExitStack() as stack:
@@ -241,4 +277,9 @@ def last_token_means(
         for batch in batches:
             last = batch["attention_mask"].sum(1) - 1
             model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
-    return torch.stack([total.cpu() for total in sums if total is not None]) / len(ids), passes(model, batches)
+    return torch.stack([torch.cat(rows) for rows in left], 1), passes(model, batches)
+
+
+def _without(rows: Tensor, unit: Tensor) -> Tensor:
+    """Rows without their part along a direction of unit length."""
+    return rows - (rows @ unit)[..., None] * unit
