@@ -1,4 +1,4 @@
-"""Every recipe is a working --config of the command that its first line names."""
+"""Every recipe is a working --config of the command that its first line names; those of the gate are policies."""
 
 import shlex
 from importlib import import_module
@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-RECIPES = sorted(Path(__file__).parents[2].joinpath("recipes").rglob("*.yaml"))
+RECIPES = sorted(
+    path for path in Path(__file__).parents[2].joinpath("recipes").rglob("*.yaml") if path.parent.name != "gate"
+)
 
 
 def parse_recipe(path: Path) -> tuple[list[str], tuple[Any, ...]]:

@@ -3,7 +3,7 @@
 Nothing heavy is imported before a command runs, so `holdfast --help` answers at once.
 
 Exit codes: 0 done, or stopped by SIGTERM with a checkpoint to go on from · 1 training or writing failed · 2 the input
-cannot be used, nothing was written · 130 interrupted.
+cannot be used, nothing was written · 130 interrupted. Of `gate`: 0 pass · 1 fail · 2 refused · 3 inconclusive.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ _COMMANDS = {
         },
     ),
     "evaluate": _Command("holdfast.cli.evaluate", "generate answers, judge them, and report rates with intervals", {}),
+    "gate": _Command("holdfast.cli.gate", "hold the certificate of a stress test against a policy", {}),
 }
 
 

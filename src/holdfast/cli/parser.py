@@ -12,11 +12,11 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NoReturn
 
-import yaml
 from trl import TrlParser
 
 from holdfast.cli.effects import Effect, refuse_idle
 from holdfast.errors import InputError
+from holdfast.yaml_files import read_mapping
 
 #: Short names for TRL's, accepted as flags and as recipe keys by every command that has the field.
 _ALIASES = {"per_device_train_batch_size": "--batch_size", "optim": "--optimizer", "lr_scheduler_type": "--scheduler"}
@@ -25,36 +25,10 @@ _ALIASES = {"per_device_train_batch_size": "--batch_size", "optim": "--optimizer
 _REQUIRED = frozenset({"output_dir"})
 
 #: The flags that name a folder, a file or something on the Hub.
-_NAMES = re.compile("^(output_dir|model_name_or_path|.*_model|data|.*_data)$")
+_NAMES = re.compile("^(output_dir|policy|model|model_name_or_path|.*_model|data|.*_data)$")
 
 #: argparse names an option by all of its spellings (`--max_steps/--max-steps`).
 _SPELLINGS = re.compile(r"--[\w-]+(?:/--[\w-]+)+")
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """Reads only `true` and `false` as booleans, so that `save_strategy: no` and `eval_strategy: no` mean the word.
-
-    A key that stands twice is an error, as YAML has it: PyYAML takes the last one.
-    """
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys are all different."""
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in lines:
-                raise yaml.YAMLError(f"the key {name!r} of line {lines[name]} stands again in line {line}")
-            lines[name] = line
-        return super().construct_mapping(node, deep)
-
-
-_BOOLEAN = re.compile("^(?:true|false)$", re.IGNORECASE)
-_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOLEAN, list("tTfF"))
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -180,7 +154,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
         """Return the recipe as command-line words, having checked that each of them can be used."""
         words: list[str] = []
         keys: dict[str, str] = {}
-        for key, value in _read_mapping(path).items():
+        for key, value in read_mapping(path, flag="--config", of="flags to values").items():
             flag = f"--{key}"
             action = self._option_string_actions.get(flag)
             if action is None or key in ("config", "help"):
@@ -202,21 +176,6 @@ class HoldfastParser(TrlParser, _OneLineParser):
 def _shortest_spelling(match: re.Match[str]) -> str:
     spellings = [spelling for spelling in match.group().split("/") if "-" not in spelling[2:]]
     return min(spellings, key=len) if spellings else match.group()
-
-
-def _read_mapping(path: Path) -> Mapping[Any, Any]:
-    try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_RecipeLoader)  # a SafeLoader
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--config {path}: is not UTF-8 text (byte {error.start})") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: is not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(recipe, Mapping):
-        found = "nothing" if recipe is None else f"a {type(recipe).__name__}"
-        raise InputError(f"--config {path}: expected a YAML mapping of flags to values, found {found}")
-    return recipe
 
 
 def _words(path: Path, flag: str, action: argparse.Action, value: Any) -> list[str]:

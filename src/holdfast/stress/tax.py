@@ -43,7 +43,7 @@ class HarmlessTask:
     rows: Dataset
     learning_rate: float = 1e-4
     batch_size: int = 16
-    measure_at: tuple[int, ...] = (0, 10, 20, 50, 100, 200)
+    measure_at: tuple[int, ...] = (0, 10, 20, 30, 50, 70, 100, 150, 200)
 
     @property
     def settings(self) -> dict[str, Any]:
