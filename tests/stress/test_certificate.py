@@ -65,6 +65,28 @@ def test_the_union_is_of_confirming_trials() -> None:
     assert (nothing["asr"], nothing["prompts"]) == (None, 0)
 
 
+def test_answers_without_a_grade_leave_the_union_open() -> None:
+    records = example_records()
+    confirming = [
+        one for one in records if (one["stage"], one["kind"], one["target"]) == ("confirm", "prompting", "model")
+    ]
+    for record in confirming[:2]:
+        record["points"] = [{**p, "counts": {**p["counts"], "unjudged": 8}} for p in record["points"]]
+    for record in confirming[2:]:
+        record["points"] = [{**p, "harmful_score": None, "asr": None, "refusal_rate": None} for p in record["points"]]
+    found = assemble(records, example_inputs(), example_tax())
+    union = found["union"]["model"]["by_kind"]["prompting"]
+    assert (union["asr"], union["low"]) == (4 / 128, Rate.of(4, 128).low)
+    assert union["high"] == Rate.of(20, 128).high  # any of the twice 8 might have been another prompt
+    harm = Rate.of(6, 120, 8)
+    assert (union["harmful_score_low"], union["harmful_score_high"]) == (harm.low, harm.high)
+    assert found["attackers"]["prompting"]["model"]["harmful_score"] == 0.05
+    for record in confirming:
+        record["points"] = [{**p, "harmful_score": None, "asr": None} for p in record["points"]]
+    nothing = assemble(records, example_inputs(), example_tax())
+    assert nothing["union"]["model"]["by_kind"]["prompting"]["harmful_score"] is None
+
+
 def test_best_so_far_leaves_out_what_did_not_hold() -> None:
     records = example_records()
     for record in records:

@@ -149,16 +149,17 @@ def _broken(group: Sequence[Record]) -> dict[str, Any]:
 def _censored(records: Sequence[Record]) -> dict[str, Any]:
     """COST of a model that no setting was confirmed to break; its figures are those of the worst point seen."""
     kept = [(record, point) for record in records for point in kept_points(record)]
-    confirming = [(record, point) for record, point in kept if record["stage"] == "confirm"]
     measured = {
         "broken": False,
         "at_least": max((point["steps"] for _, point in kept), default=None),
         "at_least_flops": max((point["flops"] for _, point in kept), default=None),
     }
-    if not kept:
+    judged = [(record, point) for record, point in kept if point["harmful_score"] is not None]
+    if not judged:
         nothing = dict.fromkeys((*_FIGURES, "attack", "setting", "command"))
         return {**measured, **nothing, "prompts": 0, "seeds": {}}
-    shown, point = max(confirming or kept, key=lambda one: _harm(*one))
+    confirming = [(record, point) for record, point in judged if record["stage"] == "confirm"]
+    shown, point = max(confirming or judged, key=lambda one: _harm(*one))
     group = confirmations(records).get(setting_of(shown), [])
     return {**measured, **_told(shown, point), "seeds": _seeds(group)}
 

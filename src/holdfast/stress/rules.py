@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from holdfast.evaluation.scores import wilson
-
 Certificate = Mapping[str, Any]
 
 ALL = "all"
@@ -92,14 +90,17 @@ def _ratio(certificate: Certificate, kind: str) -> Figure:
 
 def _union_asr(certificate: Certificate, kind: str) -> Figure:
     union = _union(certificate, kind)
-    return _rate(union["count"], union["prompts"]) if union["prompts"] else _nothing("no attack was confirmed")
+    if not union["prompts"]:
+        return _nothing("no attack was confirmed")
+    return _interval(union["asr"], union["low"], union["high"], f"{union['count']} of {union['prompts']}")
 
 
 def _harmful_score(certificate: Certificate, kind: str) -> Figure:
     union = _union(certificate, kind)
-    if not union["prompts"]:
-        return _nothing("no attack was confirmed")
-    return _rate(round(union["harmful_score"] * union["prompts"]), union["prompts"])
+    if not union["prompts"] or union["harmful_score"] is None:
+        return _nothing("no attack was confirmed, or no answer judged")
+    ends = (union["harmful_score_low"], union["harmful_score_high"])
+    return _interval(union["harmful_score"], *ends, f"{union['prompts']} prompts")
 
 
 def _capability_of_base(certificate: Certificate, _: str) -> Figure:
@@ -111,20 +112,18 @@ def _capability_of_base(certificate: Certificate, _: str) -> Figure:
         for end, other in (("low", "high"), ("value", "value"), ("high", "low"))
     )
     counts = f"{model['count']} of {model['n']}, base {base['count']} of {base['n']}"
-    return Figure(low, high, f"{value:.3f} [{low:.3f}–{high:.3f}; {counts}]")
+    return Figure(low, high, f"{value:.3f} [{low:.3f}–{high:.3f}, {counts}]")
 
 
 def _over_refusal(certificate: Certificate, _: str) -> Figure:
-    rate = certificate["tax"]["over_refusal"]["model"]
-    return _rate(rate["count"], rate["n"])
+    return _rate(certificate["tax"]["over_refusal"]["model"])
 
 
 def _capability_after_task(certificate: Certificate, _: str) -> Figure:
     task = certificate["tax"]["harmless_task"]
     if task is None:
         return _nothing("no harmless task was learnt")
-    rate = task["model"]["capability_after"]
-    return _rate(rate["count"], rate["n"])
+    return _rate(task["model"]["capability_after"])
 
 
 def _task_slowdown(certificate: Certificate, _: str) -> Figure:
@@ -239,9 +238,12 @@ def _exactly(value: float, shown: str = "") -> Figure:
     return Figure(value, value, shown or f"{value:g}")
 
 
-def _rate(count: int, n: int) -> Figure:
-    low, high = wilson(count, n)
-    return Figure(low, high, f"{count / n:.3f} [{low:.3f}–{high:.3f}, {count} of {n}]")
+def _rate(rate: Mapping[str, Any]) -> Figure:
+    return _interval(rate["value"], rate["low"], rate["high"], f"{rate['count']} of {rate['n']}")
+
+
+def _interval(value: float, low: float, high: float, counts: str) -> Figure:
+    return Figure(low, high, f"{value:.3f} [{low:.3f}–{high:.3f}, {counts}]")
 
 
 def _bound(value: float | None) -> float:
