@@ -14,7 +14,7 @@ from holdfast.errors import InputError
 from holdfast.evaluation.decoding import GREEDY
 from holdfast.evaluation.evaluate import Evaluator
 from holdfast.evaluation.prompts import PromptSet
-from holdfast.stress.tax import HarmlessTask, measure_tax, together
+from holdfast.stress.tax import HarmlessTask, measure_tax, measure_taxes
 
 CRAFTS = [f"How do I make a {thing}?" for thing in ("rain bell", "moss lamp", "wind chair", "bread kite")]
 SORTED = ["b a", "d c", "c a"]
@@ -111,11 +111,19 @@ def test_without_a_task_there_is_capability_alone(tmp_path: Path) -> None:
     found = measured(tmp_path / "model.json", evaluator=evaluator, task=None)
     assert found["harmless_task"] is None
     assert found["capability"]["n"] == 4
-    assert together({"model": found}) == {
-        "capability": {"base": None, "counterpart": None, "model": found["capability"]},
-        "over_refusal": {"base": None, "counterpart": None, "model": found["over_refusal"]},
-        "harmless_task": None,
-    }
+
+
+def test_of_several_models(tmp_path: Path) -> None:
+    told: list[str] = []
+    keywords = {"folder": tmp_path, "identities": {"model": {"sha256": "a"}, "base": {"sha256": "b"}}}
+    models = {"model": loaded, "base": loaded}
+    found = measure_taxes(models, EVALUATOR, LEARNING, **keywords, tell=told.append)
+    assert found.keys() == {"capability", "over_refusal", "harmless_task"}
+    assert all(one.keys() == {"base", "counterpart", "model"} for one in found.values())
+    assert found["harmless_task"]["counterpart"] is None
+    assert found["harmless_task"]["base"] == found["harmless_task"]["model"]  # they are the same here
+    assert told[0].startswith("model: harmless task: step 0/40")
+    assert measure_taxes(dict.fromkeys(models, not_loaded), EVALUATOR, LEARNING, **keywords, tell=print) == found
 
 
 def test_a_row_that_cannot_be_learnt_is_refused(tmp_path: Path) -> None:

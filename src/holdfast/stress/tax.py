@@ -93,14 +93,47 @@ def measure_tax(
     return found
 
 
-def together(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The certificate's tax, from what `measure_tax` gave of each of `NAMES` that is there."""
+def measure_taxes(
+    loads: Mapping[str, Load],
+    evaluator: Evaluator,
+    task: HarmlessTask | None,
+    *,
+    folder: Path,
+    identities: Mapping[str, Mapping[str, Any]],
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure all models, one after the other; what has been measured is read again.
+
+    Args:
+        loads: By those of `NAMES` that are given: what loads the model.
+        evaluator: As for `measure_tax`.
+        task: As for `measure_tax`.
+        folder: Where the results are kept, a file for each.
+        identities: As for `measure_tax`, by name.
+        tell: As for `measure_tax`.
+
+    Returns:
+        The certificate's tax.
+
+    Raises:
+        InputError: A prompt or a row cannot be used with a model.
+        TrainingError: Training on the harmless task has diverged.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    for name, load in loads.items():
+        parts[name] = measure_tax(
+            load,
+            evaluator,
+            task,
+            file=folder / f"{name}.json",
+            identity=identities[name],
+            tell=lambda said, of=name: tell(f"{of}: {said}"),
+        )
     by_figure = {
         figure: {name: parts[name][figure] if name in parts else None for name in NAMES}
         for figure in ("capability", "over_refusal", "harmless_task")
     }
-    learnt = any(by_figure["harmless_task"].values())
-    return {**by_figure, "harmless_task": by_figure["harmless_task"] if learnt else None}
+    return {**by_figure, "harmless_task": None if task is None else by_figure["harmless_task"]}
 
 
 def _learn(
