@@ -40,9 +40,9 @@ EVALUATOR = Evaluator([CAPABILITY, LEARNT], decoding=replace(GREEDY, max_new_tok
 LEARNING = HarmlessTask(Dataset.from_list(TASK), learning_rate=3e-3, batch_size=3, measure_at=(0, 4, 40))
 
 
-def measured(file: Path, load=loaded, evaluator=EVALUATOR, task=LEARNING, identity=None, told=None):
+def measured(folder: Path, load=loaded, evaluator=EVALUATOR, task=LEARNING, identity=None, told=None):
     tell = (told if told is not None else []).append
-    return measure_tax(load, evaluator, task, file=file, identity=identity or {"sha256": "a"}, tell=tell)
+    return measure_tax("model", load, evaluator, task, folder=folder, identity=identity or {"sha256": "a"}, tell=tell)
 
 
 def not_loaded():
@@ -51,7 +51,7 @@ def not_loaded():
 
 def test_a_harmless_task_is_learnt_by_the_real_attacks_steps(tmp_path: Path) -> None:
     told: list[str] = []
-    found = measured(tmp_path / "model.json", told=told)
+    found = measured(tmp_path, told=told)
     task = found["harmless_task"]
     assert [point["steps"] for point in task["points"]] == [0, 4, 40]
     assert found["capability"] == task["points"][0]["capability"]
@@ -61,7 +61,7 @@ def test_a_harmless_task_is_learnt_by_the_real_attacks_steps(tmp_path: Path) -> 
     assert accuracies[-1] == 1
     assert task["steps_to_0.9_of_best"] == 40
     assert task["capability_after"] == task["points"][-1]["capability"]
-    assert told[-1] == "harmless task: step 40/40 · task accuracy 1.00 · capability 0.00"
+    assert told[-1] == "model: harmless task: step 40/40 · task accuracy 1.00 · capability 0.00"
 
     model, tokenizer = loaded()
     plain = {"report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "gradient_checkpointing": False}
@@ -81,9 +81,8 @@ def test_a_harmless_task_is_learnt_by_the_real_attacks_steps(tmp_path: Path) -> 
 
 
 def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
-    file = tmp_path / "tax" / "model.json"
-    found = measured(file)
-    assert measured(file, load=not_loaded) == json.loads(json.dumps(found))
+    found = measured(tmp_path / "tax")
+    assert measured(tmp_path / "tax", load=not_loaded) == json.loads(json.dumps(found))
 
 
 @pytest.mark.parametrize(
@@ -96,19 +95,19 @@ def test_what_was_measured_is_read_again(tmp_path: Path) -> None:
     ids=["model", "task", "seed"],
 )
 def test_it_is_measured_again_where_something_else_is_asked_for(change, tmp_path: Path) -> None:
-    measured(tmp_path / "model.json")
+    measured(tmp_path)
     with pytest.raises(AssertionError, match="measured already"):
-        measured(tmp_path / "model.json", load=not_loaded, **change)
+        measured(tmp_path, load=not_loaded, **change)
 
 
 def test_a_damaged_file_is_measured_again(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text('{"identity": ', encoding="utf-8")
-    assert measured(tmp_path / "model.json")["capability"]["n"] == 4
+    assert measured(tmp_path)["capability"]["n"] == 4
 
 
 def test_without_a_task_there_is_capability_alone(tmp_path: Path) -> None:
     evaluator = replace(EVALUATOR, sets=[CAPABILITY])
-    found = measured(tmp_path / "model.json", evaluator=evaluator, task=None)
+    found = measured(tmp_path, evaluator=evaluator, task=None)
     assert found["harmless_task"] is None
     assert found["capability"]["n"] == 4
 
@@ -129,5 +128,5 @@ def test_of_several_models(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_learnt_is_refused(tmp_path: Path) -> None:
     odd = Dataset.from_list([{"text": "no answer"}])
     with pytest.raises(InputError):
-        measured(tmp_path / "model.json", task=replace(LEARNING, rows=odd))
+        measured(tmp_path, task=replace(LEARNING, rows=odd))
     assert not (tmp_path / "model.json").exists()

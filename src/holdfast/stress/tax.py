@@ -52,21 +52,23 @@ class HarmlessTask:
 
 
 def measure_tax(
+    name: str,
     load: Load,
     evaluator: Evaluator,
     task: HarmlessTask | None,
     *,
-    file: Path,
+    folder: Path,
     identity: Mapping[str, Any],
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure one model, unless that has been done.
 
     Args:
-        load: Loads the model; not called where the file has what is asked for.
+        name: One of `NAMES`.
+        load: Loads the model; not called where the folder has what is asked for.
         evaluator: Has a set of capability prompts and, for a harmless task, one of task prompts; no harmful ones.
         task: The harmless task; None: without one.
-        file: Where the result is kept, and read again if its identity fits.
+        folder: Where the result is kept, as NAME.json, and read again if its identity fits.
         identity: What the result depends on beside the task's settings, ready for JSON: hashes of model and data, how
             answers are decoded.
         tell: Called with a sentence on how far it is.
@@ -79,10 +81,14 @@ def measure_tax(
         TrainingError: Training on the harmless task has diverged.
     """
     fitting = {**identity, "task": None if task is None else task.settings, "seed": evaluator.seed}
+    file = folder / f"{name}.json"
     if (kept := _kept(file, fitting)) is not None:
         return kept
     model, tokenizer = load()
-    measured = [(0, evaluator(model, tokenizer))] if task is None else _learn(task, model, tokenizer, evaluator, tell)
+    if task is None:
+        measured = [(0, evaluator(model, tokenizer))]
+    else:
+        measured = _learn(task, model, tokenizer, evaluator, lambda said: tell(f"{name}: {said}"))
     first = measured[0][1].results["capability"]
     found = {
         "capability": first["capability"],
@@ -119,16 +125,10 @@ def measure_taxes(
         InputError: A prompt or a row cannot be used with a model.
         TrainingError: Training on the harmless task has diverged.
     """
-    parts: dict[str, dict[str, Any]] = {}
-    for name, load in loads.items():
-        parts[name] = measure_tax(
-            load,
-            evaluator,
-            task,
-            file=folder / f"{name}.json",
-            identity=identities[name],
-            tell=lambda said, of=name: tell(f"{of}: {said}"),
-        )
+    parts = {
+        name: measure_tax(name, load, evaluator, task, folder=folder, identity=identities[name], tell=tell)
+        for name, load in loads.items()
+    }
     by_figure = {
         figure: {name: parts[name][figure] if name in parts else None for name in NAMES}
         for figure in ("capability", "over_refusal", "harmless_task")
