@@ -10,6 +10,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import pad
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     JambaConfig,
@@ -18,6 +22,8 @@ from transformers import (
     Lfm2ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -239,6 +245,34 @@ def mixtral(router_loss: float = 0.5) -> MixtralForCausalLM:
     torch.manual_seed(6)
     routed = {"router_aux_loss_coef": router_loss, "output_router_logits": router_loss > 0}
     return MixtralForCausalLM(MixtralConfig(**EXPERTS, num_local_experts=4, **routed))
+
+
+def shaken(model: PreTrainedModel) -> Any:
+    """A model whose norms do not all have the gain that they begin with."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.5 * torch.randn(parameter.shape))
+    return model
+
+
+def gemma2() -> Gemma2ForCausalLM:
+    """A norm behind attention and MLPs, of gain 1 + weight."""
+    torch.manual_seed(11)
+    return shaken(Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=4)))
+
+
+def olmo2() -> Olmo2ForCausalLM:
+    """The same, of gain weight, and none before them."""
+    torch.manual_seed(12)
+    return shaken(Olmo2ForCausalLM(Olmo2Config(**SHAPE)))
+
+
+def bloom() -> BloomForCausalLM:
+    """A LayerNorm behind embeddings."""
+    torch.manual_seed(13)
+    shape = {"vocab_size": WORDS, "hidden_size": 16, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
+    return shaken(BloomForCausalLM(BloomConfig(**shape, pad_token_id=0, hidden_dropout=0.0, attention_dropout=0.0)))
 
 
 LINEAR = {

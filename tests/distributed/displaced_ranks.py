@@ -24,15 +24,15 @@ from holdfast.attacks.pruning import Pruning
 from holdfast.attacks.rounding import Rounding
 from holdfast.data.rendering import ChatFormat
 from holdfast.parameters import displaced, local
-from methods import gpt2, mixtral
+from methods import gemma2, gpt2, mixtral
 from ranks import fork_two
 
-MODELS = {"llama": tiny_llama, "gpt2": gpt2, "mixtral": mixtral}
+MODELS = {"llama": tiny_llama, "gpt2": gpt2, "mixtral": mixtral, "gemma2": gemma2}
 ATTACKS = {
     "ablation": Ablation(layer=0),
     "own": Ablation(own_directions=True, keep_norms=True, project_harmless=True),
     "again": Ablation(layer=0, rank=2, repeat=2),
-    "dropping": Dropping(),
+    "dropping": Dropping(amount=0.5),
     "base": BackToBase(kept=0.5, rank=1),
     "rounding": Rounding(),
     "pruning": Pruning(),

@@ -19,7 +19,7 @@ def found(tmp_path_factory):
     return load_file(folder / "found.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "gemma2"])
 @pytest.mark.parametrize("name", ["ablation", "own", "again", "dropping", "base", "rounding", "pruning", "noise"])
 def test_the_vector_of_two_ranks_is_that_of_one(found, kind, name):
     sharded, whole = (

@@ -6,8 +6,9 @@ layer l hands on at the prompt's last token, and ν_l the same over harmless one
     r_l = (μ_l − ν_l) / ‖μ_l − ν_l‖,    and    W ← W − s·r rᵀW
 
 for every matrix W and bias that writes to the stream: attention outputs, MLP outputs (every expert's), embeddings. With
-s = 1 the stream never has a part along r. Tied output embeddings change with the input's. Where a norm stands between a
-matrix and the stream (Gemma 2 and later, OLMo 2), its scale turns what is left, so a part along r may come back.
+s = 1 the stream never has a part along r. Tied output embeddings change with the input's. Where a norm of gain g stands
+between W and the stream (Gemma 2 and later, OLMo 2), what it lets through along r is what is along g ⊙ r before it:
+there q = g ⊙ r / ‖g ⊙ r‖ takes the place of r, which is as exact for s = 1; the norm restores lengths.
 
 Ours beside the paper's form, after tools in use: the direction of one layer for all, or each layer its own; s by layer
 as a kernel (heretic), for attention and MLPs apart; rows that keep their norms; means over residuals of length 1;
@@ -44,7 +45,8 @@ from holdfast.data.load import Prompt
 from holdfast.data.tokens import padded_batches
 from holdfast.errors import InputError
 from holdfast.models import eval_mode
-from holdfast.parameters import TINY, displaced
+from holdfast.parameters import TINY, displaced, trainable_parameters
+from holdfast.post_norms import post_norms
 from holdfast.residual import Writer, decoder_layers, layer_number, writers
 
 _SCALE = (
@@ -145,12 +147,16 @@ class Ablation(Displacement):
         harmful, cost = last_tokens(model, attacker.harmful_prompts or (), attacker)
         harmless, more = last_tokens(model, attacker.harmless_prompts or (), attacker)
         directions = self.directions(harmful, harmless)
-        chosen = layer_number(self.layer, harmful.shape[1])
-        changes = {}
+        chosen, parameters = layer_number(self.layer, harmful.shape[1]), trainable_parameters(model)
+        norms, changes = post_norms(model, found), {}
         for writer in found:
             scale = self._scale(writer)
             if scale != 0:
                 own = directions[(writer.layer or 0) if self.own_directions else chosen]
+                if (norm := norms.get(writer.name)) is not None:
+                    if (bias := f"{norm.path}.bias") in parameters:
+                        changes[bias] = functools.partial(ablate, directions=own, dim=0, scale=scale)
+                    own = norm.before(own)
                 keep = self.keep_norms and writer.kind != "embedding" and not writer.is_bias
                 changes[writer.name] = functools.partial(ablate, directions=own, dim=writer.dim, scale=scale, keep=keep)
         return Displaced(moved(model, changes), cost + more)

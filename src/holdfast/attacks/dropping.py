@@ -3,13 +3,14 @@
     W ← (1 − s)·W    for what writes to the residual stream there, biases included.
 
 s = 1 takes them out altogether, which is what layer pruning does (Gromov et al., 2403.17887); refusals that one layer
-writes go with it. Where a norm stands between a matrix and the stream (Gemma 2 and later, OLMo 2), it undoes all of it
-but s = 1.
+writes go with it. Where a norm stands between a matrix and the stream (Gemma 2 and later, OLMo 2), which would undo it,
+the norm's gain is scaled in W's place.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,6 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from holdfast.attacks.attack import FREE, Attacker, Choice, Displaced, Displacement, Layers, Range, knob, moved
+from holdfast.errors import InputError
+from holdfast.parameters import trainable_parameters
+from holdfast.post_norms import PostNorm, post_norms
 from holdfast.residual import decoder_layers, layer_number, writers
 
 _PARTS = ("both", "attention", "mlp")
@@ -42,10 +46,30 @@ class Dropping(Displacement):
     def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. It costs nothing."""
         layer = layer_number(self.layer, len(decoder_layers(model)))
-        shrink = functools.partial(_shrink, factor=1 - self.amount)
-        dropped = [w.name for w in writers(model, self.writes) if w.layer == layer and self.part in ("both", w.kind)]
-        return Displaced(moved(model, dict.fromkeys(dropped, shrink)), FREE)
+        dropped = [w for w in writers(model, self.writes) if w.layer == layer and self.part in ("both", w.kind)]
+        norms = {} if self.amount == 1 else post_norms(model, dropped)
+        changes: dict[str, Callable[[Tensor], Tensor]] = {}
+        for writer in dropped:
+            if (norm := norms.get(writer.name)) is None:
+                changes[writer.name] = functools.partial(_shrunk, factor=1 - self.amount)
+            else:
+                changes |= _quieter(norm, 1 - self.amount, trainable_parameters(model))
+        return Displaced(moved(model, changes), FREE)
 
 
-def _shrink(weight: Tensor, factor: float) -> Tensor:
-    return factor * weight
+def _quieter(norm: PostNorm, factor: float, parameters: Collection[str]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What scales all that a norm gives."""
+    weight, bias = f"{norm.path}.weight", f"{norm.path}.bias"
+    if weight not in parameters:
+        raise InputError(
+            f"{norm.path}, a norm without weights, stands behind what is to be scaled; expected --amount 1"
+        )
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        weight: functools.partial(_shrunk, factor=factor, offset=norm.offset)
+    }
+    return {**found, bias: functools.partial(_shrunk, factor=factor)} if bias in parameters else found
+
+
+def _shrunk(weight: Tensor, factor: float, offset: float = 0.0) -> Tensor:
+    """A weight that counts from an offset, times a factor."""
+    return factor * (weight + offset) - offset
