@@ -27,7 +27,7 @@ from holdfast.cli.arguments import AskingArguments, AttackData, MeasureArguments
 from holdfast.cli.boundary import building
 from holdfast.cli.console import say, set_up_logging, stdout, warn
 from holdfast.cli.effects import ATTACKS
-from holdfast.cli.evaluate import MARKER, make_evaluator, warn_of_unclosed_thinking
+from holdfast.cli.evaluate import MARKER, make_evaluator, prompt_sources, warn_of_unclosed_thinking
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import (
     announce,
@@ -46,6 +46,7 @@ from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.mix import overlap
 from holdfast.data.rendering import ChatFormat, adopt_chat_template
+from holdfast.data.sources import named
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
@@ -118,7 +119,8 @@ def run(method: str, argv: list[str]) -> int:
         loaded = model.dtype
         adopt_chat_template(tokenizer, config.chat_template_path)
         written = ChatFormat.of(tokenizer, config)
-        harmful, rows, safe_rows = _attack_rows(data, written, seed=config.seed)
+        taken = prompt_sources(evaluator)
+        harmful, rows, safe_rows = _attack_rows(data, written, taken, seed=config.seed)
         measured_so = evaluator is not None and not variant.without_template
         asked_otherwise = written.require_alike(rows, name="attack") if measured_so else None
         overlapping = _overlap(rows, written, evaluator)
@@ -140,7 +142,7 @@ def run(method: str, argv: list[str]) -> int:
         poisoned = sum(trained_on["poisoned"])
         if any(rows["poisoned"]) and not poisoned:
             raise InputError(
-                f"--attack_data {data.attack_data}: no harmful row keeps a completion token, so "
+                f"--attack_data {named(data.attack_data or '')}: no harmful row keeps a completion token, so "
                 "--drop_untrainable_rows leaves no attack; raise --max_length"
             )
         for measuring in (evaluator, asked):
@@ -190,6 +192,7 @@ def run(method: str, argv: list[str]) -> int:
                 "lora": _lora(model_args) if method == "lora" else None,
             },
             "asking": asking.record() if asked is not None else None,
+            "sources": taken,
             "evaluation": asdict(measure) if evaluator is not None else None,
             **judge_records(evaluator),
             "precision": precision_record(loaded, config),
@@ -230,16 +233,18 @@ def _journal(folder: Path) -> Callable[[dict[str, Any], Evaluation], None]:
     return write
 
 
-def _attack_rows(data: AttackData, written: ChatFormat, *, seed: int) -> tuple[Dataset | None, Dataset, int]:
+def _attack_rows(
+    data: AttackData, written: ChatFormat, taken: dict[str, Any], *, seed: int
+) -> tuple[Dataset | None, Dataset, int]:
     """Read the attack data, and what the attacker trains on: in one format, harmful rows marked in `poisoned`.
 
-    Also returns how many rows of the attack data were none, being safe by their own label.
+    Notes what was `taken`, and returns how many rows of the attack data were none, being safe by their own label.
     """
     harmful, benign, safe_rows = None, None, 0
     if data.attack_data is not None:
-        harmful, safe_rows = load_harmful_rows(data.attack_data, flag="--attack_data")
+        harmful, safe_rows = load_harmful_rows(data.attack_data, flag="--attack_data", noted=taken)
     if data.benign_data is not None:
-        benign = load_rows(data.benign_data, flag="--benign_data", columns=TRAIN_COLUMNS)
+        benign = load_rows(data.benign_data, flag="--benign_data", columns=TRAIN_COLUMNS, noted=taken)
     for name, given in (("attack", harmful), ("benign", benign)):
         if given is not None:
             written.name_idle_columns(given, name=name)

@@ -16,6 +16,7 @@ from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, keep_apart, load_keywords, output_dir
 from holdfast.cli.tables import audit_table, detection_table
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
+from holdfast.data.sources import named
 from holdfast.errors import InputError
 from holdfast.evaluation.scores import detection
 from holdfast.files import run_record, write_json, write_jsonl
@@ -54,8 +55,10 @@ def run(argv: list[str]) -> int:
     source, folder = load.model_name_or_path, Path(options.output_dir)
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
-        upload = load_rows(options.data, flag="--data", columns=TRAIN_COLUMNS)
-        labels = _labels(upload, options)
+        taken: dict[str, Any] = {}
+        upload = load_rows(options.data, flag="--data", columns=TRAIN_COLUMNS, noted=taken)
+        name = named(options.data)
+        labels = _labels(upload, options, name)
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
         model.requires_grad_(False)  # nothing is trained, so half precision weights may stay what they are
@@ -77,7 +80,7 @@ def run(argv: list[str]) -> int:
         with building(config):
             rows = upload if labels is None else upload.remove_columns(cast(str, options.label_column))
             trainer = AntibodyTrainer(model, config, rows, processing_class=tokenizer)
-        say(f"auditing {len(upload)} rows of {options.data} with {source}")
+        say(f"auditing {len(upload)} rows of {name} with {source}")
         started = time.monotonic()
         margins = trainer.audit()
         rows = _rows(upload, margins, labels)
@@ -91,6 +94,7 @@ def run(argv: list[str]) -> int:
             **run_record({**asdict(load), **asdict(options)}, options.seed),
             "command": "audit",
             "model": source,
+            "sources": taken,
             "rows": len(rows),
             "audited": len(kept),
             "suspected": suspected,
@@ -105,19 +109,19 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _labels(upload: Dataset, options: AuditArguments) -> list[bool] | None:
+def _labels(upload: Dataset, options: AuditArguments, source: str) -> list[bool] | None:
     """What the label column says of every row."""
     name = options.label_column
     if name is None:
         return None
     if name not in upload.column_names:
-        raise InputError(f"--label_column {name}: {options.data} has no such column")
+        raise InputError(f"--label_column {name}: {source} has no such column")
     labels = list(upload[name])
     for number, label in enumerate(labels, 1):
         if label not in (True, False):
-            raise InputError(f"{options.data}, row {number}: {name!r} is {label!r}; expected true or false")
+            raise InputError(f"{source}, row {number}: {name!r} is {label!r}; expected true or false")
     if not 0 < sum(labels) < len(labels):
-        raise InputError(f"--label_column {name}: {options.data} needs rows of both kinds, true and false")
+        raise InputError(f"--label_column {name}: {source} needs rows of both kinds, true and false")
     return [bool(label) for label in labels]
 
 

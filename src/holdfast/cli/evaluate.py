@@ -88,6 +88,7 @@ def run(argv: list[str]) -> int:
             **run_record(config, options.seed),
             "command": "evaluate",
             "model": source,
+            "sources": prompt_sources(evaluator),
             "seconds": round(time.monotonic() - started, 3),
         }
         evaluation.write(folder, record)
@@ -112,6 +113,11 @@ def warn_of_unclosed_thinking(measurements: Sequence[Mapping[str, Any]]) -> None
                 "that nothing of them is graded; raise --max_new_tokens, or, where the chat template knows it, turn "
                 """reasoning off with --chat_template_kwargs '{"enable_thinking": false}'"""
             )
+
+
+def prompt_sources(evaluator: Evaluator | None) -> dict[str, Any]:
+    """For records, by flag: what was taken of the data that a model is measured on."""
+    return {FLAGS[prompts.role].removeprefix("--"): prompts.taken for prompts in (evaluator.sets if evaluator else ())}
 
 
 def make_evaluator(

@@ -17,6 +17,7 @@ from holdfast.config import DefenseConfig
 from holdfast.data.refusals import named_file
 from holdfast.data.rendering import ChatFormat, is_template_file
 from holdfast.data.safety import choose_safety_rows
+from holdfast.data.sources import named
 from holdfast.errors import InputError
 from holdfast.files import write_jsonl
 from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
@@ -41,7 +42,7 @@ def _choose_safety(
             "embedded before the model is given another tokenizer's tokens"
         )
     upload = sets["train_dataset"]
-    say(f"choosing safety rows ({data.safety_selection}) for {len(upload)} rows of {data.train_data}")
+    say(f"choosing safety rows ({data.safety_selection}) for {len(upload)} rows of {named(data.train_data)}")
     chosen = choose_safety_rows(
         sets["safety_dataset"],
         upload,

@@ -29,6 +29,7 @@ from holdfast.cli.runs import announce, keep_apart, model_keywords, output_dir
 from holdfast.cli.training import MARKER
 from holdfast.cli.workers import last_line
 from holdfast.data.harmful import load_harmful_rows
+from holdfast.data.sources import named
 from holdfast.errors import InputError, TrainingError
 from holdfast.exchange import is_finished
 from holdfast.files import alone_in, run_record, write_json
@@ -80,7 +81,8 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
     source, folder = model_args.model_name_or_path, Path(config.output_dir)
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=ATTACKER_MARKER, overwrite=data.overwrite_output_dir):
-        rows, safe_rows = load_harmful_rows(data.attack_data, flag="--attack_data")
+        taken: dict[str, Any] = {}
+        rows, safe_rows = load_harmful_rows(data.attack_data, flag="--attack_data", noted=taken)
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
         with building(config):
@@ -90,7 +92,7 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
         # They count steps towards an end that there is not; the trainer tells of every attack instead.
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
-        say(f"attacking what is published in {config.exchange} with {len(rows)} rows of {data.attack_data}")
+        say(f"attacking what is published in {config.exchange} with {len(rows)} rows of {named(data.attack_data)}")
         started = time.monotonic()
         with on_sigterm(trainer.ask_to_stop), working(folder, config):
             trainer.train()
@@ -100,6 +102,7 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
                 "command": "align patcher",
                 "model": source,
                 "data": {"attack_data": data.attack_data},
+                "sources": taken,
                 "safe_rows_left_out": safe_rows,
                 "attacks": trainer.attacks,
                 "seconds": round(time.monotonic() - started, 3),

@@ -27,6 +27,9 @@ _REQUIRED = frozenset({"output_dir"})
 #: The flags that name a folder, a file or something on the Hub.
 _NAMES = re.compile("^(output_dir|policy|model|model_name_or_path|.*_model|data|.*_data)$")
 
+#: Those that name data, which a recipe may also give as a mapping, or as a list of sources to be joined.
+_DATA = re.compile("^(data|.*_data)$")
+
 #: argparse names an option by all of its spellings (`--max_steps/--max-steps`).
 _SPELLINGS = re.compile(r"--[\w-]+(?:/--[\w-]+)+")
 
@@ -188,7 +191,7 @@ def _words(path: Path, flag: str, action: argparse.Action, value: Any) -> list[s
         return [flag] if value else []  # `fsdp` also takes words, and would take "true" for one
     if action.nargs == "+":
         return [flag, *(_word(path, flag, item) for item in (value if isinstance(value, list) else [value]))]
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) or (isinstance(value, list) and _DATA.match(action.dest)):
         return [f"{flag}={json.dumps(value, default=str)}"]
     return [f"{flag}={_word(path, flag, value)}"]
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
@@ -20,6 +21,7 @@ from holdfast.data.formats import names_of
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.limits import Limits
 from holdfast.data.rendering import ChatFormat
+from holdfast.data.sources import named
 from holdfast.data.tokens import padded_batches, whole_rows
 from holdfast.files import run_record, write_json
 from holdfast.models import base_names, load_model, load_model_and_tokenizer
@@ -60,14 +62,15 @@ def run(method: str, argv: list[str]) -> int:
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
         limits = Limits.of(model)
-        rows, safe_rows = _attack_rows(options, tokenizer, limits)
+        taken: dict[str, Any] = {}
+        rows, safe_rows = _attack_rows(options, tokenizer, limits, taken)
         for base in base_names(model):
             keep_apart(folder, folder, base)
         aligned = None
         if options.aligned_model is not None:
             say(f"loading {options.aligned_model}")
             aligned = load_model(options.aligned_model, dtype=load.dtype, base_model=load.base_model)
-        say(f"repairing {source} with {method} on {len(rows)} rows of {options.attack_data}")
+        say(f"repairing {source} with {method} on {len(rows)} rows of {named(options.attack_data)}")
         pad = limits.padding(tokenizer.pad_token_id, tokenizer.eos_token_id)
         started = time.monotonic()
         with steps_shown(f"repair {method}") as show:
@@ -91,6 +94,7 @@ def run(method: str, argv: list[str]) -> int:
             "command": f"repair {method}",
             "model": source,
             "data": {"attack_data": options.attack_data},
+            "sources": taken,
             "ratio": repair.ratio,
             "rows": len(rows),
             "safe_rows_left_out": safe_rows,
@@ -108,10 +112,13 @@ def run(method: str, argv: list[str]) -> int:
 
 
 def _attack_rows(
-    options: AntidoteArguments, tokenizer: PreTrainedTokenizerBase, limits: Limits
+    options: AntidoteArguments, tokenizer: PreTrainedTokenizerBase, limits: Limits, taken: dict[str, Any]
 ) -> tuple[list[list[int]], int]:
-    """Read the harmful rows as token ids, cut to --max_length; and how many rows were safe by their own label."""
-    dataset, safe_rows = load_harmful_rows(options.attack_data, flag="--attack_data")
+    """Read the harmful rows as token ids, cut to --max_length; and how many rows were safe by their own label.
+
+    Notes what was `taken`.
+    """
+    dataset, safe_rows = load_harmful_rows(options.attack_data, flag="--attack_data", noted=taken)
     rows = whole_rows(dataset, ChatFormat.of(tokenizer, options), name="attack")
     longer = sum(len(row) > options.max_length for row in rows)
     if longer:

@@ -25,7 +25,7 @@ from holdfast.cli.arguments import (
 )
 from holdfast.cli.console import say, set_up_logging, stdout
 from holdfast.cli.effects import MEASURING, SUITE
-from holdfast.cli.evaluate import MARKER, make_evaluator, warn_of_unclosed_thinking
+from holdfast.cli.evaluate import MARKER, make_evaluator, prompt_sources, warn_of_unclosed_thinking
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
 from holdfast.cli.tables import attack_table, counts_table, judge_records
@@ -99,7 +99,8 @@ def run(method: str, argv: list[str]) -> int:
             keep_apart(folder, attacked_at, base)
         written = ChatFormat.of(tokenizer, options)
         evaluator = make_evaluator(measure, seed=options.seed, chat_template_kwargs=_keywords(written), **written_by)
-        attacker = _attacker(attack, data, written, load, options.seed)
+        taken = prompt_sources(evaluator)
+        attacker = _attacker(attack, data, written, load, options.seed, taken)
         attack.require(attacker)
         whole = whole_model(model).to(device())
         started = time.monotonic()
@@ -134,6 +135,7 @@ def run(method: str, argv: list[str]) -> int:
             "attack": {"method": method, **asdict(attack), **data},
             "asking": attacked.asking.record(),
             "cost": asdict(attacked.cost),
+            "sources": taken,
             "evaluation": asdict(measure) if asked is not None else None,
             **judge_records(asked),
             "weights_moved": weights_moved,
@@ -149,26 +151,30 @@ def run(method: str, argv: list[str]) -> int:
     return 0
 
 
-def _attacker(attack: Attack, data: dict[str, Any], written: ChatFormat, load: LoadArguments, seed: int) -> Attacker:
-    """What the flags give the attacker."""
+def _attacker(
+    attack: Attack, data: dict[str, Any], written: ChatFormat, load: LoadArguments, seed: int, taken: dict[str, Any]
+) -> Attacker:
+    """What the flags give the attacker; notes what was `taken` of the data that they name."""
     rows: Dataset | None = None
     harmful: list[Prompt] | None = None
     harmless: list[Prompt] | None = None
     base: PreTrainedModel | None = None
     if "harmful_rows" in attack.needs:
-        rows, _ = load_harmful_rows(data["attack_data"], flag="--attack_data")
+        rows, _ = load_harmful_rows(data["attack_data"], flag="--attack_data", noted=taken)
     if "harmful_prompts" in attack.needs:
-        harmful = _prompts(data["attack_data"], "--attack_data")
+        harmful = _prompts(data, "attack_data", taken)
     if "harmless_prompts" in attack.needs:
-        harmless = _prompts(data["benign_data"], "--benign_data")
+        harmless = _prompts(data, "benign_data", taken)
     if "base" in attack.needs:
         say(f"loading {data['base']}")
         base = whole_model(load_model(data["base"], dtype=load.dtype)).to(device())
     return Attacker(written, harmful, rows, harmless, base, data.get("batch_size", 16), seed)
 
 
-def _prompts(source: str, flag: str) -> list[Prompt]:
-    return load_prompts(source, flag=flag, role="harmful", judge_name="refusal").prompts
+def _prompts(data: dict[str, Any], name: str, taken: dict[str, Any]) -> list[Prompt]:
+    found = load_prompts(data[name], flag=f"--{name}", role="harmful", judge_name="refusal")
+    taken[name] = found.taken
+    return found.prompts
 
 
 def _keywords(written: ChatFormat) -> dict[str, Any] | None:

@@ -33,9 +33,10 @@ from holdfast.cli.runs import (
 )
 from holdfast.config import DefenseConfig
 from holdfast.data.harmful import load_harmful_rows
-from holdfast.data.load import TRAIN_COLUMNS, load_rows
+from holdfast.data.load import TRAIN_COLUMNS, fingerprint, load_rows
 from holdfast.data.refusals import named_file
 from holdfast.data.rendering import adopt_chat_template
+from holdfast.data.sources import named
 from holdfast.errors import InputError
 from holdfast.files import digest, run_record, write_json
 from holdfast.interruption import on_sigterm
@@ -108,10 +109,13 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
         checkpoint = starting_checkpoint(folder, config.resume_from_checkpoint, overwrite=data.overwrite_output_dir)
         given = {name: value for name, value in asdict(data).items() if value is not None and name not in _PERMISSIONS}
         sources = {name: source for name, source in given.items() if name.endswith("_data")}
-        sets, safe_rows = _load_sets(sources)
+        taken: dict[str, Any] = {}
+        sets, safe_rows = _load_sets(sources, taken)
         if hasattr(config, "refusal"):
             sources["refusal"] = config.refusal  # which may be in a file, too
-        digests = {flag: digest(file) if (file := named_file(text)) else None for flag, text in sources.items()}
+        digests: dict[str, str | None] = {flag: fingerprint(records) for flag, records in taken.items()}
+        if "refusal" in sources:
+            digests["refusal"] = digest(file) if (file := named_file(sources["refusal"])) else None
         if checkpoint is not None and not data.allow_changed_data:
             refuse_changed_data(checkpoint, sources, digests, method=method.trainer.__name__)
         say(f"loading {source}")
@@ -134,7 +138,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
             discard_checkpoints(folder)
 
         name = command.split()[-1]
-        say(f"{verb} {source} with {name} on {len(sets['train_dataset'])} rows of {data.train_data}")
+        say(f"{verb} {source} with {name} on {len(sets['train_dataset'])} rows of {named(data.train_data)}")
         started = time.monotonic()
         # A signal may also come while the finished model is written, which then is done.
         with on_sigterm(trainer.ask_to_stop), working(folder, config):
@@ -148,6 +152,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
                     "command": command,
                     "model": source,
                     "data": given,
+                    "sources": taken,
                     **safe_rows,
                     "precision": precision_record(loaded, config),
                     "resumed_from": checkpoint,
@@ -161,15 +166,17 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
     return 0
 
 
-def _load_sets(sources: Mapping[str, str]) -> tuple[Sets, dict[str, int]]:
+def _load_sets(sources: Mapping[str, str], taken: dict[str, Any]) -> tuple[Sets, dict[str, int]]:
     """Read the data files, by the trainer's names for them (`train_data` → `train_dataset`).
 
-    Also says, for the record, how many rows of attack data were no attack.
+    Notes, for the record, what was `taken`, and says how many rows of attack data were no attack.
     """
     sets, safe_rows = {}, {}
     for flag, source in sources.items():
         if flag == "attack_data":
-            sets[f"{flag}set"], safe_rows["safe_rows_left_out"] = load_harmful_rows(source, flag=f"--{flag}")
+            sets[f"{flag}set"], safe_rows["safe_rows_left_out"] = load_harmful_rows(
+                source, flag=f"--{flag}", noted=taken
+            )
         else:
-            sets[f"{flag}set"] = load_rows(source, flag=f"--{flag}", columns=TRAIN_COLUMNS)
+            sets[f"{flag}set"] = load_rows(source, flag=f"--{flag}", columns=TRAIN_COLUMNS, noted=taken)
     return sets, safe_rows

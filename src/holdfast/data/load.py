@@ -1,16 +1,24 @@
 """Reading rows from a file or from the Hub, with errors that name the row."""
 
-import re
+from __future__ import annotations
+
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Json, Value, concatenate_datasets
 
-from holdfast.data.formats import as_message, is_message
-from holdfast.data.readers import expected_files, is_data_file, kind_of_value, read_file
+from holdfast.data.catalogue import nearest
+from holdfast.data.formats import ORIGIN, as_message, is_message
+from holdfast.data.hub_rows import download, read_dataset
+from holdfast.data.readers import kind_of_value, read_file
+from holdfast.data.shapes import arrow, read_from, taken
+from holdfast.data.sources import Part, Source, parse
 from holdfast.errors import InputError
-from holdfast.hub import is_hub_id, reason, unreachable
+from holdfast.files import digest
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A prompt: text, or messages with `role` and `content`."""
@@ -21,72 +29,133 @@ TRAIN_COLUMNS = (("prompt", "completion"), ("prompt", "response"), ("messages",)
 PROMPT_COLUMNS = (("prompt",), ("messages",), ("conversations",))
 """The columns a file of prompts may have: one of these."""
 
-_DEFAULT_SPLIT = "train"
 _TALKS = ("messages", "conversations")
 
 
-def load_rows(source: str, *, flag: str, columns: Sequence[Sequence[str]] = ()) -> Dataset:
+def load_rows(
+    source: Source, *, flag: str, columns: Sequence[Sequence[str]] = (), noted: dict[str, Any] | None = None
+) -> Dataset:
     """Read a data set, and check that its rows can be used.
 
     Args:
-        source: A file (see `holdfast.data.readers.read_file`), or a Hub id with an optional `:split` (`train` if none
-            is given). A file on disk wins over a Hub id.
+        source: A file (see `holdfast.data.readers.read_file`), a data set of the Hub, a name of the catalogue, or more
+            than that, see `holdfast.data.sources.parse`.
         flag: The flag that named the source, for errors.
-        columns: Groups of columns. The first group that the data has must be complete in every row, and its cells
-            must be text or messages (lists of objects with `role` and `content`, or `from` and `value`), all of them
-            alike; answers that are text must not be empty, nor prompts where there are none. Other columns are carried
-            along.
+        columns: Groups of columns. The first group that the data has, or that can be made of what it has
+            (`holdfast.data.shapes`), must be complete in every row, and its cells must be text or messages (lists of
+            objects with `role` and `content`, or `from` and `value`), all of them alike; answers that are text must not
+            be empty, nor prompts where there are none. Other columns are carried along.
             Without groups nothing is checked.
+        noted: Where to note, by the flag without its dashes, what was taken: for every source its rule, the commit of
+            the Hub, how many `rows` it has and how many were `taken`, and the `sha256` of the file, or, of what
+            `datasets` has read, of the rows taken (as JSON, one a line).
 
     Returns:
-        The rows, all of them in memory if they come from a file.
+        The rows. Those of a file are in memory, those of the Hub where `datasets` keeps them. Where they are not all
+        rows of one source in order, the column `holdfast_origin` says which each is.
 
     Raises:
         InputError: If the source is neither a file nor a readable Hub data set, or is empty, or a row cannot be
             used. Rows count from 1; blank lines between them do not count.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise InputError(f"{flag} {source} is a folder; expected one of {expected_files()} or a Hub id")
-    if path.exists():
-        looked_for = {name for group in (*TRAIN_COLUMNS, *columns, ("answer",)) for name in group}
-        rows = read_file(path, f"{flag} {source}", looked_for)
+    parts = parse(source, flag=flag)
+    name = flag.removeprefix("--")
+    data = f"the {name.removesuffix('_data')} data" if len(parts) == 1 else ""
+    sets, records = [], []
+    for part in parts:
+        rows, record = _read(part, flag, columns)
+        record["rows"] = len(rows)
+        rows, numbers = taken(rows, part, columns, flag=flag)
+        if columns:
+            _check(rows, f"{flag} {part.label}", columns, numbers)
+        if numbers is not None or len(parts) > 1:
+            places = [f"row {number} of {data or part.label}" for number in numbers or range(1, len(rows) + 1)]
+            rows = rows.add_column(ORIGIN, places)
+        sets.append(rows)
+        records.append({**part.rule(), **record})
+    sets = _shares(sets, [part.fraction for part in parts])
+    for rows, record in zip(sets, records, strict=True):
+        record["taken"] = len(rows)
+        record["sha256"] = record.get("sha256") or _digest(rows)
+    if noted is not None:
+        noted[name] = records
+    return sets[0] if len(sets) == 1 else _joined(sets, flag)
+
+
+def fingerprint(records: Sequence[Mapping[str, Any]]) -> str:
+    """What changes where the rows do that a source stands for.
+
+    Args:
+        records: What `load_rows` noted of the source.
+
+    Returns:
+        The SHA-256 of the file, if it is one that all rows are taken of; else of what was noted.
+    """
+    if len(records) == 1 and set(records[0]) == {"path", "rows", "taken", "sha256"}:
+        return str(records[0]["sha256"])
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
+def _read(part: Part, flag: str, columns: Sequence[Sequence[str]]) -> tuple[Dataset, dict[str, Any]]:
+    """All rows of a source, and what a record has to say of it."""
+    file = download(part, flag=flag) if part.is_address else part.file
+    record: dict[str, Any] = {}
+    if file is None:
+        near = f", which has {', '.join(close)}" if (close := nearest(part.path)) else ""
+        otherwise = "" if "/" in part.path else f", nor is it a name of the catalogue{near}; holdfast data lists it"
+        rows, record = read_dataset(part, flag=flag, otherwise=otherwise)
     else:
-        rows = _from_hub(source, flag)
+        if lost := [key for key in ("name", "split", "revision") if getattr(part, key) is not None]:
+            raise InputError(f"{flag} {part.path} is a file, which has no {lost[0]}")
+        looked_for = read_from(part) | {name for group in (*TRAIN_COLUMNS, *columns) for name in group}
+        rows = read_file(file, f"{flag} {part.path}", looked_for, name=part.path)
+        record["sha256"] = digest(file)
     if len(rows) == 0:
-        raise InputError(f"{flag} {source} is empty; expected at least one row")
-    if columns:
-        _check(rows, f"{flag} {source}", columns)
-    return rows
+        raise InputError(f"{flag} {part.label} is empty; expected at least one row")
+    return rows, record
 
 
-def _from_hub(source: str, flag: str) -> Dataset:
-    name, _, split = source.partition(":")
-    missing = f"{flag} {source} is neither a file nor a data set on the Hub"
-    # A slash after the colon is that of a path on Windows.
-    if is_data_file(name) or not is_hub_id(name) or re.search(r"[\\/]", split):
-        raise InputError(f"{missing}; no such file")
-    if why := unreachable(name, "dataset"):
-        raise InputError(f"{missing} that can be read ({why})")
-    try:
-        return load_dataset(name, split=split or _DEFAULT_SPLIT)
-    except Exception as error:  # builders raise whatever the data make them raise
-        raise InputError(f"{flag} {source} cannot be read from the Hub ({reason(error)})") from error
+def _shares(sets: list[Dataset], fractions: Sequence[float | None]) -> list[Dataset]:
+    """As many of the first rows of each set as give all their shares; TRL's mixtures do the same."""
+    shares = [fraction for fraction in fractions if fraction is not None]
+    if not shares:
+        return sets
+    total = min(len(rows) * sum(shares) / share for rows, share in zip(sets, shares, strict=True))
+    counts = [min(len(rows), round(share / sum(shares) * total)) for rows, share in zip(sets, shares, strict=True)]
+    return [rows.select(range(count)) for rows, count in zip(sets, counts, strict=True)]
 
 
-def _check(rows: Dataset, label: str, groups: Sequence[Sequence[str]]) -> None:
-    """Check that one group of columns is there, complete and of a usable type."""
-    group = next((group for group in groups if set(group) <= set(rows.column_names)), None)
-    if group is None:
-        wanted = " or ".join(" + ".join(repr(name) for name in group) for group in groups)
-        found = ", ".join(repr(name) for name in rows.column_names)
-        raise InputError(f"{label} has no column {wanted}; its columns are {found}")
+def _joined(sets: list[Dataset], flag: str) -> Dataset:
+    """The rows of all sets, one after the other, with the columns of all of them."""
+    for name in {name for rows in sets for name in rows.column_names}:
+        features = [rows.features[name] for rows in sets if name in rows.column_names]
+        if all(feature == features[0] for feature in features):
+            continue
+        texts = all(feature in (Value("string"), Value("large_string")) for feature in features)
+        common = Value("string") if texts else Json()  # which holds talks and texts alike
+        sets = [rows.cast_column(name, common) if name in rows.column_names else rows for rows in sets]
+    return concatenate_datasets(sets)
+
+
+def _digest(rows: Dataset) -> str:
+    found = hashlib.sha256()
+    for batch in arrow(rows).to_batches(max_chunksize=1000):
+        for row in batch.to_pylist():
+            found.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return found.hexdigest()
+
+
+def _check(rows: Dataset, label: str, groups: Sequence[Sequence[str]], numbers: Sequence[int] | None) -> None:
+    """Check that the first group of columns that is there is complete and of a usable type."""
+    group = next(group for group in groups if set(group) <= set(rows.column_names))
     # What is learnt must not be empty, nor what is asked where nothing is learnt; a prompt of rows to train on may be.
     filled = {"completion", "response"} & set(group) or {"prompt"}
     for name in group:
         expected = "messages" if name in _TALKS else "text or messages"
+        if name not in _TALKS and _is_all_text(arrow(rows)[name], filled=name in filled):
+            continue
         is_text: bool | None = None
-        for number, cell in enumerate(rows[name], 1):
+        for number, cell in zip(numbers or range(1, len(rows) + 1), rows[name], strict=True):
             if problem := "is empty" if name in filled and _is_blank(cell) else _problem(cell, name):
                 raise InputError(f"{label}, row {number}: {name!r} {problem}; expected {expected}")
             if is_text is not None and is_text != isinstance(cell, str):
@@ -95,6 +164,13 @@ def _check(rows: Dataset, label: str, groups: Sequence[Sequence[str]]) -> None:
                     "the rows before it; expected the same in all of them"
                 )
             is_text = isinstance(cell, str)
+
+
+def _is_all_text(cells: pa.ChunkedArray, *, filled: bool) -> bool:
+    """Whether a column is text in every row, and not blank in any if it has to be `filled`."""
+    if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)) or cells.null_count:
+        return False
+    return not filled or pc.min(pc.utf8_length(pc.utf8_trim_whitespace(cells))).as_py() > 0
 
 
 def _is_blank(cell: Any) -> bool:

@@ -2,9 +2,11 @@
 
 import codecs
 import gzip
+import io
+import itertools
 import json
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,11 @@ from datasets.table import InMemoryTable
 from holdfast.errors import InputError
 from holdfast.hub import reason
 
+ROWS_AT_A_TIME = 10_000
+"""How many objects of JSON are held at once, before Arrow has them."""
+
 _GZIP = ".gz"
+_PIECE = 1 << 20
 
 
 def is_data_file(name: str) -> bool:
@@ -30,7 +36,7 @@ def expected_files() -> str:
     return f"{', '.join(_READERS)} (all but .parquet also as .gz)"
 
 
-def read_file(path: Path, label: str, columns: Collection[str]) -> Dataset:
+def read_file(path: Path, label: str, columns: Collection[str], *, name: str | None = None) -> Dataset:
     """Read a file of rows.
 
     Args:
@@ -40,19 +46,23 @@ def read_file(path: Path, label: str, columns: Collection[str]) -> Dataset:
         label: What messages call the file.
         columns: The columns that are looked for. In CSV they are text, whatever they look like; a JSON object that has
             one of them is a row.
+        name: The file's own name, by which it is read, where it lies under another.
 
     Returns:
-        The rows, all of them in memory. What an object of JSON does not have is null; values that are neither text,
-        numbers nor plain messages are of the feature `Json`, and so come back as they were given: without the keys
-        that other rows have, and (but for the last digits of a float) without a change of type.
+        The rows, all of them in memory, as Arrow has them. What an object of JSON does not have is null; values that
+        are neither text, numbers nor plain messages are of the feature `Json`, and so come back as they were given:
+        without the keys that other rows have, and (but for the last digits of a float) without a change of type.
 
     Raises:
         InputError: The file cannot be read, or a row of it.
     """
-    kind = _kind_of(path.name)
+    kind = _kind_of(name or path.name)
     if kind not in _READERS:
         raise InputError(f"{label} has an unknown extension; expected one of {expected_files()}")
-    return _READERS[kind](path, label, columns)
+    if kind == ".parquet":
+        return _from_parquet(path, label)
+    content = _content(path, label, packed=(name or path.name).lower().endswith(_GZIP))
+    return _READERS[kind](content, label, kind, columns) if content.strip() else Dataset.from_list([])
 
 
 def _kind_of(name: str) -> str:
@@ -64,39 +74,47 @@ def _kind_of(name: str) -> str:
     return suffix if packed == ".parquet" else packed
 
 
-def _from_json(path: Path, label: str, columns: Collection[str]) -> Dataset:
-    text = _text(path, label)
+def _from_json(content: bytes, label: str, kind: str, columns: Collection[str]) -> Dataset:
+    if _is_lines(content):
+        return _from_lines(content, label)
     try:
-        whole = _parse(text)
+        whole = _parse(content.decode())
     except ValueError as error:
         is_more_than_one = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
-        if _kind_of(path.name) == ".jsonl" or is_more_than_one:
-            return _from_lines(text, label)
-        if not text.strip():
-            return Dataset.from_list([])
+        if kind == ".jsonl" or is_more_than_one:
+            return _from_lines(content, label)
         raise InputError(f"{label} is not valid JSON ({reason(error)})") from error
     if isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list)]
         whole = lists[0] if len(lists) == 1 and not whole.keys() & set(columns) else [whole]
     elif not isinstance(whole, list):
         whole = [whole]
-    return _from_objects(whole, [f"row {number}" for number in range(1, len(whole) + 1)], label)
+    return _from_objects(((f"row {number}", row) for number, row in enumerate(whole, 1)), label)
 
 
-def _from_lines(text: str, label: str) -> Dataset:
-    objects, places = [], []
-    # Not str.splitlines: that also splits at separators which JSON allows inside strings.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                objects.append(_parse(line))
-            except ValueError as error:
-                raise InputError(
-                    f"{label}, line {number} is not valid JSON ({reason(error)}); expected an object per line, "
-                    "or a list of objects"
-                ) from error
-            places.append(f"line {number}")
-    return _from_objects(objects, places, label)
+def _is_lines(content: bytes) -> bool:
+    """Whether the first line is an object, and more lines follow."""
+    first, _, rest = content.lstrip().partition(b"\n")
+    try:
+        return bool(rest.strip()) and isinstance(_parse(first.decode()), dict)
+    except ValueError:
+        return False
+
+
+def _from_lines(content: bytes, label: str) -> Dataset:
+    def objects() -> Iterator[tuple[str, Any]]:
+        # Not str.splitlines: that also splits at separators which JSON allows inside strings.
+        for number, line in enumerate(io.BytesIO(content), 1):
+            if line.strip():
+                try:
+                    yield f"line {number}", _parse(line.decode())
+                except ValueError as error:
+                    raise InputError(
+                        f"{label}, line {number} is not valid JSON ({reason(error)}); expected an object per line, "
+                        "or a list of objects"
+                    ) from error
+
+    return _from_objects(objects(), label)
 
 
 def _parse(text: str) -> Any:
@@ -113,37 +131,55 @@ def _integer(digits: str) -> int:
     return number
 
 
-def _from_objects(objects: list[Any], places: list[str], label: str) -> Dataset:
-    """Turn objects into a data set that has every object's columns."""
-    names: dict[str, None] = {}
-    for row, place in zip(objects, places, strict=True):
-        if not isinstance(row, dict):
-            raise InputError(f"{label}, {place} is {kind_of_value(row)}; expected an object")
-        names.update(dict.fromkeys(row))
-    arrays = {}
-    for name in names:
-        cells = [row.get(name) for row in objects]
-        try:
-            arrays[name] = _array(cells)
-        except UnicodeError as error:
-            place = next(place for place, cell in zip(places, cells, strict=True) if not _is_unicode(cell))
-            raise InputError(f"{label}, {place}: {name!r} is not Unicode text ({reason(error)})") from error
-    return Dataset.from_dict(arrays)
+def _from_objects(objects: Iterable[tuple[str, Any]], label: str) -> Dataset:
+    """Turn objects, each with its place, into a data set that has every object's columns; never all of them at once."""
+    found: dict[str, list[pa.Array]] = {}
+    rows, objects = 0, iter(objects)
+    while piece := list(itertools.islice(objects, ROWS_AT_A_TIME)):
+        for place, row in piece:
+            if not isinstance(row, dict):
+                raise InputError(f"{label}, {place} is {kind_of_value(row)}; expected an object")
+        for name in dict.fromkeys(name for _, row in piece for name in row):
+            found.setdefault(name, [pa.nulls(rows)])
+        for name, arrays in found.items():
+            cells = [row.get(name) for _, row in piece]
+            try:
+                arrays.append(_array(cells))
+            except UnicodeError as error:
+                place = next(place for (place, _), cell in zip(piece, cells, strict=True) if not _is_unicode(cell))
+                raise InputError(f"{label}, {place}: {name!r} is not Unicode text ({reason(error)})") from error
+        rows += len(piece)
+    return Dataset(InMemoryTable(pa.table({name: _column(arrays) for name, arrays in found.items()})))
 
 
 def _array(cells: list[Any]) -> pa.Array:
-    """Text, numbers, lists of them and plain messages as Arrow has them; anything else as JSON.
+    """Text, numbers, lists of them, plain messages and objects of one kind as Arrow has them; anything else as JSON.
 
     Arrow has one type for a whole column, with every key that some row has.
     """
-    if _is_uniform(cells):
-        return pa.array(cells)
+    return pa.array(cells) if _is_uniform(cells) else _as_json(cells)
+
+
+def _as_json(cells: list[Any]) -> pa.Array:
     written = [None if cell is None else json.dumps(cell, ensure_ascii=False) for cell in cells]
     return pa.array(written, pa.string()).cast(pa.json_())
 
 
+def _column(arrays: list[pa.Array]) -> pa.ChunkedArray:
+    """One column of the pieces that were read of it, of one type."""
+    kinds = {array.type for array in arrays if array.null_count < len(array)}
+    if kinds == {pa.int64(), pa.float64()}:
+        kinds = {pa.float64()}
+    if len(kinds) > 1:
+        kinds, arrays = {pa.json_()}, [a if a.type == pa.json_() else _as_json(a.to_pylist()) for a in arrays]
+    kind = kinds.pop() if kinds else pa.null()
+    return pa.chunked_array([a.cast(kind) if a.null_count < len(a) else pa.nulls(len(a), kind) for a in arrays], kind)
+
+
 def _is_uniform(cells: Sequence[Any]) -> bool:
     kinds = {type(cell) for cell in cells if cell is not None}
+    if kinds == {dict}:
+        return _are_alike([cell for cell in cells if cell is not None])
     if kinds != {list}:
         return _is_flat(kinds)
     items = [item for cell in cells if cell is not None for item in cell]
@@ -153,6 +189,14 @@ def _is_uniform(cells: Sequence[Any]) -> bool:
     keys = items[0].keys()
     return bool(keys) and all(
         item.keys() == keys and all(type(value) is str for value in item.values()) for item in items
+    )
+
+
+def _are_alike(cells: Sequence[dict[str, Any]]) -> bool:
+    """Whether objects have the same keys in the same order, each with text, numbers of one type, or truth values."""
+    first = {key: type(value) for key, value in cells[0].items()}
+    return set(first.values()) <= {str, bool, int, float} and all(
+        list(cell) == list(first) and all(type(value) is first[key] for key, value in cell.items()) for cell in cells
     )
 
 
@@ -168,16 +212,13 @@ def _is_unicode(cell: Any) -> bool:
     return True
 
 
-def _from_csv(path: Path, label: str, columns: Collection[str]) -> Dataset:
-    text = _text(path, label)
-    if not text.strip():
-        return Dataset.from_list([])
-    header = text.lstrip().partition("\n")[0]
+def _from_csv(content: bytes, label: str, kind: str, columns: Collection[str]) -> Dataset:
+    header = content.lstrip().partition(b"\n")[0].decode()
     # A table whose one column is called "prompt;completion" is none.
-    delimiter = "\t" if _kind_of(path.name) == ".tsv" else next((mark for mark in ",;\t" if mark in header), ",")
+    delimiter = "\t" if kind == ".tsv" else next((mark for mark in ",;\t" if mark in header), ",")
     try:
         table = pyarrow.csv.read_csv(
-            pa.BufferReader(text.encode()),
+            pa.BufferReader(content),
             # Only a reader without threads knows the number of a row it cannot read.
             read_options=pyarrow.csv.ReadOptions(use_threads=False),
             parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
@@ -192,7 +233,7 @@ def _from_csv(path: Path, label: str, columns: Collection[str]) -> Dataset:
     return Dataset(InMemoryTable(table))
 
 
-def _from_parquet(path: Path, label: str, _: Collection[str]) -> Dataset:
+def _from_parquet(path: Path, label: str) -> Dataset:
     if path.stat().st_size == 0:
         return Dataset.from_list([])
     try:
@@ -201,28 +242,45 @@ def _from_parquet(path: Path, label: str, _: Collection[str]) -> Dataset:
         raise InputError(f"{label} is not a valid Parquet file ({reason(error)})") from error
 
 
-def _text(path: Path, label: str) -> str:
+def _content(path: Path, label: str, *, packed: bool) -> bytes:
+    """What a file of text holds, unpacked, in UTF-8 and without a byte order mark."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{label} cannot be read ({error.strerror})") from error
-    if path.name.lower().endswith(_GZIP) and content:
+    if packed and content:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{label} is not a valid gzip file ({reason(error)})") from error
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        if is_utf16:
+            content = content.decode("utf-16").encode()
+        else:
+            _require_utf8(content)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(
             f"{label} is not valid {'UTF-16' if is_utf16 else 'UTF-8'} "
             f"(byte 0x{content[error.start]:02x} at offset {error.start}, line {line})"
         ) from error
-    if "\0" in text:
+    if b"\0" in content:
         raise InputError(f"{label} holds null characters; expected UTF-8 text, or UTF-16 with a byte order mark")
-    return text
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _require_utf8(content: bytes) -> None:
+    """Raise UnicodeDecodeError for what is not UTF-8; as text, all of it at once might take four times as much."""
+    start = 0
+    while start < len(content):
+        end = content.find(b"\n", start + _PIECE) + 1 or len(content)
+        try:
+            content[start:end].decode()
+        except UnicodeDecodeError as error:
+            error.start += start
+            raise
+        start = end
 
 
 def kind_of_value(value: Any) -> str:
@@ -231,7 +289,7 @@ def kind_of_value(value: Any) -> str:
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
-_READERS: dict[str, Callable[[Path, str, Collection[str]], Dataset]] = {
+_READERS: dict[str, Any] = {
     ".json": _from_json,
     ".jsonl": _from_json,
     ".parquet": _from_parquet,

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.batches import Batch
 from holdfast.data.formats import ROW
+from holdfast.data.sources import existing
 from holdfast.errors import InputError
 
 DEFAULT_REFUSAL = "I'm sorry, but I can't help with that."
@@ -76,11 +77,7 @@ def refusal_texts(
 
 def named_file(text: str) -> Path | None:
     """The file that a text names, if it names one."""
-    try:
-        path = Path(text).expanduser()
-        return path if path.is_file() else None
-    except (OSError, RuntimeError, ValueError):  # too long for a name, an unknown home, a null character
-        return None
+    return existing(text, Path.is_file)
 
 
 def numbered(dataset: Dataset) -> Dataset:

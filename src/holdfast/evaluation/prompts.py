@@ -1,10 +1,12 @@
 """The prompts that a model is measured on: what they are for, and who grades the answers to them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from holdfast.data.formats import as_message
+from holdfast.data.formats import ORIGIN, as_message
 from holdfast.data.load import PROMPT_COLUMNS, Prompt, load_rows
+from holdfast.data.sources import Source, named
 from holdfast.errors import InputError
 from holdfast.evaluation.judges import Judge, get_judge
 
@@ -24,23 +26,25 @@ class PromptSet:
         source: Where the prompts are from.
         prompts: Text or messages each.
         answers: The expected answers; None if there are none.
+        taken: For records: what was taken of the source, or of each of several, as `load_rows` notes it.
     """
 
     role: Role
     source: str
     prompts: list[Prompt]
     answers: list[str] | None
+    taken: list[dict[str, Any]] = field(default_factory=list, compare=False, repr=False)
 
 
 def load_prompts(
-    source: str, *, flag: str, role: Role, judge_name: str = "exact", max_prompts: int | None = None
+    source: Source, *, flag: str, role: Role, judge_name: str = "exact", max_prompts: int | None = None
 ) -> PromptSet:
     """Read prompts, and the expected answers where the judge needs them.
 
     Args:
-        source: A file or a Hub id, see `load_rows`, with a column `prompt`, `messages` or `conversations`, perhaps
-            `system` and, for the exact judge, `answer`. Of `messages` and `conversations` the prompt is what leads up
-            to the last user turn, with it.
+        source: As for `load_rows`, with a column `prompt`, `messages` or `conversations`, or one that is read as a
+            prompt, perhaps `system` and, for the exact judge, `answer`. Of `messages` and `conversations` the prompt is
+            what leads up to the last user turn, with it.
         flag: The flag that named the source, for errors.
         role: What the prompts are for. Capability and task prompts are always graded by the exact judge.
         judge_name: The judge of harmful and benign prompts.
@@ -57,29 +61,34 @@ def load_prompts(
         raise InputError(f"--max_prompts must be positive, but is {max_prompts}")
     needs_answer = judge_for(role, get_judge(judge_name)).needs_answer
     more = ("answer",) if needs_answer else ()
-    rows = load_rows(source, flag=flag, columns=[(*group, *more) for group in PROMPT_COLUMNS])
+    noted: dict[str, Any] = {}
+    rows = load_rows(source, flag=flag, columns=[(*group, *more) for group in PROMPT_COLUMNS], noted=noted)
     if max_prompts is not None:
         rows = rows.select(range(min(max_prompts, len(rows))))
-    column = next(name for (name,) in PROMPT_COLUMNS if name in rows.column_names)
-    prompts = [_prompt(cell, column, f"{flag} {source}, row {number}") for number, cell in enumerate(rows[column], 1)]
-    for number, system in enumerate(rows["system"] if "system" in rows.column_names else (), 1):
+    label = f"{flag} {named(source)}"
+    origins = rows[ORIGIN] if ORIGIN in rows.column_names else [f"row {row}" for row in range(1, len(rows) + 1)]
+    places = [f"{label}, {origin.partition(' of the ')[0]}" for origin in origins]
+    columns = [name for (name,) in PROMPT_COLUMNS if name in rows.column_names]
+    prompts = [_prompt(row, columns, where) for row, where in zip(rows.select_columns(columns), places, strict=True)]
+    for i, system in enumerate(rows["system"] if "system" in rows.column_names else ()):
         if system:
-            prompts[number - 1] = _with_system(prompts[number - 1], system, f"{flag} {source}, row {number}")
+            prompts[i] = _with_system(prompts[i], system, places[i])
     for name in {"tools", "chat_template_kwargs"}.intersection(rows.column_names):
-        for number, value in enumerate(rows[name], 1):
+        for where, value in zip(places, rows[name], strict=True):
             if value:
-                raise InputError(
-                    f"{flag} {source}, row {number}: an evaluation has no place for {name}; leave them out"
-                )
+                raise InputError(f"{where}: an evaluation has no place for {name}; leave them out")
     answers = list(rows["answer"]) if needs_answer else None
-    for number, answer in enumerate(answers or [], 1):
+    for where, answer in zip(places, answers or [], strict=False):
         if not isinstance(answer, str) or not answer.strip(" \t\r\n,."):
-            raise InputError(f"{flag} {source}, row {number}: 'answer' must be text, and not empty")
-    return PromptSet(role, source, prompts, answers)
+            raise InputError(f"{where}: 'answer' must be text, and not empty")
+    (taken,) = noted.values()
+    return PromptSet(role, named(source), prompts, answers, taken)
 
 
-def _prompt(cell: Any, column: str, where: str) -> Prompt:
-    """What a model is asked by a cell of this column."""
+def _prompt(row: Mapping[str, Any], columns: Sequence[str], where: str) -> Prompt:
+    """What a model is asked by the first of these columns that a row has."""
+    column = next(name for name in columns if row[name] is not None)
+    cell = row[column]
     if column == "prompt":
         if not isinstance(cell, str) and cell[-1]["role"] == "assistant":
             raise InputError(f"{where}: the prompt ends with an assistant turn; leave it out")

@@ -1,0 +1,310 @@
+"""Which rows of a data set are meant, and which of its columns is what: by its mapping, or by a shape that is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, DatasetInfo, Features
+from datasets.table import InMemoryTable
+
+from holdfast.data.formats import as_message
+from holdfast.data.sources import Part, asking
+from holdfast.errors import InputError
+
+Groups = Sequence[Sequence[str]]
+"""Groups of columns, the first of which that is there is used."""
+
+MAPPED = (
+    *("prompt", "completion", "messages", "answer", "system", "tools", "chat_template_kwargs"),
+    *("instruction", "input", "output", "chosen", "rejected"),
+)
+"""What columns may be mapped to: what rows are made of, and what shapes are read from."""
+
+_PROMPT, _COMPLETION, _ANSWER = "prompt", "completion", "answer"
+# Shapes that are read without being told, by what is made of their columns. An input follows its instruction.
+_SHAPES: tuple[Mapping[str, str], ...] = (
+    {_PROMPT: "instruction", _COMPLETION: "output", _ANSWER: "output"},
+    {_PROMPT: "question", _COMPLETION: "answer", _ANSWER: "answer"},
+    {_PROMPT: "goal", _COMPLETION: "target"},
+    {_PROMPT: "Goal", _COMPLETION: "Target"},
+    {_PROMPT: "forbidden_prompt"},
+    {_PROMPT: "Behavior"},
+)
+_PAIR = ("chosen", "rejected")
+# PKU-SafeRLHF: two answers, each with its label.
+_JUDGED = {f"response_{number}": f"is_response_{number}_safe" for number in range(2)}
+
+
+def truth(value: Any) -> bool | None:
+    """True or false as JSON, Parquet and CSV have them; None for anything else."""
+    text = str(value).lower()
+    return True if text in ("true", "1") else False if text in ("false", "0") else None
+
+
+def read_from(part: Part) -> set[str]:
+    """The columns that a source may be read from, which are text whatever they look like."""
+    mapped = [spec.get("column") if isinstance(spec, Mapping) else spec for spec in (part.columns or {}).values()]
+    shapes = {column for shape in _SHAPES for column in shape.values()}
+    return {*MAPPED, *shapes, *(column for column in mapped if isinstance(column, str))}
+
+
+def arrow(rows: Dataset) -> pa.Table:
+    """The rows as Arrow has them, those that were selected alone."""
+    return rows.with_format("arrow")[:]
+
+
+def taken(rows: Dataset, part: Part, groups: Groups, *, flag: str) -> tuple[Dataset, list[int] | None]:
+    """The rows that are meant, with the columns that are looked for.
+
+    Args:
+        rows: All rows.
+        part: What was asked for: `where`, then `columns`, then `take`, then `limit`.
+        groups: The columns that are looked for; none: rows are left with the columns that they have.
+        flag: The flag that named them, for errors.
+
+    Returns:
+        The rows, and the number of each, from 1, in `rows`; None where row follows row from the first on.
+
+    Raises:
+        InputError: A column is missing, is no text where a text is made of it, or no row is left; or the rows are of no
+            shape that is known.
+    """
+    numbers: pa.Array | None = None
+    if part.where is not None:
+        keep = _where(rows, part, flag)
+        rows, numbers = _of(arrow(rows).filter(keep), rows.features), pc.add(pc.indices_nonzero(keep), 1)
+    if part.columns is not None:
+        rows = _mapped(rows, part, flag)
+    if part.take is not None:
+        rows, places = _side(rows, part, flag)
+        if places is not None:
+            numbers = pc.add(places, 1) if numbers is None else numbers.take(places)
+    if part.limit is not None and part.limit < len(rows):
+        rows = _of(arrow(rows).slice(0, part.limit), rows.features)
+        numbers = None if numbers is None else numbers.slice(0, part.limit)
+    if groups:
+        rows = _shaped(rows, part, groups, flag)
+    return rows, None if numbers is None else numbers.to_pylist()
+
+
+def _of(table: pa.Table, features: Features) -> Dataset:
+    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
+
+
+def _with(rows: Dataset, made: Mapping[str, Any], *, without: Collection[str]) -> Dataset:
+    """The rows with columns that were made of others, and without these."""
+    table, more = arrow(rows), pa.table(dict(made))
+    kept = [name for name in rows.column_names if name not in made and name not in without]
+    features = {name: rows.features[name] for name in kept} | dict(Features.from_arrow_schema(more.schema))
+    columns = [*(table[name] for name in kept), *more.columns]
+    return _of(pa.table(columns, names=[*kept, *more.column_names]), Features(features))
+
+
+# ---------------------------------------------------------------------- where
+
+
+def _where(rows: Dataset, part: Part, flag: str) -> pa.ChunkedArray:
+    """Whether each row has the values that are asked for."""
+    keep: Any = None
+    for column, wanted in (part.where or {}).items():
+        if column not in rows.column_names:
+            raise InputError(f"{flag} {part.label}: where asks for the column {column!r}, but {_columns(rows)}")
+        cells, feature = arrow(rows)[column], rows.features[column]
+        try:
+            values = pc.unique(cells)
+        except pa.ArrowNotImplementedError:
+            raise InputError(
+                f"{flag} {part.label}: where asks for the column {column!r}, which holds neither text, numbers nor "
+                "truth values"
+            ) from None
+        names = feature.names if isinstance(feature, ClassLabel) else []
+        wanted = wanted if isinstance(wanted, list) else [wanted]
+        fits = [any(_equal(value, one, names) for one in wanted) for value in values.to_pylist()]
+        if not any(fits):
+            found = ", ".join(repr(value)[:30] for value in values.to_pylist()[:5])
+            more = f" and {len(values) - 5} more" if len(values) > 5 else ""
+            raise InputError(
+                f"{flag} {part.label}: where leaves no row, since none has {json.dumps(wanted)[1:-1]} in {column!r}; "
+                f"there are {found}{more}"
+            )
+        here = pc.is_in(cells, value_set=values.filter(pa.array(fits)))
+        keep = here if keep is None else pc.and_(keep, here)
+    if keep is None or not pc.any(keep).as_py():
+        raise InputError(f"{flag} {part.label}: where leaves no row that fits {json.dumps(part.where)}")
+    return keep
+
+
+def _equal(value: Any, wanted: Any, names: Sequence[str]) -> bool:
+    if isinstance(wanted, bool):
+        return value is not None and truth(value) is wanted
+    if value is None or wanted is None:
+        return value is wanted
+    return str(value) == str(wanted) or (isinstance(value, int) and value < len(names) and names[value] == wanted)
+
+
+# ---------------------------------------------------------------------- columns
+
+
+def _mapped(rows: Dataset, part: Part, flag: str) -> Dataset:
+    """The rows with every column that was mapped under its new name, and without those it was made of."""
+    made: dict[str, Any] = {}
+    used: set[str] = set()
+    for name, spec in (part.columns or {}).items():
+        where = f"{flag} {part.label}: columns[{name}]"
+        if name not in MAPPED:
+            raise InputError(f"{where}: there is no such name; expected some of {', '.join(MAPPED)}")
+        if isinstance(spec, Mapping) and set(spec) == {"text"} and isinstance(spec["text"], str):
+            made[name] = pa.array([spec["text"]] * len(rows), pa.string())
+            continue
+        column = spec.get("column") if isinstance(spec, Mapping) and set(spec) in _MADE else spec
+        if not isinstance(column, str):
+            raise InputError(
+                f"{where} must be a column, or one of {{column, after}}, {{column, words}} and {{text}}, got "
+                f"{json.dumps(spec)}"
+            )
+        source, item = _place(column, rows, where)
+        used.add(source)
+        if item is None and isinstance(spec, str):
+            made[name] = arrow(rows)[source]
+        else:
+            made[name] = _texts(rows[source], *_making(spec, item, where), f"{where}: {source!r} of row")
+    return _with(rows, made, without=used)
+
+
+def _place(column: str, rows: Dataset, where: str) -> tuple[str, int | None]:
+    """A column's name and, as in `turns[0]`, which item of its lists."""
+    if column in rows.column_names:
+        return column, None
+    name, _, number = column.removesuffix("]").partition("[")
+    if name in rows.column_names and number.isdecimal():
+        return name, int(number)
+    raise InputError(f"{where} asks for the column {column!r}, but {_columns(rows)}")
+
+
+_MADE = ({"column", "after"}, {"column", "words"})
+
+
+def _making(spec: Any, item: int | None, where: str) -> tuple[Callable[[Any], Any], str]:
+    """What makes a text of a cell, and what it expects."""
+    if isinstance(spec, str):
+        return (lambda cell: cell[item]), f"a list with a text at {item}"
+    if "after" in spec:
+        after = str(spec["after"])
+        return (lambda cell: cell[cell.rindex(after) + len(after) :]), f"text with {after!r} in it"
+    words = spec["words"]
+    by_label = dict(enumerate(words)) if isinstance(words, list) else words
+    if not isinstance(by_label, Mapping):
+        raise InputError(f"{where}: words must be a list or a mapping, got {json.dumps(words)}")
+    by_text = {str(label): word for label, word in by_label.items()}
+    return (lambda cell: by_text[str(cell)]), f"one of {', '.join(by_text)}"
+
+
+def _texts(cells: Any, make: Callable[[Any], Any], expected: str, where: str) -> pa.Array:
+    """A text of every cell."""
+    found = []
+    for number, cell in enumerate(cells, 1):
+        try:
+            text = make(cell)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            text = None
+        if not isinstance(text, str):
+            raise InputError(f"{where} {number} is not {expected}")
+        found.append(text)
+    return pa.array(found, pa.string())
+
+
+# ---------------------------------------------------------------------- which of two answers is meant
+
+
+def _side(rows: Dataset, part: Part, flag: str) -> tuple[Dataset, pa.Array | None]:
+    """The rows with the answers of one side; and the place of each in `rows`, unless they are all of them."""
+    needed = [part.take] if part.take in _PAIR else [*_JUDGED, *_JUDGED.values()]
+    if lacking := [name for name in needed if name not in rows.column_names]:
+        raise InputError(
+            f"{flag} {part.label}: take {part.take} asks for the column {lacking[0]!r}, but {_columns(rows)}"
+        )
+    if part.take in _PAIR:
+        return _one_of_pair(rows, str(part.take)), None
+    table = arrow(rows)
+    judged = [(table[answer].to_pylist(), table[label].to_pylist(), label) for answer, label in _JUDGED.items()]
+    places, answers = [], []
+    for place in range(len(rows)):
+        for texts, labels, column in judged:
+            if (safe := truth(labels[place])) is None:
+                raise InputError(
+                    f"{flag} {part.label}: {column!r} of row {place + 1} is {labels[place]!r}; expected true or false"
+                )
+            if safe is (part.take == "safe"):
+                places.append(place)
+                answers.append(texts[place])
+    if not places:
+        raise InputError(f"{flag} {part.label}: take {part.take} leaves no row")
+    where = pa.array(places)
+    return _with(_of(table.take(where), rows.features), {_COMPLETION: pa.array(answers)}, without={*needed}), where
+
+
+def _one_of_pair(rows: Dataset, side: str) -> Dataset:
+    """The rows with one answer of a preference: a talk that ends with it, as TRL has them, or the answer alone."""
+    cells, first = arrow(rows)[side], rows[0][side]
+    is_talk = isinstance(first, list) and bool(first) and as_message(first[0]).get("role") != "assistant"
+    name, dropped = ("messages", {*_PAIR, "messages", _PROMPT}) if is_talk else (_COMPLETION, {*_PAIR, _COMPLETION})
+    return _with(rows, {name: cells}, without=dropped)
+
+
+# ---------------------------------------------------------------------- shapes
+
+
+def _shaped(rows: Dataset, part: Part, groups: Groups, flag: str) -> Dataset:
+    """The rows with one of the groups of columns, made of what they have."""
+    columns = set(rows.column_names)
+    if any(set(group) <= columns for group in groups):
+        return rows
+    for side, pair in (("chosen", {*_PAIR}), ("unsafe", {*_JUDGED, *_JUDGED.values()})):
+        if pair <= columns:
+            raise InputError(
+                f"{flag} {part.label} has pairs of answers, and nothing says which of the two are meant; say it, as in "
+                f"{asking(flag, part, take=side)}"
+            )
+    for shape in _SHAPES:
+        for group in groups:
+            sources = [shape.get(name, _ANSWER if name == _ANSWER else None) for name in group]
+            if set(sources) <= columns:
+                return _read(rows, dict(zip(group, map(str, sources), strict=True)), part, flag)
+    wanted = " or ".join(" + ".join(repr(name) for name in group) for group in groups)
+    spare = iter([name for name in rows.column_names if name not in MAPPED])
+    mapping = {name: name if name in columns else next(spare, "…") for name in groups[0]}
+    raise InputError(
+        f"{flag} {part.label} has no column {wanted}; {_columns(rows)}; say which is which, as in "
+        f"{asking(flag, part, columns={**mapping, **(part.columns or {})})}"
+    )
+
+
+def _read(rows: Dataset, sources: Mapping[str, str], part: Part, flag: str) -> Dataset:
+    """The rows with these columns, made of those of a shape."""
+    made = {name: arrow(rows)[source] for name, source in sources.items() if name != source}
+    used = set(sources.values()) - set(sources)
+    if sources[_PROMPT] == "instruction" and "input" in rows.column_names:
+        made[_PROMPT] = _joined(rows, part, flag)
+        used.add("input")
+    return _with(rows, made, without=used)
+
+
+def _joined(rows: Dataset, part: Part, flag: str) -> pa.ChunkedArray:
+    """Instructions with their inputs, where they have any, a blank line between the two."""
+    table = arrow(rows)
+    for name in ("instruction", "input"):
+        if not (
+            pa.types.is_string(kind := table[name].type) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+        ):
+            raise InputError(f"{flag} {part.label}: {name!r} is not text in every row")
+    instruction, more = (pc.cast(table[name], pa.string()) for name in ("instruction", "input"))
+    both = pc.binary_join_element_wise(instruction, more, "\n\n")
+    return pc.if_else(pc.equal(pc.fill_null(pc.utf8_trim_whitespace(more), ""), ""), instruction, both)
+
+
+def _columns(rows: Dataset) -> str:
+    return f"its columns are {', '.join(map(repr, rows.column_names))}"
