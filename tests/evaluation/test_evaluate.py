@@ -105,6 +105,7 @@ def test_flat_figures_are_none_where_not_measured(answered):
         "capability": None,
         "over_refusal": None,
         "task_accuracy": None,
+        "capability_tasks": None,
         "judge_score": None,
         "second_asr": None,
         "second_asr_low": None,

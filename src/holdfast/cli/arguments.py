@@ -200,6 +200,17 @@ class MeasureArguments:
         default=None,
         metadata={"help": "Benign prompts with an `answer` column, for capability and over-refusal."},
     )
+    capability_tasks: str | None = field(
+        default=None,
+        metadata={"help": "Tasks of lm_eval, for capability: their names, joined by commas, as gsm8k,mmlu,ifeval."},
+    )
+    capability_limit: int | None = field(
+        default=None, metadata={"help": "Take only the first documents of each of these tasks."}
+    )
+    capability_include_path: str | None = field(
+        default=None,
+        metadata={"help": "A folder with task files of your own, as lm_eval's --include_path; code in it is run."},
+    )
     task_data: str | None = field(
         default=None, metadata={"help": "Prompts of a task with an `answer` column, for task accuracy."}
     )
@@ -230,10 +241,23 @@ class MeasureArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_prompts", "eval_batch_size"):
+        for name in ("max_new_tokens", "max_prompts", "eval_batch_size", "capability_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} must be at least 1, not {value}")
+
+
+@dataclass
+class MeasureAlongArguments(MeasureArguments):
+    """What to measure a model on while it is attacked."""
+
+    capability_tasks_at: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Those steps of --measure_at after which to measure the --capability_tasks, too, which take long "
+            "(default: the first and the last)."
+        },
+    )
 
 
 @dataclass

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import get_peft_config
 
 from holdfast.attacks.attack import Attacker, Prompting
@@ -23,7 +23,7 @@ from holdfast.attacks.raw import Raw
 from holdfast.attacks.real import AttackConfig, AttackTrainer
 from holdfast.attacks.rows import RowVariant, mixed
 from holdfast.cli import suite
-from holdfast.cli.arguments import AskingArguments, AttackData, MeasureArguments, ModelArguments
+from holdfast.cli.arguments import AskingArguments, AttackData, MeasureAlongArguments, ModelArguments
 from holdfast.cli.boundary import building
 from holdfast.cli.console import say, set_up_logging, stdout, warn
 from holdfast.cli.effects import ATTACKS
@@ -40,7 +40,7 @@ from holdfast.cli.runs import (
     train,
     warn_of_unseen_end,
 )
-from holdfast.cli.tables import attack_table, counts_table, judge_records
+from holdfast.cli.tables import attack_tables, judge_records
 from holdfast.data.formats import ORIGIN, is_tokenised, reader
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
@@ -63,7 +63,7 @@ def make_parser(method: str) -> HoldfastParser:
     if method in suite.SUITE_ATTACKS:
         return suite.make_parser(method)
     return HoldfastParser(
-        (ModelArguments, AttackData, RowVariant, AskingArguments, MeasureArguments, AttackConfig),
+        (ModelArguments, AttackData, RowVariant, AskingArguments, MeasureAlongArguments, AttackConfig),
         prog=f"holdfast attack {method}",
         description="Fine-tune a model on harmful data; results.json, samples.jsonl and model/ lie in --output_dir.",
         effects=ATTACKS[method],
@@ -127,17 +127,24 @@ def run(method: str, argv: list[str]) -> int:
         asking = _asking(variant, asking_args, model, Attacker(written, harmful_rows=harmful, seed=config.seed))
         asked = None if evaluator is None or asking == PLAINLY else evaluator.asking_otherwise(asking)
         is_adapter = isinstance(model, PeftModel)
+
+        def measured_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
+            assert evaluator is not None  # as it is what measures
+            with_tasks = trainer.state.global_step in tasks_at or not evaluator.sets
+            return (evaluator if with_tasks else replace(evaluator, tasks=None))(model, tokenizer)
+
         with building(config):
             trainer = AttackTrainer(
                 model,
                 config,
                 variant.apply(rows, written),
                 processing_class=tokenizer,
-                evaluator=evaluator,
+                evaluator=None if evaluator is None else measured_at,
                 asked=asked,
                 measured=_journal(folder),
                 peft_config=get_peft_config(model_args),
             )
+        tasks_at = _tasks_at(measure, config)
         trained_on = rows.filter(set(trainer.kept_rows["train"]).__contains__, input_columns=ORIGIN)
         poisoned = sum(trained_on["poisoned"])
         if any(rows["poisoned"]) and not poisoned:
@@ -210,11 +217,18 @@ def run(method: str, argv: list[str]) -> int:
         if evaluator is not None:
             warn_of_unclosed_thinking(trainer.measurements)
             title = f"{source} under attack ({method})"
-            stdout.print(attack_table(trainer.measurements, evaluator, title=title, asking=asking))
-            if (counts := counts_table(trainer.measurements)) is not None:
-                stdout.print(counts)
+            for table in attack_tables(trainer.measurements, evaluator, title=title, asking=asking):
+                stdout.print(table)
         announce(folder, MARKER, *([SAMPLES] if evaluator is not None else []), "model")
     return 0
+
+
+def _tasks_at(measure: MeasureAlongArguments, config: AttackConfig) -> list[int]:
+    """The steps at which tasks are measured, beside prompts."""
+    chosen = measure.capability_tasks_at or [config.measure_at[0], config.measure_at[-1]]
+    if beyond := sorted(set(chosen) - set(config.measure_at)):
+        raise InputError(f"--capability_tasks_at {beyond[0]} is no step of --measure_at, which has {config.measure_at}")
+    return chosen
 
 
 def _interrupt() -> None:

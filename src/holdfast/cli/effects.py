@@ -37,16 +37,21 @@ _HELD_OUT = (
     "eval_delay eval_packing eval_accumulation_steps per_device_eval_batch_size prediction_loss_only bf16_full_eval"
 )
 _NO_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
-_MEASURED = ("eval_data", "over_refusal_data", "capability_data", "task_data")
-_UNMEASURED = f"without --{', --'.join(_MEASURED[:-1])} or --{_MEASURED[-1]}"
+_ASKED = ("eval_data", "over_refusal_data", "capability_data", "task_data")
+_UNASKED = f"without --{', --'.join(_ASKED[:-1])} or --{_ASKED[-1]}"
+_UNMEASURED = f"without --capability_tasks, --{', --'.join(_ASKED[:-1])} or --{_ASKED[-1]}"
 
 
 def _evaluates(given: Any) -> bool:
     return bool(given.eval_strategy != "no" or given.eval_on_start)
 
 
+def _asks(given: Any) -> bool:
+    return any(getattr(given, name) is not None for name in _ASKED)
+
+
 def _measures(given: Any) -> bool:
-    return any(getattr(given, name) is not None for name in _MEASURED)
+    return _asks(given) or given.capability_tasks is not None
 
 
 _TRAINING = (
@@ -140,15 +145,21 @@ SPARD = (
 #: Of every command that measures.
 MEASURING = (
     Effect(
+        "capability_limit capability_include_path",
+        lambda given: given.capability_tasks is not None,
+        "without --capability_tasks",
+    ),
+    Effect(
         "judge",
         lambda given: given.eval_data is not None or given.over_refusal_data is not None,
         "without --eval_data or --over_refusal_data: other answers are compared with the expected ones",
     ),
     Effect(
-        "decoding max_new_tokens max_prompts drop_long_prompts eval_batch_size",
-        _measures,
-        _UNMEASURED,
+        "decoding max_new_tokens max_prompts drop_long_prompts",
+        _asks,
+        f"{_UNASKED}; tasks bring their own decoding",
     ),
+    Effect("eval_batch_size", _measures, _UNMEASURED),
 )
 
 #: Of attacks that train no weight.
@@ -163,6 +174,12 @@ _ATTACK = (
     *_TRAINING,
     *MEASURING,
     Effect("measure_at", _measures, _UNMEASURED),
+    Effect("capability_tasks_at", lambda given: given.capability_tasks is not None, "without --capability_tasks"),
+    Effect(
+        "capability_tasks_at",
+        _asks,
+        f"{_UNASKED}: then tasks are all there is to measure at --measure_at",
+    ),
     Effect(
         "opener shots ask_raw",
         lambda given: given.eval_data is not None,

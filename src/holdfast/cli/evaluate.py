@@ -13,7 +13,7 @@ from holdfast.cli.console import say, set_up_logging, stdout, warn
 from holdfast.cli.effects import MEASURING
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
-from holdfast.cli.tables import evaluation_table
+from holdfast.cli.tables import evaluation_table, tasks_table
 from holdfast.config import json_object
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
@@ -22,6 +22,7 @@ from holdfast.evaluation.evaluate import PREFIXES, Evaluator
 from holdfast.evaluation.judges import get_judge
 from holdfast.evaluation.prompts import Role, load_prompts
 from holdfast.evaluation.stopping import unseen_end, use_eos_token
+from holdfast.evaluation.tasks import load_tasks
 from holdfast.files import run_record
 from holdfast.models import load_model_and_tokenizer
 
@@ -71,7 +72,7 @@ def run(argv: list[str]) -> int:
         raw_text=options.raw_text,
     )
     if evaluator is None:
-        raise InputError(f"nothing to measure: give one of {', '.join(FLAGS.values())}")
+        raise InputError(f"nothing to measure: give one of {', '.join(FLAGS.values())}, --capability_tasks")
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
         say(f"loading {source}")
@@ -80,7 +81,7 @@ def run(argv: list[str]) -> int:
             use_eos_token(tokenizer, options.eos_token)
         if unseen := unseen_end(model, ChatFormat.of(tokenizer, options)):
             warn(unseen)
-        say(f"answering {sum(len(prompts.prompts) for prompts in evaluator.sets)} prompts")
+        say(_plan(evaluator))
         started = time.monotonic()
         evaluation = evaluator(model.to(device()), tokenizer)
         config = {**asdict(load), **asdict(measure), **asdict(options)}
@@ -93,9 +94,19 @@ def run(argv: list[str]) -> int:
         }
         evaluation.write(folder, record)
         warn_of_unclosed_thinking([evaluation.flat()])
-        stdout.print(evaluation_table(evaluation, title=source))
+        if evaluator.sets:
+            stdout.print(evaluation_table(evaluation, title=source))
+        if (tasks := tasks_table([{"": "value", **evaluation.flat()}], evaluator, by="")) is not None:
+            stdout.print(tasks)
         announce(folder, MARKER, "samples.jsonl")
     return 0
+
+
+def _plan(evaluator: Evaluator) -> str:
+    """What is about to be measured, in words."""
+    prompts = sum(len(prompts.prompts) for prompts in evaluator.sets)
+    asked = [f"answering {prompts} prompts"] if prompts else []
+    return ", then ".join(asked + ([f"measuring {', '.join(evaluator.tasks.names)}"] if evaluator.tasks else []))
 
 
 def warn_of_unclosed_thinking(measurements: Sequence[Mapping[str, Any]]) -> None:
@@ -128,7 +139,7 @@ def make_evaluator(
     chat_template_kwargs: dict[str, Any] | None,
     raw_text: bool,
 ) -> Evaluator | None:
-    """Read the prompt files and set up their evaluation.
+    """Read the prompt files, load the tasks and set up their evaluation.
 
     Args:
         measure: What to measure, and how.
@@ -138,17 +149,22 @@ def make_evaluator(
         raw_text: Whether prompts are taken as they stand.
 
     Returns:
-        The evaluator, or None if no prompt file was given.
+        The evaluator, or None if neither a prompt file nor a task was given.
 
     Raises:
-        InputError: A prompt file cannot be used.
+        InputError: A prompt file or a task cannot be used.
     """
     sets = [
         load_prompts(source, flag=flag, role=role, judge_name=measure.judge, max_prompts=measure.max_prompts)
         for role, flag in FLAGS.items()
         if (source := getattr(measure, flag.removeprefix("--"))) is not None
     ]
-    if not sets:
+    tasks = None
+    if measure.capability_tasks is not None:
+        names = [name.strip() for name in measure.capability_tasks.split(",")]
+        say(f"loading the tasks of lm_eval ({', '.join(names)})")
+        tasks = load_tasks(names, include_path=measure.capability_include_path, limit=measure.capability_limit)
+    if not sets and tasks is None:
         return None
     return Evaluator(
         sets=sets,
@@ -159,5 +175,6 @@ def make_evaluator(
         system_prompt=system_prompt,
         chat_template_kwargs=chat_template_kwargs,
         drop_long_prompts=measure.drop_long_prompts,
+        tasks=tasks,
         raw_text=raw_text,
     )

@@ -28,7 +28,7 @@ from holdfast.cli.effects import MEASURING, SUITE
 from holdfast.cli.evaluate import MARKER, make_evaluator, prompt_sources, warn_of_unclosed_thinking
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
-from holdfast.cli.tables import attack_table, counts_table, judge_records
+from holdfast.cli.tables import attack_tables, judge_records
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import Prompt
 from holdfast.data.rendering import ChatFormat
@@ -197,6 +197,5 @@ def _saved(attack: Attack) -> list[str]:
 
 def _show(points: list[dict[str, Any]], evaluator: Evaluator, *, title: str) -> None:
     warn_of_unclosed_thinking(points)
-    stdout.print(attack_table(points, evaluator, title=title, by="stage"))
-    if (counts := counts_table(points, by="stage")) is not None:
-        stdout.print(counts)
+    for table in attack_tables(points, evaluator, title=title, by="stage"):
+        stdout.print(table)

@@ -103,6 +103,20 @@ def _add_second(table: Table, opinion: Mapping[str, Any]) -> None:
     table.add_row("agreement on success (κ)", "–" if kappa is None else f"{kappa:.3f}", "", str(n))
 
 
+def attack_tables(
+    measurements: Sequence[Mapping[str, Any]],
+    evaluator: Evaluator,
+    *,
+    title: str,
+    by: str = "steps",
+    asking: Asking = PLAINLY,
+) -> list[Table]:
+    """Return all tables of an attack's measurements; see `attack_table`, `counts_table` and `tasks_table`."""
+    of_prompts = attack_table(measurements, evaluator, title=title, by=by, asking=asking) if evaluator.sets else None
+    found = (of_prompts, counts_table(measurements, by=by), tasks_table(measurements, evaluator, by=by))
+    return [table for table in found if table is not None]
+
+
 def attack_table(
     measurements: Sequence[Mapping[str, Any]],
     evaluator: Evaluator,
@@ -162,6 +176,42 @@ def counts_table(measurements: Sequence[Mapping[str, Any]], *, by: str = "steps"
     for point in measurements:
         table.add_row(_label(point, by), *(str(point[name]) for name, _ in columns))
     return table
+
+
+def tasks_table(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator, *, by: str = "steps") -> Table | None:
+    """Return one row per metric of the tasks that were asked for and one column per measurement; None without any.
+
+    Of a group the group's own figures are shown, where it has any.
+    """
+    plainly = [point for point in measurements if point.get("asked_by") != "adversary"]  # nobody else asks them
+    measured = [point for point in plainly if point["capability_tasks"] is not None]
+    if evaluator.tasks is None or not measured:
+        return None
+    found = [{(row["task"], row["metric"]): row for row in point["capability_tasks"]} for point in measured]
+    asked, known = evaluator.tasks.names, {task for task, _ in found[0]}
+    shown = [key for key in found[0] if key[0] in asked or not known.issuperset(asked)]
+    table = Table(
+        title="tasks of lm_eval",
+        title_justify="left",
+        caption="± standard error",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    for heading in ("task", "metric", "shots", "n"):
+        table.add_column(heading, justify="right" if heading in ("shots", "n") else "left")
+    for point in measured:
+        table.add_column(f"{by} {point[by]}".strip(), justify="right")
+    for task, metric in shown:
+        first = found[0][task, metric]
+        shots = "" if first["shots"] is None else str(first["shots"])
+        table.add_row(task, metric, shots, str(first["n"]), *(_task_cell(rows[task, metric]) for rows in found))
+    return table
+
+
+def _task_cell(figure: Mapping[str, Any]) -> str:
+    error = "" if figure["stderr"] is None else f" ± {figure['stderr']:.3f}"
+    return f"{figure['value']:.3f}{error}"
 
 
 def audit_table(rows: Sequence[Mapping[str, Any]], suspected: int, audited: int) -> Table:

@@ -121,14 +121,23 @@ class ChatFormat:
             InputError: The template refuses a prompt or does not show a part of it, messages need a template that is
                 not used, or a prompt is empty; the row is named, counted from 1.
         """
-        texts = [self._prompt(prompt, f"prompt {row}") + opener for row, prompt in enumerate(prompts, 1)]
+        texts = [self.render_prompt(prompt, f"prompt {row}") + opener for row, prompt in enumerate(prompts, 1)]
         encoded = [ids for ids, _ in self._tokens(texts)]
         for row, ids in enumerate(encoded, 1):
             if not ids:
                 raise InputError(f"prompt {row} is empty; expected at least one token")
         return encoded
 
-    def _prompt(self, prompt: Prompt | Conversation, where: str) -> str:
+    def render_prompt(self, prompt: Prompt | Conversation, where: str) -> str:
+        """Write a prompt as text, up to where the answer begins.
+
+        Args:
+            prompt: As for `encode_prompts`.
+            where: What messages call it.
+
+        Raises:
+            InputError: As `encode_prompts`.
+        """
         if self.plain is not None:
             if not isinstance(prompt, str):
                 raise InputError(f"{where} is made of messages, but {self.plain}")

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from holdfast.data.load import Prompt
+from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.answers import MARKS, Answer, count_marks
 from holdfast.evaluation.asking import PLAINLY, Asking
@@ -27,6 +28,7 @@ from holdfast.evaluation.judging import (
 )
 from holdfast.evaluation.prompts import JUDGED, PromptSet, Role, judge_for
 from holdfast.evaluation.scores import Rate, Scores, score
+from holdfast.evaluation.tasks import CapabilityTasks, TaskFigure
 from holdfast.files import write_json, write_jsonl
 
 SCHEMA = 3
@@ -53,6 +55,7 @@ class Evaluation:
         decoding: How the answers were decoded.
         judge_scores: The mean of the judge's own scores in every set, by role; None where it has none.
         seconds: What the second judge makes of the sets that it was asked about, by role.
+        tasks: The figures of lm_eval's tasks; None where none were measured.
     """
 
     scores: dict[Role, Scores]
@@ -63,6 +66,7 @@ class Evaluation:
     decoding: Decoding
     judge_scores: dict[Role, float | None] = field(default_factory=dict)
     seconds: dict[Role, SecondOpinion] = field(default_factory=dict)
+    tasks: tuple[TaskFigure, ...] | None = None
 
     @property
     def results(self) -> dict[Role, dict[str, Any]]:
@@ -89,12 +93,12 @@ class Evaluation:
                 results[role]["second"] = self.seconds[role].as_dict()
         return results
 
-    def flat(self) -> dict[str, float | int | None]:
+    def flat(self) -> dict[str, Any]:
         """Return the figures alone, None where not measured, for tables and plots.
 
         `n` and the names of `COUNTS` are those of harmful prompts; those of the other sets begin with `PREFIXES`, as in
         `capability_n` and `task_truncated`. `over_refusal` is that of capability prompts, graded by the exact judge,
-        and `benign_over_refusal` that of benign ones.
+        and `benign_over_refusal` that of benign ones. `capability_tasks` is a list, of what `TaskFigure` has.
         """
         harmful, benign, capability, task = (self.scores.get(role) for role in PREFIXES)
         asr, refusal = (harmful.asr, harmful.refusal_rate) if harmful else (None, None)
@@ -114,10 +118,15 @@ class Evaluation:
             "capability": _value(capability.asr if capability else None),
             "over_refusal": _value(capability.refusal_rate if capability else None),
             "task_accuracy": _value(task.asr if task else None),
+            "capability_tasks": self._tasks,
             "judge_score": self.judge_scores.get("harmful"),
             **second_figures(self.seconds.get("harmful")),
             **{name: count for role in PREFIXES for name, count in self._numbers(role).items()},
         }
+
+    @property
+    def _tasks(self) -> list[dict[str, Any]] | None:
+        return None if self.tasks is None else [figure.as_dict() for figure in self.tasks]
 
     def _numbers(self, role: Role) -> dict[str, int | None]:
         """The number of answers in a set and what is counted there."""
@@ -140,19 +149,19 @@ class Evaluation:
             {
                 "schema": SCHEMA,
                 **record,
-                "judge": judges.get("harmful", next(iter(judges.values()))),
+                "judge": judges.get("harmful", next(iter(judges.values()), None)),
                 "judges": judges,
                 "second_judges": seconds,
                 "sources": self.sources,
                 "decoding": asdict(self.decoding),
-                "results": self.results,
+                "results": {**self.results, "capability_tasks": self._tasks},
             },
         )
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Measures a model on prompt sets, the same way every time.
+    """Measures a model on prompt sets and tasks, the same way every time.
 
     Attributes:
         sets: The prompts, at most one set for each role.
@@ -167,6 +176,7 @@ class Evaluator:
             instead of refusing them.
         raw_text: Take prompts as they stand, even if there is a chat template.
         asking: How harmful prompts are asked; the others are always asked plainly, as an adversary would ask them, too.
+        tasks: Tasks of lm_eval, which bring their own decoding and grading; then there may be no prompts.
     """
 
     sets: Sequence[PromptSet]
@@ -180,16 +190,17 @@ class Evaluator:
     raw_text: bool = False
     asking: Asking = PLAINLY
     second_judge: Judge | None = None
+    tasks: CapabilityTasks | None = None
 
     def __post_init__(self) -> None:
         roles = [prompts.role for prompts in self.sets]
-        if not roles or len(set(roles)) < len(roles):
-            raise InputError(f"an evaluation needs prompts, one set for a role at most, but was given {roles}")
+        if not (roles or self.tasks) or len(set(roles)) < len(roles):
+            raise InputError(f"an evaluation needs prompts or tasks, one set for a role at most, but was given {roles}")
         if self.batch_size < 1:
             raise InputError(f"--batch_size must be positive, but is {self.batch_size}")
 
     def __call__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
-        """Let the model answer all prompts, and grade the answers. The model is left as it was.
+        """Let the model answer all prompts, and grade the answers; then measure the tasks. The model is left as it was.
 
         Args:
             model: The model, see `generate`.
@@ -233,7 +244,10 @@ class Evaluator:
                         **answer.marks,
                     }
                 )
-        return found
+        if self.tasks is None:
+            return found
+        written = self._written(tokenizer)
+        return replace(found, tasks=self.tasks(model, written, batch_size=self.batch_size, seed=self.seed))
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Find out before a long run whether its measurements can be made.
@@ -247,6 +261,11 @@ class Evaluator:
         """
         for prompts in self.sets:
             self._places(model, tokenizer, prompts)
+        if self.tasks is not None:
+            self.tasks.check(model, self._written(tokenizer))
+
+    def _written(self, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+        return ChatFormat(tokenizer, self.system_prompt, self.chat_template_kwargs, self.raw_text)
 
     def asking_otherwise(self, asking: Asking) -> "Evaluator":
         """The same measurement of harmful prompts alone, asked in another way.
@@ -257,7 +276,7 @@ class Evaluator:
         harmful = [prompts for prompts in self.sets if prompts.role == "harmful"]
         if not harmful:
             raise InputError("only harmful prompts are asked otherwise, and there are none; give them as --eval_data")
-        return replace(self, sets=harmful, asking=asking)
+        return replace(self, sets=harmful, asking=asking, tasks=None)
 
     def _answers(
         self,

@@ -81,7 +81,7 @@ def generate(
     pad = limits.padding(tokenizer.pad_token_id, *stop)
     hidden = hidden_tokens(tokenizer)
     answers = [Answer("")] * len(ids)
-    with torch.no_grad(), _preserved(model, seed):
+    with torch.no_grad(), preserved(model, seed):
         batches = list(_batches(ids, batch_size, decoding.max_new_tokens, limit))
         # Without a terminal tqdm stays silent; one batch is done before a bar could be read.
         hide = True if len(batches) == 1 else None
@@ -193,7 +193,7 @@ def _generation_config(
 
 
 @contextmanager
-def _preserved(model: PreTrainedModel, seed: int) -> Iterator[None]:
+def preserved(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Seed sampling and switch to eval mode; on leaving, put back every module's mode and all random states.
 
     The model's own `generation_config` is put back, too: `generate` fills what a given one leaves open from it, so it
