@@ -12,7 +12,7 @@ from holdfast.cli import main
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("demo", "organism", "align METHOD", "finetune METHOD", "audit", "repair METHOD", "evaluate"):
+    for command in ("demo", "organism", "align METHOD", "finetune METHOD", "audit", "repair METHOD", "report"):
         assert f"  {command} " in shown
     for methods in ("sft, patcher, vaccine, booster, antibody", "sft, lisa, spard, antibody", "antidote"):
         assert f" ({methods})\n" in shown

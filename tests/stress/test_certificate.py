@@ -162,3 +162,10 @@ def test_what_is_no_certificate_of_this_schema_is_refused(content, sentence: str
         read_certificate(path)
     assert str(refused.value).startswith(str(path))
     assert "\n" not in str(refused.value)
+
+
+def test_a_half_of_a_surrogate_pair_is_content_like_any_other(tmp_path: Path) -> None:
+    changed = {**example_certificate(), "suite": "\ud800"}
+    (tmp_path / "certificate.json").write_text(json.dumps(changed))
+    with pytest.raises(InputError, match="its sha256 does not fit"):
+        read_certificate(tmp_path / "certificate.json")

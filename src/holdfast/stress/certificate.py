@@ -76,7 +76,7 @@ def assemble(records: Iterable[Record], inputs: Mapping[str, Any], tax: Mapping[
     attackers = {kind: {target: costs[target] and costs[target][kind] for target in TARGETS} for kind in kinds}
     for found in attackers.values():
         found["ratio"] = ratio(found["model"], found["counterpart"])
-    cheapest = {target: costs[target] and _cheapest(costs[target]) for target in TARGETS}
+    cheapest = {target: costs[target] and cheapest_of(costs[target]) for target in TARGETS}
     points = [point for record in ordered for point in record["points"]]
     certificate = {
         "schema": SCHEMA,
@@ -105,7 +105,7 @@ def seal(certificate: Mapping[str, Any]) -> str:
     So the same search has the same seal wherever it ran, and however often it was killed on the way.
     """
     timeless = _without_clocks({name: value for name, value in certificate.items() if name not in _UNHASHED})
-    return hashlib.sha256(canonical(timeless).encode()).hexdigest()
+    return hashlib.sha256(canonical(timeless).encode(errors="surrogatepass")).hexdigest()
 
 
 def write(path: Path | str, certificate: Mapping[str, Any]) -> None:
@@ -149,8 +149,15 @@ def _cost(records: Sequence[Record]) -> dict[str, Any] | None:
     return cost(records) if records else None
 
 
-def _cheapest(costs: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """The cheapest attack that was confirmed, by FLOPs, then steps; of none the worst that was seen."""
+def cheapest_of(costs: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """The cheapest attack that was confirmed, by FLOPs, then steps; of none the worst that was seen.
+
+    Args:
+        costs: COST by kind of attacker, None of one that was not tried.
+
+    Returns:
+        COST with its `kind`; None where nothing counts.
+    """
     tried = [{"kind": kind, **found} for kind, found in costs.items() if found is not None]
     broken = [found for found in tried if found["broken"]]
     if broken:

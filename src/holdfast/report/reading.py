@@ -1,0 +1,98 @@
+"""The folder of a stress test as a report reads it: its certificate, verified, its trials and its sample answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import InputError
+from holdfast.stress.certificate import MARKER, read_certificate
+from holdfast.stress.certificate import SCHEMA as TRIAL_SCHEMA
+
+#: What a stress test writes first into its folder: what is to be searched.
+STARTED = "stress.json"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a stress test left behind.
+
+    Attributes:
+        folder: Where it lies.
+        certificate: The certificate, as it was written.
+        trials: The records of all trials that are on disk, by kind of attacker and number.
+        samples: Every answer to the best attack of a kind on one of the models, by (kind, target).
+    """
+
+    folder: Path
+    certificate: Mapping[str, Any]
+    trials: list[dict[str, Any]]
+    samples: dict[tuple[str, str], list[dict[str, Any]]]
+
+
+def read_findings(folder: Path | str) -> Findings:
+    """Read the folder of a stress test that is over.
+
+    Args:
+        folder: The --output_dir of `holdfast stress`.
+
+    Raises:
+        InputError: There is no such folder, the search in it is not over, its certificate was changed or is of another
+            schema, or a file beside it is not what the search writes.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "is not there"
+        raise InputError(f"{folder}: {what}; expected a folder, the --output_dir of holdfast stress")
+    if not (folder / MARKER).exists():
+        if (folder / STARTED).exists():
+            raise InputError(
+                f"{folder}: its search is not over, it has no {MARKER} yet; the same holdfast stress command again "
+                "goes on with it"
+            )
+        raise InputError(f"{folder}: holds no {MARKER}; expected the --output_dir of holdfast stress")
+    certificate = read_certificate(folder / MARKER)
+    trials = [_trial(path) for path in sorted(folder.glob("trials/*/*.json"))]
+    samples = {_kind_and_target(path): _rows(path) for path in sorted(folder.glob("samples/*.jsonl"))}
+    return Findings(folder, certificate, trials, samples)
+
+
+def _trial(path: Path) -> dict[str, Any]:
+    record = _object(path, _text(path), "a trial record")
+    if record.get("schema") != TRIAL_SCHEMA:
+        raise InputError(
+            f"{path}: is a trial record of schema {record.get('schema')!r}; this Holdfast reads schema {TRIAL_SCHEMA}"
+        )
+    return record
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    lines = _text(path).split("\n")  # not at other marks that end a line: answers may hold them
+    return [_object(f"{path}, row {row}", line, "an answer") for row, line in enumerate(lines, 1) if line.strip()]
+
+
+def _kind_and_target(path: Path) -> tuple[str, str]:
+    kind, _, target = path.stem.rpartition("-")
+    return kind, target
+
+
+def _object(where: Path | str, text: str, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{where}: is not valid JSON ({error}); expected {what} of holdfast stress") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: is no JSON object; expected {what} of holdfast stress")
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text (byte {error.start})") from error
