@@ -31,6 +31,9 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "demo": _Command("holdfast.cli.demo", "harden and attack the built-in organism, with table and picture", {}),
     "organism": _Command("holdfast.cli.organism", "write the built-in organism as ordinary model and data files", {}),
+    "proxy": _Command(
+        "holdfast.cli.proxy", "write data of a harmless topic that stands for harm, for a chat model of your own", {}
+    ),
     "align": _Command(
         "holdfast.cli.align",
         "align a model before its release",
