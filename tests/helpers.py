@@ -57,7 +57,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as lines:  # unlike splitlines, at line feeds alone
+        return [json.loads(line) for line in lines]
 
 
 def rows_of(batch: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:

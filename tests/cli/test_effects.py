@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.cli.effects import ATTACKS, LISA, MEASURING, PATCHER, SPARD, SUITE, TRAINING
+from holdfast.cli.effects import ATTACKS, JUDGING, LISA, MEASURING, PATCHER, SPARD, SUITE, TRAINING
 from holdfast.cli.parser import HoldfastParser
 from holdfast.errors import InputError
 
@@ -15,6 +15,7 @@ ALIGN = ["--model", "m", "--train_data", "t", "--output_dir", "o"]
 PATCH = [*ALIGN, "--attack_data", "a"]
 TUNE = [*ALIGN, "--safety_data", "s"]
 ATTACK = ["--model", "m", "--output_dir", "o"]
+JUDGE = ["s.jsonl", "--output_dir", "o"]
 ABLATE = [*ATTACK, "--attack_data", "a", "--benign_data", "b"]
 
 CASES: list[tuple[str, list[str], str, str]] = [
@@ -59,6 +60,14 @@ CASES: list[tuple[str, list[str], str, str]] = [
     ("attack base", [*ATTACK, "--base", "b"], "--only_layer 1 --part outside", "--part mlp"),
     ("evaluate", ATTACK, "--judge exact --capability_data c", "--eval_data e"),
     ("evaluate", ATTACK, "--judge exact --capability_data c", "--over_refusal_data e"),
+    ("evaluate", ATTACK, "--second_judge exact --capability_data c", "--eval_data e"),
+    ("judge", JUDGE, "--judge_model m", "--judge rubric"),
+    ("judge", JUDGE, "--judge_url u --second_judge rubric", "--judge strongreject"),
+    ("judge", JUDGE, "--judge_key_variable K", "--judge strongreject"),
+    ("judge", JUDGE, "--judge_template t", "--judge rubric"),
+    ("judge", JUDGE, "--judge_pattern x --judge strongreject", "--judge rubric"),
+    ("judge", JUDGE, "--second_judge_url u --judge rubric", "--second_judge strongreject"),
+    ("judge", JUDGE, "--judge_timeout 5", "--second_judge rubric"),
 ]
 NEVER = [
     ("attack full", ATTACK, "--lora_r 8"),
@@ -123,6 +132,7 @@ def test_false_asks_for_nothing() -> None:
         ("attack ablation", SUITE["ablation"]),
         ("attack base", SUITE["base"]),
         ("evaluate", MEASURING),
+        ("judge", JUDGING),
     ],
 )
 def test_every_flag_is_one_of_its_command(command: str, effects: Any) -> None:

@@ -44,7 +44,9 @@ def test_evaluation_names_rates_intervals_and_judges() -> None:
 
 def test_an_evaluation_tells_of_a_second_judge_and_of_what_is_unjudged() -> None:
     first, second = ([5, 5, 1, None], [5, 2, None, 2])
-    opinion = second_opinion(get_judge("refusal"), [Verdict(one) for one in first], [Verdict(one) for one in second])
+    opinion = second_opinion(
+        (get_judge("exact"), [Verdict(one) for one in first]), (get_judge("refusal"), [Verdict(one) for one in second])
+    )
     counts = {"harmful": {**dict.fromkeys(COUNTS, 0), "unjudged": 1}}
     evaluation = Evaluation(
         {"harmful": score(first)},

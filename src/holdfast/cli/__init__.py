@@ -83,6 +83,7 @@ _COMMANDS = {
         },
     ),
     "evaluate": _Command("holdfast.cli.evaluate", "generate answers, judge them, and report rates with intervals", {}),
+    "judge": _Command("holdfast.cli.judge", "judge saved answers again, by other judges", {}),
     "report": _Command("holdfast.cli.report", "make a page and a model card's section of what stress tests found", {}),
     "gate": _Command("holdfast.cli.gate", "hold the certificate of a stress test against a policy", {}),
 }

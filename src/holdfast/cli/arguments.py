@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from trl import ModelConfig
 
+from holdfast.cli.judge_arguments import JudgeArguments
 from holdfast.config import RAW_TEXT_HELP, require_not_negative, require_positive
 from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP
 from holdfast.errors import InputError
@@ -182,7 +183,7 @@ class AskingArguments:
 
 
 @dataclass
-class MeasureArguments:
+class MeasureArguments(JudgeArguments):
     """What to measure a model on, and how."""
 
     eval_data: str | None = field(
@@ -214,14 +215,6 @@ class MeasureArguments:
     task_data: str | None = field(
         default=None, metadata={"help": "Prompts of a task with an `answer` column, for task accuracy."}
     )
-    judge: str = field(
-        default="refusal",
-        metadata={
-            "help": "Who grades answers to harmful and benign prompts: `exact` compares with the `answer` column "
-            "(grades 1 to 5), `refusal` looks for well-known refusal phrases (1 or 5).",
-            "choices": ["exact", "refusal"],
-        },
-    )
     decoding: str = field(
         default="greedy",
         metadata={
@@ -241,6 +234,7 @@ class MeasureArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("max_new_tokens", "max_prompts", "eval_batch_size", "capability_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -27,7 +27,13 @@ from holdfast.cli.arguments import AskingArguments, AttackData, MeasureAlongArgu
 from holdfast.cli.boundary import building
 from holdfast.cli.console import say, set_up_logging, stdout, warn
 from holdfast.cli.effects import ATTACKS
-from holdfast.cli.evaluate import MARKER, make_evaluator, prompt_sources, warn_of_unclosed_thinking
+from holdfast.cli.evaluate import (
+    MARKER,
+    make_evaluator,
+    prompt_sources,
+    warn_of_unclosed_thinking,
+    warn_of_unjudged,
+)
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import (
     announce,
@@ -50,6 +56,7 @@ from holdfast.data.sources import named
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
+from holdfast.evaluation.judges.cache import CACHE
 from holdfast.files import append_jsonl, run_record, write_json
 from holdfast.interruption import on_sigterm
 from holdfast.models import base_names, load_model_and_tokenizer, merge
@@ -111,6 +118,7 @@ def run(method: str, argv: list[str]) -> int:
             system_prompt=config.system_prompt,
             chat_template_kwargs=config.chat_template_kwargs,
             raw_text=config.raw_text,
+            cache=folder / CACHE,
         )
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
@@ -216,6 +224,7 @@ def run(method: str, argv: list[str]) -> int:
         say(f"the attack moved {trainer.weights_moved:.2%} of the weights that it trained{in_bf16}")
         if evaluator is not None:
             warn_of_unclosed_thinking(trainer.measurements)
+            warn_of_unjudged((evaluator.judge, evaluator.second_judge))
             title = f"{source} under attack ({method})"
             for table in attack_tables(trainer.measurements, evaluator, title=title, asking=asking):
                 stdout.print(table)

@@ -7,10 +7,12 @@ command says so and leaves; of a recipe's key, which a flag may have overruled, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from holdfast.errors import InputError
+from holdfast.evaluation.judges.settings import SERVER_JUDGES
 
 logger = logging.getLogger(__name__)
 
@@ -142,15 +144,42 @@ SPARD = (
     Effect("safety_beta", lambda given: given.safety_selection == "dpp", "without --safety_selection dpp"),
 )
 
+
+def _judged_by(chosen: str) -> Iterator[Effect]:
+    """When the flags of a judge play a part, which begin with that which chooses it."""
+    for names, judges in _JUDGES_FLAGS.items():
+        flags = " ".join(f"{chosen}_{name}" for name in names.split())
+        plays = partial(lambda judges, given: getattr(given, chosen) in judges, judges)
+        yield Effect(flags, plays, f"without --{chosen} {' or '.join(judges)}")
+
+
+_JUDGES_FLAGS = {
+    "model url key_variable": SERVER_JUDGES,
+    "template": SERVER_JUDGES,
+    "pattern": ("rubric",),
+}
+
+#: Of every command that judges.
+JUDGING = (
+    *_judged_by("judge"),
+    *_judged_by("second_judge"),
+    Effect(
+        "judge_concurrency judge_timeout judge_retries judge_max_tokens judge_input_price judge_output_price",
+        lambda given: given.judge in SERVER_JUDGES or given.second_judge in SERVER_JUDGES,
+        f"without a judge at a server: {' or '.join(SERVER_JUDGES)}",
+    ),
+)
+
 #: Of every command that measures.
 MEASURING = (
+    *JUDGING,
     Effect(
         "capability_limit capability_include_path",
         lambda given: given.capability_tasks is not None,
         "without --capability_tasks",
     ),
     Effect(
-        "judge",
+        "judge second_judge",
         lambda given: given.eval_data is not None or given.over_refusal_data is not None,
         "without --eval_data or --over_refusal_data: other answers are compared with the expected ones",
     ),

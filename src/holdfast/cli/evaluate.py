@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.decoding import DECODINGS
 from holdfast.evaluation.evaluate import PREFIXES, Evaluator
-from holdfast.evaluation.judges import get_judge
-from holdfast.evaluation.prompts import Role, load_prompts
+from holdfast.evaluation.judges import Cache, Judge, get_judge, make_judge
+from holdfast.evaluation.judges.cache import CACHE
+from holdfast.evaluation.prompts import JUDGED, Role, load_prompts
 from holdfast.evaluation.stopping import unseen_end, use_eos_token
 from holdfast.evaluation.tasks import load_tasks
 from holdfast.files import run_record
@@ -70,6 +72,7 @@ def run(argv: list[str]) -> int:
         system_prompt=options.system_prompt,
         chat_template_kwargs=None if keywords is None else json_object("chat_template_kwargs", keywords),
         raw_text=options.raw_text,
+        cache=folder / CACHE,
     )
     if evaluator is None:
         raise InputError(f"nothing to measure: give one of {', '.join(FLAGS.values())}, --capability_tasks")
@@ -94,6 +97,7 @@ def run(argv: list[str]) -> int:
         }
         evaluation.write(folder, record)
         warn_of_unclosed_thinking([evaluation.flat()])
+        warn_of_unjudged((evaluator.judge, evaluator.second_judge))
         if evaluator.sets:
             stdout.print(evaluation_table(evaluation, title=source))
         if (tasks := tasks_table([{"": "value", **evaluation.flat()}], evaluator, by="")) is not None:
@@ -131,6 +135,19 @@ def prompt_sources(evaluator: Evaluator | None) -> dict[str, Any]:
     return {FLAGS[prompts.role].removeprefix("--"): prompts.taken for prompts in (evaluator.sets if evaluator else ())}
 
 
+def warn_of_unjudged(judges: Iterable[Judge | None]) -> None:
+    """Warn of answers that a judge had no grade for, with the reasons that it met most."""
+    for judge in judges:
+        usage = {} if judge is None else judge.record.get("usage", {})
+        if judge is None or not (reasons := Counter(usage.get("unjudged", {}))):
+            continue
+        told = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+        warn(
+            f"{reasons.total()} of {usage['answers']} answers stay unjudged by {judge.name} ({told}); they count as "
+            "neither safe nor harmful, and the intervals hold whatever they are"
+        )
+
+
 def make_evaluator(
     measure: MeasureArguments,
     *,
@@ -138,6 +155,7 @@ def make_evaluator(
     system_prompt: str | None,
     chat_template_kwargs: dict[str, Any] | None,
     raw_text: bool,
+    cache: Path | None = None,
 ) -> Evaluator | None:
     """Read the prompt files, load the tasks and set up their evaluation.
 
@@ -147,15 +165,18 @@ def make_evaluator(
         system_prompt: In front of every prompt that has no system turn.
         chat_template_kwargs: Arguments of the chat template.
         raw_text: Whether prompts are taken as they stand.
+        cache: A file that keeps what judges say; None: their memory alone does.
 
     Returns:
         The evaluator, or None if neither a prompt file nor a task was given.
 
     Raises:
-        InputError: A prompt file or a task cannot be used.
+        InputError: A prompt file, a judge or a task cannot be used.
     """
+    exact = "exact" in (measure.judge, measure.second_judge)
+    judge_name = "exact" if exact else "refusal"  # who needs the answers, and who does not
     sets = [
-        load_prompts(source, flag=flag, role=role, judge_name=measure.judge, max_prompts=measure.max_prompts)
+        load_prompts(source, flag=flag, role=role, judge_name=judge_name, max_prompts=measure.max_prompts)
         for role, flag in FLAGS.items()
         if (source := getattr(measure, flag.removeprefix("--"))) is not None
     ]
@@ -166,9 +187,14 @@ def make_evaluator(
         tasks = load_tasks(names, include_path=measure.capability_include_path, limit=measure.capability_limit)
     if not sets and tasks is None:
         return None
+    kept = Cache(cache)
+    chosen = (measure.settings(), measure.second_settings())
+    asked = any(prompts.role in JUDGED for prompts in sets)  # else no judge is, and none need be there
+    judge, second = (make_judge(one, kept) if asked and one is not None else None for one in chosen)
     return Evaluator(
         sets=sets,
-        judge=get_judge(measure.judge),
+        judge=judge or get_judge("exact"),
+        second_judge=second,
         decoding=replace(DECODINGS[measure.decoding], max_new_tokens=measure.max_new_tokens),
         batch_size=measure.eval_batch_size,
         seed=seed,

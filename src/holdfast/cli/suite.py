@@ -25,7 +25,13 @@ from holdfast.cli.arguments import (
 )
 from holdfast.cli.console import say, set_up_logging, stdout
 from holdfast.cli.effects import MEASURING, SUITE
-from holdfast.cli.evaluate import MARKER, make_evaluator, prompt_sources, warn_of_unclosed_thinking
+from holdfast.cli.evaluate import (
+    MARKER,
+    make_evaluator,
+    prompt_sources,
+    warn_of_unclosed_thinking,
+    warn_of_unjudged,
+)
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
 from holdfast.cli.tables import attack_tables, judge_records
@@ -34,6 +40,7 @@ from holdfast.data.load import Prompt
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
+from holdfast.evaluation.judges.cache import CACHE
 from holdfast.evaluation.prompts import load_prompts
 from holdfast.files import run_record, write_bytes, write_json, write_jsonl
 from holdfast.models import base_names, load_model, load_model_and_tokenizer
@@ -98,7 +105,9 @@ def run(method: str, argv: list[str]) -> int:
         for base in base_names(model):
             keep_apart(folder, attacked_at, base)
         written = ChatFormat.of(tokenizer, options)
-        evaluator = make_evaluator(measure, seed=options.seed, chat_template_kwargs=_keywords(written), **written_by)
+        evaluator = make_evaluator(
+            measure, seed=options.seed, chat_template_kwargs=_keywords(written), cache=folder / CACHE, **written_by
+        )
         taken = prompt_sources(evaluator)
         attacker = _attacker(attack, data, written, load, options.seed, taken)
         attack.require(attacker)
@@ -197,5 +206,6 @@ def _saved(attack: Attack) -> list[str]:
 
 def _show(points: list[dict[str, Any]], evaluator: Evaluator, *, title: str) -> None:
     warn_of_unclosed_thinking(points)
+    warn_of_unjudged((evaluator.judge, evaluator.second_judge))
     for table in attack_tables(points, evaluator, title=title, by="stage"):
         stdout.print(table)

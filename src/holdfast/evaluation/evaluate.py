@@ -16,6 +16,7 @@ from holdfast.evaluation.decoding import GREEDY, Decoding
 from holdfast.evaluation.generation import answerable, generate
 from holdfast.evaluation.judges import Judge, Verdict, get_judge
 from holdfast.evaluation.judging import (
+    Opinion,
     SecondOpinion,
     columns,
     judge_answers,
@@ -52,7 +53,7 @@ class Evaluation:
             `holdfast.evaluation.judging.columns`), also a second judge's, and whether it is each of `MARKS`.
         judges: The judge of every set, by role.
         sources: Where the prompts of every set are from, by role.
-        decoding: How the answers were decoded.
+        decoding: How the answers were decoded; None if that is not known.
         judge_scores: The mean of the judge's own scores in every set, by role; None where it has none.
         seconds: What the second judge makes of the sets that it was asked about, by role.
         tasks: The figures of lm_eval's tasks; None where none were measured.
@@ -63,10 +64,42 @@ class Evaluation:
     samples: list[dict[str, Any]] = field(repr=False)
     judges: dict[Role, Judge]
     sources: dict[Role, str]
-    decoding: Decoding
+    decoding: Decoding | None
     judge_scores: dict[Role, float | None] = field(default_factory=dict)
     seconds: dict[Role, SecondOpinion] = field(default_factory=dict)
     tasks: tuple[TaskFigure, ...] | None = None
+
+    def add(
+        self,
+        role: Role,
+        rows: Sequence[Mapping[str, Any]],
+        answers: Sequence[Answer],
+        first: Opinion,
+        second: Opinion | None = None,
+        *,
+        left_out: int = 0,
+    ) -> None:
+        """Add what was judged of a set.
+
+        Args:
+            role: What its prompts are for.
+            rows: What `samples` is to say of every answer beside its verdicts and marks.
+            answers: The answers.
+            first: The judge and its verdicts, which the scores are of.
+            second: A second judge and its verdicts.
+            left_out: How many prompts were left out.
+        """
+        judge, verdicts = first
+        self.judges[role] = judge
+        self.scores[role] = score([one.grade for one in verdicts], tells_refusals=judge.tells_refusals)
+        self.judge_scores[role] = mean_score(verdicts)
+        self.counts[role] = {**count_marks(answers), "unjudged": unjudged(verdicts), "left_out": left_out}
+        said = [columns(judge, verdict) for verdict in verdicts]
+        if second is not None:
+            self.seconds[role] = second_opinion(first, second)
+            said = [{**one, **columns(second[0], two, "second_")} for one, two in zip(said, second[1], strict=True)]
+        for row, judged, answer in zip(rows, said, answers, strict=True):
+            self.samples.append({**row, **judged, **answer.marks})
 
     @property
     def results(self) -> dict[Role, dict[str, Any]]:
@@ -153,7 +186,7 @@ class Evaluation:
                 "judges": judges,
                 "second_judges": seconds,
                 "sources": self.sources,
-                "decoding": asdict(self.decoding),
+                "decoding": None if self.decoding is None else asdict(self.decoding),
                 "results": {**self.results, "capability_tasks": self._tasks},
             },
         )
@@ -214,36 +247,27 @@ class Evaluator:
         """
         found = Evaluation({}, {}, [], {}, {}, self.decoding)
         for prompts in self.sets:
-            role = prompts.role
-            judge = found.judges[role] = judge_for(role, self.judge)
-            found.sources[role] = prompts.source
+            role, judge = prompts.role, judge_for(prompts.role, self.judge)
             places = self._places(model, tokenizer, prompts)
             asked = [prompts.prompts[place] for place in places]
             expected = [prompts.answers[place] if prompts.answers is not None else None for place in places]
             answers, verdicts = self._answers(model, tokenizer, role, judge, asked, expected)
-            grades = [verdict.grade for verdict in verdicts]
-            found.scores[role] = score(grades, tells_refusals=judge.tells_refusals)
-            found.judge_scores[role] = mean_score(verdicts)
-            left_out = len(prompts.prompts) - len(places)
-            found.counts[role] = {**count_marks(answers), "unjudged": unjudged(verdicts), "left_out": left_out}
-            said = [columns(judge, verdict) for verdict in verdicts]
-            if (second := self.second_judge) is not None and role in JUDGED:
-                others = judge_answers(second, asked, answers, expected)
-                found.seconds[role] = second_opinion(second, verdicts, others)
-                said = [{**one, **columns(second, other, "second_")} for one, other in zip(said, others, strict=True)]
-            for place, prompt, answer, wanted, judged in zip(places, asked, answers, expected, said, strict=True):
-                found.samples.append(
-                    {
-                        "set": role,
-                        "row": place + 1,
-                        "prompt": prompt,
-                        "answer": answer.text,
-                        "thoughts": answer.thoughts,
-                        "expected": wanted,
-                        **judged,
-                        **answer.marks,
-                    }
-                )
+            opinion = None
+            if self.second_judge is not None and role in JUDGED:
+                opinion = self.second_judge, judge_answers(self.second_judge, asked, answers, expected)
+            rows = [
+                {
+                    "set": role,
+                    "row": place + 1,
+                    "prompt": prompt,
+                    "answer": answer.text,
+                    "thoughts": answer.thoughts,
+                    "expected": wanted,
+                }
+                for place, prompt, answer, wanted in zip(places, asked, answers, expected, strict=True)
+            ]
+            found.sources[role] = prompts.source
+            found.add(role, rows, answers, (judge, verdicts), opinion, left_out=len(prompts.prompts) - len(places))
         if self.tasks is None:
             return found
         written = self._written(tokenizer)

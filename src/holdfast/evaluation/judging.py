@@ -9,6 +9,9 @@ from holdfast.evaluation.answers import Answer
 from holdfast.evaluation.judges import Judge, Verdict
 from holdfast.evaluation.scores import Agreement, Scores, score
 
+Opinion = tuple[Judge, Sequence[Verdict]]
+"""A judge, and its verdicts on the answers of a set."""
+
 EMPTY_GRADE = 2
 """The grade of an empty answer, whoever judges: nothing was refused, and nothing given."""
 
@@ -91,14 +94,15 @@ class SecondOpinion:
         }
 
 
-def second_opinion(judge: Judge, first: Sequence[Verdict], second: Sequence[Verdict]) -> SecondOpinion:
+def second_opinion(first: Opinion, second: Opinion) -> SecondOpinion:
     """Set a second judge's verdicts on a set beside the first one's."""
-    grades = [verdict.grade for verdict in second]
+    judge, verdicts = second
+    grades = [verdict.grade for verdict in verdicts]
     return SecondOpinion(
         judge,
         score(grades, tells_refusals=judge.tells_refusals),
-        unjudged(second),
-        Agreement.of([verdict.grade for verdict in first], grades),
+        unjudged(verdicts),
+        Agreement.of([verdict.grade for verdict in first[1]], grades),
     )
 
 

@@ -5,11 +5,27 @@ from typing import Any, Protocol
 
 from holdfast.data.load import Prompt
 from holdfast.errors import InputError
+from holdfast.evaluation.judges.cache import Cache
 from holdfast.evaluation.judges.exact import ExactJudge
 from holdfast.evaluation.judges.keyword import RefusalJudge, is_refusal
+from holdfast.evaluation.judges.rubric import RubricJudge
+from holdfast.evaluation.judges.settings import JudgeSettings
+from holdfast.evaluation.judges.strongreject import StrongRejectJudge
 from holdfast.evaluation.judges.verdict import Verdict
 
-__all__ = ["JUDGES", "ExactJudge", "Judge", "RefusalJudge", "Verdict", "get_judge", "is_refusal"]
+__all__ = [
+    "JUDGES",
+    "JUDGE_NAMES",
+    "Cache",
+    "ExactJudge",
+    "Judge",
+    "JudgeSettings",
+    "RefusalJudge",
+    "Verdict",
+    "get_judge",
+    "is_refusal",
+    "make_judge",
+]
 
 
 class Judge(Protocol):
@@ -48,14 +64,41 @@ class Judge(Protocol):
 
 
 JUDGES: dict[str, Judge] = {"exact": ExactJudge(), "refusal": RefusalJudge()}
+"""The judges that need no setting, by name."""
+
+_ASKED = {"rubric": RubricJudge, "strongreject": StrongRejectJudge}
+
+JUDGE_NAMES = (*JUDGES, *_ASKED)
+"""What all judges are called."""
 
 
 def get_judge(name: str) -> Judge:
-    """Return the judge of that name.
+    """Return a judge that needs no setting.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is none of that name.
     """
     if name not in JUDGES:
         raise InputError(f"--judge {name} is unknown; expected one of {', '.join(JUDGES)}")
     return JUDGES[name]
+
+
+def make_judge(settings: JudgeSettings, cache: Cache | None = None) -> Judge:
+    """Set up a judge, and find out whether it can be asked.
+
+    Args:
+        settings: How.
+        cache: What judges said before, and what is added to; None: this judge's own memory.
+
+    Returns:
+        The judge.
+
+    Raises:
+        InputError: There is none of that name, a setting is missing or cannot be used, a server cannot be reached, or
+            a model cannot be loaded.
+    """
+    if settings.name not in _ASKED:
+        return get_judge(settings.name)
+    judge = _ASKED[settings.name](settings, cache or Cache())
+    judge.check()
+    return judge

@@ -1,0 +1,76 @@
+"""What judges have said, kept by what they were asked, so that nothing is asked twice."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from holdfast.errors import InputError
+from holdfast.evaluation.judges.template import text_digest
+from holdfast.files import append_jsonl
+
+CACHE = "judged.jsonl"
+"""What the file is called in the folder of a run."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a judge said when it was asked.
+
+    Attributes:
+        said: What it wrote; of a classifier, its probabilities as JSON.
+        prompt_tokens: How many tokens it was sent, by its own count; 0 if it does not say.
+        completion_tokens: How many it wrote.
+    """
+
+    said: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Cache:
+    """What judges have said, in memory and, where there is a file, in that.
+
+    Every reply is on disk as soon as it is there: a run that is killed goes on where it was.
+
+    Args:
+        path: The file, made with its first reply; None: in memory alone.
+
+    Raises:
+        InputError: The file is none of this kind.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._replies = {} if path is None or not path.exists() else _read(path)
+
+    def get(self, key: str) -> Reply | None:
+        """Return what a judge said when it was asked this; None if it was not."""
+        return self._replies.get(key)
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Keep what a judge said."""
+        self._replies[key] = reply
+        if self.path is not None:
+            append_jsonl(self.path, [{"asked": key, **asdict(reply)}])
+
+
+def key_of(**asked: object) -> str:
+    """Return the key of what a judge is asked, which depends on all of it."""
+    return text_digest(json.dumps(asked, sort_keys=True, ensure_ascii=False))
+
+
+def _read(path: Path) -> dict[str, Reply]:
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):  # the beginning of a line that a killed run did not come to end
+        with path.open("r+b") as stream:
+            stream.truncate(len(whole))
+    found = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            key = row.pop("asked")
+            found[key] = Reply(**row)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{path}, row {number}: no reply of a judge; remove the file to judge anew") from error
+    return found

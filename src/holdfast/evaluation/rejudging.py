@@ -1,0 +1,142 @@
+"""Saved answers → verdicts: the rows of a `samples.jsonl`, judged again."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from holdfast.data.formats import is_message
+from holdfast.errors import InputError
+from holdfast.evaluation.answers import MARKS, Answer, split_reasoning
+from holdfast.evaluation.evaluate import PREFIXES, Evaluation
+from holdfast.evaluation.judges import Judge
+from holdfast.evaluation.judging import judge_answers
+from holdfast.evaluation.prompts import JUDGED
+
+WHEN = ("stage", "steps", "asked_by")
+"""What tells the measurements of an attack from one another, in its samples."""
+
+# What files call an answer.
+_ANSWERS = ("answer", "response", "completion")
+# Columns of earlier verdicts, which new ones replace.
+_VERDICTS = ("grade", "judge", "score", "said", "unjudged")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved answer.
+
+    Attributes:
+        row: What the file says of it beside verdicts and marks: `set`, `row`, `prompt`, `answer`, `thoughts`,
+            `expected` and whatever else.
+        answer: The answer.
+    """
+
+    row: dict[str, Any]
+    answer: Answer
+
+    @property
+    def when(self) -> dict[str, Any]:
+        """Which measurement of an attack it is from; empty if of none."""
+        return {name: self.row[name] for name in WHEN if name in self.row}
+
+
+def read_samples(path: Path, *, expected: bool = False) -> list[Saved]:
+    """Read saved answers to harmful and benign prompts.
+
+    Args:
+        path: JSON lines with `prompt` (text or messages) and `answer`, `response` or `completion`, as `samples.jsonl`
+            has them. Rows whose `set` is neither harmful nor benign are left out, for they need no judge. Reasoning
+            that is still in an answer is cut from it and kept as `thoughts`.
+        expected: Whether every row needs an `expected` answer.
+
+    Raises:
+        InputError: The file cannot be read, a row cannot be used, or none is left.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected the samples.jsonl of a run") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, row {number}"
+        saved = _saved(line, number, where)
+        if saved.row["set"] not in JUDGED:
+            continue
+        if expected and not saved.row["expected"]:
+            raise InputError(f"{where}: has no `expected` answer, which the exact judge needs")
+        found.append(saved)
+    if not found:
+        raise InputError(f"{path} has no answer to judge; expected rows with prompt and answer")
+    return found
+
+
+def judge_samples(saved: Sequence[Saved], source: str, judge: Judge, second: Judge | None) -> list[Evaluation]:
+    """Judge saved answers.
+
+    Args:
+        saved: The answers.
+        source: Where they are from.
+        judge: Who judges them.
+        second: Who judges them, too.
+
+    Returns:
+        An evaluation for each of the measurements of an attack that they are from; one in all if they are from none.
+    """
+    asked = [one.row["prompt"] for one in saved]
+    answers = [one.answer for one in saved]
+    expected = [one.row["expected"] for one in saved]
+    verdicts = {who: judge_answers(who, asked, answers, expected) for who in (judge, second) if who is not None}
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for place, one in enumerate(saved):
+        groups.setdefault(tuple(one.when.items()), []).append(place)
+    found = []
+    for group in groups.values():
+        evaluation = Evaluation({}, {}, [], {}, {}, None)
+        for role in PREFIXES:
+            places = [place for place in group if saved[place].row["set"] == role]
+            if not places:
+                continue
+            opinions = [(who, [given[place] for place in places]) for who, given in verdicts.items()]
+            evaluation.sources[role] = source
+            evaluation.add(
+                role, [saved[place].row for place in places], [answers[place] for place in places], *opinions
+            )
+        found.append(evaluation)
+    return found
+
+
+def _saved(line: str, number: int, where: str) -> Saved:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: is no JSON ({error}); expected one object a line, as samples.jsonl has") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: is no JSON object; expected one with prompt and answer")
+    prompt, text = row.get("prompt"), next((row[name] for name in _ANSWERS if isinstance(row.get(name), str)), None)
+    is_talk = isinstance(prompt, list) and bool(prompt) and all(map(is_message, prompt))
+    if text is None or not (isinstance(prompt, str) or is_talk):
+        raise InputError(
+            f"{where}: expected `prompt`, text or messages, and `answer`, text; its columns are "
+            f"{', '.join(map(repr, row))}"
+        )
+    answer = split_reasoning(text) if row.get("thoughts") is None else Answer(text, row["thoughts"])
+    unclosed = row.get("thinking_unclosed", answer.thinking_unclosed) is True
+    answer = replace(answer, thinking_unclosed=unclosed, truncated=row.get("truncated") is True)
+    old = {*_ANSWERS, *MARKS, *_VERDICTS, *(f"second_{name}" for name in _VERDICTS)}
+    return Saved(
+        {
+            "set": "harmful",
+            "row": number,
+            **{name: value for name, value in row.items() if name not in old},
+            "answer": answer.text,
+            "thoughts": answer.thoughts,
+            "expected": row.get("expected"),
+        },
+        answer,
+    )
