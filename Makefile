@@ -9,7 +9,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-faults lint bench docs dist
+.PHONY: demo test test-faults test-services lint bench docs dist
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -21,6 +21,10 @@ test: $(READY)
 # Every fault that a parallel run must survive, with real processes; `make test` holds one of each kind.
 test-faults: $(READY)
 	$(BIN)/python -m pytest -v -m "faults or not faults" tests/cli/test_faults.py
+
+# With services that are really there: the report in Chromium, which is the system's own.
+test-services: $(VENV)/.services
+	$(BIN)/python -m pytest -v -m services
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -45,7 +49,7 @@ docs: $(VENV)/.docs
 dist: $(VENV)/.dist
 	$(BIN)/python .ci/check_dist.py
 
-$(VENV)/.docs $(VENV)/.dist: $(VENV)/.%: $(READY)
+$(VENV)/.docs $(VENV)/.dist $(VENV)/.services: $(VENV)/.%: $(READY)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 

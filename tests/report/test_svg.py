@@ -26,7 +26,7 @@ def test_labels_of_amounts_keep_apart(values: list[float]) -> None:
     scale = Scale.amounts(values)
     places = sorted(scale.place(value) for value, _ in scale.ticks)
     assert places[0] == 0
-    assert all(after - before >= 13 for before, after in pairwise(places))
+    assert all(after - before >= 17 for before, after in pairwise(places))
     assert len({label for _, label in scale.ticks}) == len(scale.ticks)
 
 

@@ -18,8 +18,9 @@ from markupsafe import Markup
 
 from holdfast.report.wording import number, power, visible
 
-#: No two labels of an axis are closer than this, in per cent of its length: room for four digits on a phone.
-_APART = 13.0
+#: No two labels of an axis are closer than this, in per cent of its length: room for four digits on a phone, beside
+#: values that are written out.
+_APART = 17.0
 
 #: Where stands what no value of an axis with room above it reaches.
 _ABOVE = "4%"
