@@ -40,6 +40,7 @@ from helpers import WORDS, Gradients, tiny_llama, word_rows, word_tokenizer
 from holdfast.alignment.antibody import AntibodyAlignmentConfig, AntibodyAlignmentTrainer
 from holdfast.alignment.booster import BoosterConfig, BoosterTrainer
 from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
+from holdfast.attacks.finetuning import FineTuning
 from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
 from holdfast.finetuning.lisa import LisaConfig, LisaTrainer
 from holdfast.finetuning.spard import SpardConfig, SpardTrainer
@@ -339,4 +340,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mixtral": mixtral,
     "mixtral, router loss off": lambda: mixtral(0.0),
     "mixtral, lora": lambda: lora(mixtral, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+}
+
+# Fine-tuning attacks on `word_rows(8, seed=1)`, for ranks to be compared with one process.
+TUNINGS = {
+    "full": FineTuning(learning_rate=1e-2, steps=4, batch_size=4, optimizer="sgd"),
+    "scheduled": FineTuning(1e-3, 3, batch_size=2, scheduler="cosine", warmup_steps=1, rows=4, first_tokens=2),
 }

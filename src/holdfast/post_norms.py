@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -58,7 +59,7 @@ class PostNorm(NamedTuple):
 
 
 @torch.no_grad()
-def post_norms(model: PreTrainedModel, found: Iterable[Writer]) -> dict[str, PostNorm]:
+def post_norms(model: PreTrainedModel | PeftModel, found: Iterable[Writer]) -> dict[str, PostNorm]:
     """The norm behind every writer that has one, by the writer's name. One token goes through the model.
 
     Args:

@@ -4,7 +4,8 @@ Attention, or what a hybrid model has in its place, and the feed-forward network
 a matrix each, every expert through one of its own; embeddings begin it. Each is named as the parameter that it is, with
 the dimension that runs over the stream: in a `Linear` the first of (out, in), in GPT-2's `Conv1D` the last of (in,
 out), in an embedding the last of (tokens, width), in experts the second of (experts, out, in), or the last where they
-are stored the other way round.
+are stored the other way round. In a LoRA adapter it is the factor B of each of these matrices, in (out, rank): what the
+adapter itself writes, beside a base that is frozen.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -52,7 +55,7 @@ class Writer(NamedTuple):
     is_bias: bool
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+def decoder_layers(model: PreTrainedModel | PeftModel) -> list[nn.Module]:
     """The decoder layers, in the model's order; the stream runs from one's output to the next.
 
     Raises:
@@ -75,18 +78,22 @@ def layer_number(layer: int, count: int) -> int:
     return layer % count
 
 
-def layer_matrices(model: PreTrainedModel) -> list[str]:
-    """The names of all matrices in decoder layers, stacked ones included."""
-    inside = places(model)
-    return [name for name, p in _parameters(model).items() if inside[name].layer is not None and p.dim() > 1]
+def layer_matrices(model: PreTrainedModel | PeftModel) -> list[str]:
+    """The names of all matrices in decoder layers, stacked ones included; of an adapter its own, which are trained."""
+    inside, alone = places(model), isinstance(model, PeftModel)
+    return [
+        name
+        for name, p in _parameters(model).items()
+        if inside[name].layer is not None and p.dim() > 1 and (p.requires_grad or not alone)
+    ]
 
 
-def writers(model: PreTrainedModel, pattern: str | None = None) -> list[Writer]:
+def writers(model: PreTrainedModel | PeftModel, pattern: str | None = None) -> list[Writer]:
     """Everything that writes to the residual stream, layer by layer and then the embeddings.
 
     Args:
-        model: A causal language model of transformers without an adapter (see `holdfast.models.merge`), sharded by
-            FSDP2 or not.
+        model: A causal language model of transformers, sharded by FSDP2 or not; or a LoRA adapter on one, of which what
+            it adds itself is found.
         pattern: A regular expression, searched for in the names of modules and of experts' parameters in the decoder
             layers; by default `WRITING`.
 
@@ -103,12 +110,13 @@ def writers(model: PreTrainedModel, pattern: str | None = None) -> list[Writer]:
     names = {id(parameter): name for name, parameter in _parameters(model).items()}
     found: list[Writer] = []
     for number, (layer, mixers) in enumerate(token_mixers(model).items()):
-        candidates = list(_matrices(model.get_submodule(layer), layer, width))
+        matrices = _adapted if isinstance(model, PeftModel) else _matrices
+        candidates = list(matrices(model.get_submodule(layer), layer, width))
         blocks: dict[str, Kind] = {**dict.fromkeys(mixers, "attention"), layer: "mlp"}
         for block, kind in blocks.items():
             inside = [c for c in candidates if (_within(c.path, mixers) or layer) == block]
             writing = [c for c in inside if c.width == width and wanted.search(c.path)]
-            if inside and not writing:
+            if inside and not writing and not isinstance(model, PeftModel):
                 raise InputError(
                     f"no matrix in {block} is known to write to the residual stream ({inside[-1].path} is one of "
                     f"{len(inside)} in it); name those that do by a regular expression with --writes"
@@ -120,6 +128,8 @@ def writers(model: PreTrainedModel, pattern: str | None = None) -> list[Writer]:
             f"nothing that writes to the residual stream is found in a {type(model).__name__}"
             + (f" by --writes {pattern}" if pattern is not None else "")
         )
+    if isinstance(model, PeftModel):
+        return found
     in_layers = {module for layer in decoder_layers(model) for module in layer.modules()}
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module not in in_layers and module.weight.shape[1] == width:
@@ -139,7 +149,7 @@ class Place(NamedTuple):
     layer: int | None
 
 
-def places(model: PreTrainedModel) -> dict[str, Place]:
+def places(model: PreTrainedModel | PeftModel) -> dict[str, Place]:
     """Where every parameter belongs, by its name."""
     layers = token_mixers(model)
     found = {}
@@ -172,6 +182,15 @@ def _matrices(layer: nn.Module, prefix: str, width: int) -> Iterator[_Matrix]:
             yield _Matrix(path, module.weight.shape[dim], parts)
         else:
             yield from _experts(module, path, width)
+
+
+def _adapted(layer: nn.Module, prefix: str, width: int) -> Iterator[_Matrix]:
+    """What an adapter adds to matrices; each under the name of what it is added to."""
+    for inner, module in layer.named_modules():
+        if isinstance(module, LoraLayer):
+            for name, factor in module.lora_B.items():
+                path = f"{prefix}.{inner}"
+                yield _Matrix(path, factor.weight.shape[0], [(f"{path}.lora_B.{name}.weight", factor.weight, 0, False)])
 
 
 def _experts(module: Any, path: str, width: int) -> Iterator[_Matrix]:
@@ -208,7 +227,7 @@ def _name(parameter: Tensor, path: str, names: dict[int, str]) -> str:
     return names[id(parameter)]
 
 
-def _parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+def _parameters(model: PreTrainedModel | PeftModel) -> dict[str, nn.Parameter]:
     """All parameters by name, tied ones once; under FSDP2 the shards."""
     trainable_parameters(model)  # drops weights that were gathered for a forward pass
     return dict(model.named_parameters())

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from helpers import same_bits, tiny_llama, word_tokenizer
+from helpers import same_bits, tiny_llama, word_rows, word_tokenizer
 from holdfast.attacks.ablation import Ablation
 from holdfast.attacks.attack import Attacker
 from holdfast.attacks.back_to_base import BackToBase
@@ -24,8 +24,8 @@ from holdfast.attacks.pruning import Pruning
 from holdfast.attacks.rounding import Rounding
 from holdfast.data.rendering import ChatFormat
 from holdfast.parameters import displaced, local
-from methods import gemma2, gpt2, mixtral
-from ranks import fork_two
+from methods import TUNINGS, gemma2, gpt2, mixtral
+from ranks import fork_two, shard_on_cpu
 
 MODELS = {"llama": tiny_llama, "gpt2": gpt2, "mixtral": mixtral, "gemma2": gemma2}
 ATTACKS = {
@@ -53,6 +53,16 @@ def attacker_of(build):
     return Attacker(ChatFormat(word_tokenizer()), **prompts, base=base_of(build), batch_size=2)
 
 
+def trained(build, name):
+    """The vectors of a fine-tuning, on a model that is sharded and on one that is whole."""
+    model, attacker = sharded(build()), Attacker(ChatFormat(word_tokenizer()), harmful_rows=word_rows(8, seed=1))
+    before = {key: local(p).clone() for key, p in model.named_parameters()}
+    vector = TUNINGS[name].displace(model, attacker).vector
+    assert all(isinstance(tensor, DTensor) for tensor in vector.values())
+    assert same_bits({key: local(p) for key, p in model.named_parameters()}, before)
+    return {key: tensor.full_tensor() for key, tensor in vector.items()}
+
+
 def sharded(model):
     for layer in model.transformer.h if hasattr(model, "transformer") else model.model.layers:
         fully_shard(layer)
@@ -61,6 +71,7 @@ def sharded(model):
 
 def work(folder, rank):
     dist.init_process_group("gloo")
+    shard_on_cpu()
     found = {}
     for kind, build in MODELS.items():
         model, attacker = sharded(build()), attacker_of(build)
@@ -75,6 +86,9 @@ def work(folder, rank):
             found.update({f"sharded/{kind}/{name}/{key}": tensor.full_tensor() for key, tensor in vector.items()})
             alone = attack.displace(build(), attacker).vector
             found.update({f"whole/{kind}/{name}/{key}": tensor for key, tensor in alone.items()})
+    for name, build in {"llama": tiny_llama, "mixtral": lambda: mixtral(0.0)}.items():
+        for tuning in TUNINGS:
+            found.update({f"trained/{name}/{tuning}/{key}": tensor for key, tensor in trained(build, tuning).items()})
     if rank == 0:
         save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / "found.safetensors")
     dist.destroy_process_group()

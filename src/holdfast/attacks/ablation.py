@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -45,7 +46,7 @@ from holdfast.data.load import Prompt
 from holdfast.data.tokens import padded_batches
 from holdfast.errors import InputError
 from holdfast.models import eval_mode
-from holdfast.parameters import TINY, displaced, trainable_parameters
+from holdfast.parameters import TINY, displaced
 from holdfast.post_norms import post_norms
 from holdfast.residual import Writer, decoder_layers, layer_number, writers
 
@@ -131,7 +132,7 @@ class Ablation(Displacement):
                     f"--{name} takes one number, or four: maximum, layer, width above 0, minimum; got {kernel}"
                 )
 
-    def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. All prompts go through the model as often as it is repeated."""
         self.require(attacker)
         vector, cost = self._once(model, attacker)
@@ -142,12 +143,12 @@ class Ablation(Displacement):
             cost += more.cost
         return Displaced(vector, cost)
 
-    def _once(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+    def _once(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
         found = writers(model, self.writes)
         harmful, cost = last_tokens(model, attacker.harmful_prompts or (), attacker)
         harmless, more = last_tokens(model, attacker.harmless_prompts or (), attacker)
         directions = self.directions(harmful, harmless)
-        chosen, parameters = layer_number(self.layer, harmful.shape[1]), trainable_parameters(model)
+        chosen, parameters = layer_number(self.layer, harmful.shape[1]), dict(model.named_parameters())
         norms, changes = post_norms(model, found), {}
         for writer in found:
             scale = self._scale(writer)
@@ -247,7 +248,9 @@ def ablate(weight: Tensor, *, directions: Tensor, dim: int, scale: float, keep: 
 
 
 @torch.no_grad()
-def last_tokens(model: PreTrainedModel, prompts: Sequence[Prompt], attacker: Attacker) -> tuple[Tensor, Cost]:
+def last_tokens(
+    model: PreTrainedModel | PeftModel, prompts: Sequence[Prompt], attacker: Attacker
+) -> tuple[Tensor, Cost]:
     """What every decoder layer hands on at the last token of every prompt.
 
     Args:

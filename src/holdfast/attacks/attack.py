@@ -218,11 +218,12 @@ class Displacement(Attack):
         return PLAINLY
 
     @abstractmethod
-    def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
         """Find the vector to add to the weights; the model is left with the bits it had.
 
         Args:
-            model: A model without an adapter, its weights trainable, sharded by FSDP2 or not.
+            model: A model, its weights trainable, sharded by FSDP2 or not; or a LoRA adapter on a frozen one, which is
+                then displaced alone.
             attacker: What the attacker holds.
 
         Returns:
@@ -270,7 +271,7 @@ def whole_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def moved(model: PreTrainedModel, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> ParameterVector:
+def moved(model: PreTrainedModel | PeftModel, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> ParameterVector:
     """The displacement that changes some of the weights.
 
     Args:
@@ -298,12 +299,12 @@ def moved(model: PreTrainedModel, changes: Mapping[str, Callable[[Tensor], Tenso
     return vector
 
 
-def passes(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> Cost:
+def passes(model: PreTrainedModel | PeftModel, batches: Sequence[Mapping[str, Tensor]]) -> Cost:
     """What it takes to send batches through a model once, forward."""
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     return Cost(tokens=tokens, forward_passes=len(batches), flops=2.0 * size(model) * tokens)
 
 
-def size(model: PreTrainedModel) -> int:
+def size(model: PreTrainedModel | PeftModel) -> int:
     """The number of a model's parameters, on all ranks together; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -58,10 +59,12 @@ class BackToBase(Displacement):
         super().__post_init__()
         require_not_negative(self, "rank")
 
-    def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. It costs nothing but the base."""
         self.require(attacker)
         assert attacker.base is not None  # as required
+        if isinstance(model, PeftModel):
+            raise InputError("an adapter has no weights in its base to be taken back to; merge it first")
         origins = _fitting(model, attacker.base)
         layer = None if self.only_layer is None else layer_number(self.only_layer, len(decoder_layers(model)))
         fixed = _as_in_base(model, origins)

@@ -14,12 +14,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from holdfast.attacks.attack import FREE, Attacker, Choice, Displaced, Displacement, Layers, Range, knob, moved
 from holdfast.errors import InputError
-from holdfast.parameters import trainable_parameters
 from holdfast.post_norms import PostNorm, post_norms
 from holdfast.residual import decoder_layers, layer_number, writers
 
@@ -43,7 +43,7 @@ class Dropping(Displacement):
         ),
     )
 
-    def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. It costs nothing."""
         layer = layer_number(self.layer, len(decoder_layers(model)))
         dropped = [w for w in writers(model, self.writes) if w.layer == layer and self.part in ("both", w.kind)]
@@ -53,7 +53,7 @@ class Dropping(Displacement):
             if (norm := norms.get(writer.name)) is None:
                 changes[writer.name] = functools.partial(_shrunk, factor=1 - self.amount)
             else:
-                changes |= _quieter(norm, 1 - self.amount, trainable_parameters(model))
+                changes |= _quieter(norm, 1 - self.amount, dict(model.named_parameters()))
         return Displaced(moved(model, changes), FREE)
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -93,7 +94,7 @@ class FineTuning(RowVariant, Displacement):
             if share > 0
         )
 
-    def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. A model in half precision is left in float32, which it is trained in."""
         origin = ParameterVector({name: _in_float32(tensor) for name, tensor in snapshot(model).items()})
         try:
@@ -102,7 +103,7 @@ class FineTuning(RowVariant, Displacement):
             vector = displacement(model, origin)
         return Displaced(vector, cost)
 
-    def train(self, model: PreTrainedModel, attacker: Attacker, along: Along | None = None) -> Cost:
+    def train(self, model: PreTrainedModel | PeftModel, attacker: Attacker, along: Along | None = None) -> Cost:
         """Train the model in place, for good; an adapter is merged into it when training ends.
 
         Args:
@@ -118,6 +119,7 @@ class FineTuning(RowVariant, Displacement):
             TrainingError: Training has diverged.
         """
         self.require(attacker)
+        sharing, alone = self._sharing(model), isinstance(model, PeftModel)
         mix = mixed(
             attacker.harmful_rows,
             attacker.harmless_rows,
@@ -144,14 +146,14 @@ class FineTuning(RowVariant, Displacement):
                 folder,
                 learning_rate=self.learning_rate,
                 max_steps=self.steps,
-                per_device_train_batch_size=self.batch_size,
                 optim=self.optimizer,
                 lr_scheduler_type=self.scheduler,
                 warmup_steps=self.warmup_steps,
                 measure_at=[] if along is None else [step for step in along.at if step <= self.steps],
+                **sharing,
             )
             compute_in_bf16(model, config)
-            keep_in_float32(model, frozen=True)
+            keep_in_float32(model, frozen=not alone)
             trainer = AttackTrainer(
                 model,
                 config,
@@ -160,6 +162,7 @@ class FineTuning(RowVariant, Displacement):
                 evaluator=None if along is None else along.evaluator,
                 measured=measured,
                 peft_config=self._adapter(),
+                adapter_alone=alone,
             )
             hush(trainer)
             try:
@@ -170,6 +173,21 @@ class FineTuning(RowVariant, Displacement):
                 model.train(training)
                 model.config.use_cache = cached
         return cost()
+
+    def _sharing(self, model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+        """The settings of a step that ranks share."""
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        if self.batch_size % ranks:
+            raise InputError(f"--batch_size {self.batch_size}: {ranks} ranks cannot share the rows of a step alike")
+        sharded = isinstance(model, FSDPModule)
+        if self.lora_rank and (sharded or isinstance(model, PeftModel)):
+            what = "a model that is sharded already" if sharded else "another one"
+            raise InputError(f"--lora_rank {self.lora_rank}: an adapter cannot be put on {what}; expected 0")
+        share = {"per_device_train_batch_size": self.batch_size // ranks}
+        # As it is sharded; accelerate looks for layers to wrap by the names of classes, which sharding has changed.
+        return (
+            {**share, "fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}} if sharded else share
+        )
 
     def _adapter(self) -> LoraConfig | None:
         if not self.lora_rank:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,7 +34,7 @@ class Noise(Displacement):
         super().__post_init__()
         require_positive(self, "amount")
 
-    def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. Drawn on the CPU from the attacker's seed, so it is the same everywhere."""
         draw = torch.Generator().manual_seed(attacker.seed)
         shaken = functools.partial(_shaken, amount=self.amount, draw=draw)

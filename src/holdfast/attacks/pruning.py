@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,7 +32,7 @@ class Pruning(Displacement):
         if not 0 < self.share < 1:
             raise InputError(f"--share must lie between 0 and 1, both excluded, got {self.share}")
 
-    def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. It costs nothing."""
         thin = functools.partial(pruned, share=self.share)
         return Displaced(moved(model, dict.fromkeys(layer_matrices(model), thin)), FREE)

@@ -103,8 +103,8 @@ class AttackTrainer(DefenseTrainer):
     """Attack a model by fine-tuning it, and measure it at chosen steps.
 
     The measurements leave the run as it was: the attacked weights equal those of a run that was not measured. They are
-    made in the precision that the attack computes in. An adapter is merged into its base first, as an adversary may do.
-    The model on disk is never written to.
+    made in the precision that the attack computes in. An adapter is merged into its base first, as an adversary may do,
+    unless it is to be attacked alone. The model on disk is never written to.
 
     Args:
         model: A model, a folder, an adapter folder or a Hub id.
@@ -115,6 +115,7 @@ class AttackTrainer(DefenseTrainer):
         asked: Called after it in the same way, and asks harmful prompts as an adversary would; see
             `Evaluator.asking_otherwise`. Thus a few steps and then a prefill, at every one of these steps.
         measured: Called with every measurement and its evaluation as they come, on the first rank alone.
+        adapter_alone: Train an adapter's own weights, and leave its base frozen.
         **kwargs: As for `DefenseTrainer`; `peft_config` is a LoRA attack's adapter, without one all parameters are
             attacked.
 
@@ -145,6 +146,7 @@ class AttackTrainer(DefenseTrainer):
         evaluator: Evaluate | None = None,
         asked: Evaluate | None = None,
         measured: Callable[[dict[str, Any], Evaluation], None] | None = None,
+        adapter_alone: bool = False,
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else self.config_class(output_dir="holdfast-output")
@@ -154,8 +156,9 @@ class AttackTrainer(DefenseTrainer):
             args.model_init_kwargs = None
         if isinstance(model, PeftModel):
             compute_in_bf16(model, args)
-            keep_in_float32(model, frozen=True)  # a half precision base would take the adapter up rounded
-            model = merge(model).requires_grad_(True)
+            if not adapter_alone:
+                keep_in_float32(model, frozen=True)  # a half precision base would take the adapter up rounded
+                model = merge(model).requires_grad_(True)
         super().__init__(model, args, train_dataset, processing_class, **kwargs)
         if args.max_steps == -1:
             with torch.random.fork_rng([]):  # a loader draws its seed

@@ -15,6 +15,7 @@ import functools
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,7 +38,7 @@ class Rounding(Displacement):
         if self.bits < 2:
             raise InputError(f"--bits must be at least 2, got {self.bits}")
 
-    def displace(self, model: PreTrainedModel, attacker: Attacker) -> Displaced:
+    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. It costs nothing."""
         nearest = functools.partial(rounded, bits=self.bits)
         return Displaced(moved(model, dict.fromkeys(layer_matrices(model), nearest)), FREE)
