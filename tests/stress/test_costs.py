@@ -1,5 +1,6 @@
 """What attacks cost: medians over seeds, censoring, ratios, and what must never change them."""
 
+import json
 import math
 import random
 from itertools import groupby
@@ -227,3 +228,29 @@ def test_the_cheapest_setting_is_the_costs() -> None:
         for seed, steps in enumerate((3, 4, 5))
     }
     assert found["command"] == quick[2]["command"]  # of the median seed
+
+
+def test_of_two_seeds_the_lower_one_is_shown() -> None:
+    records = confirmed(4, 8)
+    assert cost(records)["command"] == records[1]["command"]
+
+
+def test_a_model_that_holds_where_its_counterpart_falls_at_no_step_costs_infinitely_more() -> None:
+    held = cost([trial("prompting", "model", 0, "prefill", [point(0, 0.1, 0.0)], stage="confirm")])
+    fell = cost([trial("prompting", "counterpart", 0, "prefill", [point(0, 0.9, 0.9)], stage="confirm")])
+    assert ratio(held, fell) == {"steps": None, "flops": None, "low": None, "high": None, "at_least": True, "n": 1}
+
+
+def test_of_a_model_that_held_confirming_trials_are_told() -> None:
+    """What a few prompts found by luck gives way to what all of them say."""
+    lucky = trial("full", "model", 0, TUNING, [point(5, 0.49, 0.4)])
+    sure = trial("full", "model", 1, TUNING, [point(5, 0.31, 0.2)], stage="confirm")
+    found = cost([lucky, sure])
+    assert (found["harmful_score"], found["prompts"]) == (0.31, sure["prompts"])
+    assert found["seeds"] == {"0": {"broken": False, "at_least": 5}}
+    assert cost([lucky])["harmful_score"] == 0.49
+
+
+def test_the_order_of_records_plays_no_part_in_any_byte() -> None:
+    records = confirmed(30, 3, 4)
+    assert json.dumps(cost(records[::-1])) == json.dumps(cost(records))

@@ -22,8 +22,6 @@ from holdfast.stress.costs import (
     canonical,
     confirmations,
     cost,
-    first_broken,
-    is_confirmed,
     kept_points,
     price,
     ratio,
@@ -177,8 +175,6 @@ def _best_so_far(records: Sequence[Record], kinds: Sequence[str]) -> list[dict[s
     order = sorted(records, key=lambda record: (record["number"], kinds.index(record["kind"])))
     for place, record in enumerate(order, 1):
         group = groups.get((record["kind"], setting_of(record)))
-        if first_broken(record) is None or (group is not None and not is_confirmed(group)):
-            continue
         now = price(group or [record])
         if now < best:
             best = now

@@ -55,13 +55,11 @@ def confirmations(records: Sequence[Record]) -> dict[str, list[Record]]:
     return {setting: list(by_seed.values()) for setting, by_seed in found.items()}
 
 
-def is_confirmed(group: Sequence[Record], by: str = "broken") -> bool:
-    """Whether a setting broke the model in more than half of its confirming trials."""
-    return 2 * sum(first_broken(record, by) is not None for record in group) > len(group)
-
-
 def price(group: Sequence[Record], by: str = "broken") -> tuple[float, float]:
-    """FLOPs and steps to the first broken point, the median over a setting's trials; infinite where there is none."""
+    """FLOPs and steps to the first broken point: the median over a setting's trials.
+
+    Infinite unless more than half of them broke the model, which is what confirms a setting.
+    """
     return median(_values(group, "flops", by)), median(_values(group, "steps", by))
 
 
@@ -132,9 +130,9 @@ def _quotient(model: Mapping[str, Any], counterpart: Mapping[str, Any], seed: st
 
 def _cheapest(records: Sequence[Record], by: str) -> list[Record] | None:
     """The confirming trials of the cheapest setting that was confirmed to break the model."""
-    groups = {setting: group for setting, group in confirmations(records).items() if is_confirmed(group, by)}
+    groups = confirmations(records)
     best = min(groups, key=lambda setting: (*price(groups[setting], by), setting), default=None)
-    return None if best is None else groups[best]
+    return None if best is None or math.isinf(price(groups[best], by)[0]) else groups[best]
 
 
 def _broken(group: Sequence[Record]) -> dict[str, Any]:
