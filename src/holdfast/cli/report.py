@@ -17,6 +17,18 @@ class ReportArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace both where they are there already."})
 
 
+def make_parser() -> HoldfastParser:
+    """Return the parser of `report`."""
+    parser = HoldfastParser(
+        (ReportArguments,),
+        prog="holdfast report",
+        description="Make one self-contained page, and a section for a model card, of what holdfast stress found.",
+        positional="D [D2 …]",
+    )
+    parser.add_argument("folders", metavar="D", nargs="+", help="The --output_dir of holdfast stress; several compare.")
+    return parser
+
+
 def run(argv: list[str]) -> int:
     """Report what stress tests found.
 
@@ -30,14 +42,7 @@ def run(argv: list[str]) -> int:
         InputError: A folder holds no certificate that can be trusted, or the output cannot be written there; nothing
             has been written.
     """
-    parser = HoldfastParser(
-        (ReportArguments,),
-        prog="holdfast report",
-        description="Make one self-contained page, and a section for a model card, of what holdfast stress found.",
-        positional="D [D2 …]",
-    )
-    parser.add_argument("folders", metavar="D", nargs="+", help="The --output_dir of holdfast stress; several compare.")
-    options, rest = parser.parse(argv)
+    options, rest = make_parser().parse(argv)
     page = _new_page(options)
     folders = [Path(folder) for folder in rest.folders]
     for place, folder in enumerate(folders):
