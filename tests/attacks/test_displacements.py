@@ -120,6 +120,19 @@ def test_noise_is_drawn_from_the_seed_and_in_proportion():
             assert not noise.any()
 
 
+@every_model
+def test_noise_by_hand(build):
+    """Drawn matrix by matrix, in the model's order."""
+    draw = torch.Generator().manual_seed(4)
+    noise = {n: torch.randn(w.shape, generator=draw) for n, w in weights(build()).items() if n.endswith(MATRICES)}
+    check(
+        Noise(amount=0.2),
+        build,
+        lambda name, weight: weight + 0.2 * weight.std() * noise[name] if name in noise else weight,
+        Attacker(WRITTEN, seed=4),
+    )
+
+
 def base_of(build):
     """Another model of the same shapes."""
     base = build()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from helpers import relative_distance, same_bits, tiny_llama, weights, word_rows, word_tokenizer
 from holdfast.attacks.ablation import Ablation
@@ -21,7 +21,7 @@ from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.asking import Asking
 from holdfast.models import merge
-from methods import lora
+from methods import gpt2, lora, mixtral, qwen2, qwen2_moe
 
 ROWS = word_rows(9, seed=1)
 ATTACKER = Attacker(ChatFormat(word_tokenizer()), ["t5 t6", "t7"], ROWS, ["t40", "t41 t42"], seed=3)
@@ -55,6 +55,47 @@ def test_an_adapter_is_trained_and_merged(settings):
     assert same_bits(*({name: w[name] for name in w if "proj" not in name} for w in (found, before)))
     assert all(not torch.equal(found[name], before[name]) for name in found if "proj" in name)
     assert all(parameter.requires_grad for parameter in attacked.parameters())
+
+
+def by_hand(model, steps, rate):
+    """AdamW on the mean loss of all rows' answers, one row at a time, the gradient clipped to length 1."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
+    model.train()
+    for _ in range(steps):
+        losses = []
+        for row in ATTACKER.written.tokenize(ROWS, name="attack"):
+            output = model(input_ids=torch.tensor([row["input_ids"]]))
+            for place, label in enumerate(row["labels"][1:]):
+                if label != -100:
+                    losses.append(torch.nn.functional.cross_entropy(output.logits[0, place], torch.tensor(label)))
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [tiny_llama, qwen2, gpt2, lambda: mixtral(0.0), lambda: qwen2_moe(0.0)],
+    ids=["llama", "qwen2", "gpt2", "mixtral", "qwen2_moe"],
+)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_it_is_a_few_steps_of_adamw_by_hand(build, rank):
+    """On all parameters, and on an adapter that begins as PEFT draws it from the seed."""
+    attack = FineTuning(learning_rate=1e-3, steps=3, batch_size=9, lora_rank=rank, lora_alpha=4)
+    model, whole = build(), build()
+    if rank:
+        torch.manual_seed(ATTACKER.seed)
+        targets = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        expected = merge(by_hand(get_peft_model(whole, targets), 3, 1e-3))
+    else:
+        expected = by_hand(whole, 3, 1e-3)
+    before, found = weights(model), attack.displace(model, ATTACKER).vector
+    reference = {name: weight - before[name] for name, weight in weights(expected).items()}
+    assert relative_distance(found, reference) < 1e-2
+    assert max(t.abs().max() for t in found.values()) > 1e-4
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -15,6 +15,7 @@ from holdfast.evaluation.decoding import Decoding
 from holdfast.evaluation.evaluate import Evaluator
 from holdfast.evaluation.generation import generate
 from holdfast.evaluation.prompts import PromptSet
+from methods import gpt2, mixtral, qwen2, qwen2_moe
 
 TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
 SHORT = Decoding(max_new_tokens=6)
@@ -40,12 +41,23 @@ def words(ids):
     return " ".join(f"t{token}" for token in ids if token > 3)
 
 
-@pytest.mark.parametrize("model", [0, 1, 2])
-def test_an_opener_is_what_the_model_goes_on_from(model):
-    llama, prompts = tiny_llama(model).eval(), ["t5 t6 ", "t7 "]
-    found = generate(llama, word_tokenizer(), prompts, decoding=SHORT, batch_size=2, opener="t60 t61")
+@pytest.mark.parametrize(
+    "build",
+    [
+        tiny_llama,
+        lambda: tiny_llama(1),
+        lambda: tiny_llama(2),
+        qwen2,
+        gpt2,
+        lambda: mixtral(0.0),
+        lambda: qwen2_moe(0.0),
+    ],
+)
+def test_an_opener_is_what_the_model_goes_on_from(build):
+    model, prompts = build().eval(), ["t5 t6 ", "t7 "]
+    found = generate(model, word_tokenizer(), prompts, decoding=SHORT, batch_size=2, opener="t60 t61")
     for answer, ids in zip(found, [[5, 6], [7]], strict=True):
-        said = words(greedy_by_hand(llama, [*ids, 60, 61]))
+        said = words(greedy_by_hand(model, [*ids, 60, 61]))
         assert answer.text == (f"t60 t61 {said}" if said else "")
 
 
