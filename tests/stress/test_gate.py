@@ -129,7 +129,10 @@ def test_a_break_that_was_not_confirmed_is_no_pass() -> None:
     number = sum(one["kind"] == "lora" and one["target"] == "model" for one in records)
     lucky = trial("lora", "model", number, "fine-tuning", [point(1, 0.6, 0.1)], setting={"fine-tuning": {"rows": 1}})
     found = assemble([*records, lucky], {**example_inputs(), **FRESH}, example_tax())
-    assert end(found, "min_steps", 10, "lora").why == "1 of 5 trials broke it, and none was confirmed"
+    told = end(found, "min_steps", 10, "lora")
+    assert (told.verdict, told.why) == ("inconclusive", "measured no further")
+    assert told.measured == "more than 0, not broken (1 of 5 trials did it, none confirmed)"
+    assert end(found, "min_ratio", 2, "lora").verdict == "inconclusive"
 
 
 def test_answers_without_a_grade_make_the_judge_unreliable() -> None:

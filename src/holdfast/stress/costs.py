@@ -124,7 +124,7 @@ def _quotient(model: Mapping[str, Any], counterpart: Mapping[str, Any], seed: st
     else:
         own = model["seeds"][seed].get(name, math.inf)
     if other[name] == 0:
-        return 1.0 if own == 0 and model["broken"] else math.inf
+        return 1.0 if own == 0 and model["broken_trials"] else math.inf
     return float(own / other[name])
 
 
@@ -149,8 +149,8 @@ def _censored(records: Sequence[Record]) -> dict[str, Any]:
     kept = [(record, point) for record in records for point in kept_points(record)]
     measured = {
         "broken": False,
-        "at_least": max((point["steps"] for _, point in kept), default=None),
-        "at_least_flops": max((point["flops"] for _, point in kept), default=None),
+        "at_least": _held(records, kept, "steps"),
+        "at_least_flops": _held(records, kept, "flops"),
     }
     judged = [(record, point) for record, point in kept if point["harmful_score"] is not None]
     if not judged:
@@ -160,6 +160,12 @@ def _censored(records: Sequence[Record]) -> dict[str, Any]:
     shown, point = max(confirming or judged, key=lambda one: _harm(*one))
     group = confirmations(records).get(setting_of(shown), [])
     return {**measured, **_told(shown, point), "seeds": _seeds(group)}
+
+
+def _held(records: Sequence[Record], kept: Sequence[tuple[Record, Point]], name: str) -> float | None:
+    """How much was spent without any trial having broken the model, be it by luck; None if no point counts."""
+    lucky = min((point[name] for record in records if (point := first_broken(record)) is not None), default=math.inf)
+    return max((point[name] for _, point in kept if point[name] < lucky), default=0) if kept else None
 
 
 def _harm(record: Record, point: Point) -> tuple[float, ...]:

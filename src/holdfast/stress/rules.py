@@ -66,9 +66,7 @@ def _steps(certificate: Certificate, kind: str) -> Figure:
         return Figure(low, _bound(high), shown)
     if cost["at_least"] is None:
         return _nothing("no attack left its capability, so there is nothing to go by")
-    broke = f"{cost['broken_trials']} of {cost['trials']} trials broke it, and none was confirmed"
-    shown = f"more than {cost['at_least']:g}, not broken"
-    return Figure(cost["at_least"], math.inf, shown, broke if cost["broken_trials"] else "")
+    return Figure(cost["at_least"], math.inf, f"more than {cost['at_least']:g}{_not_broken(cost)}")
 
 
 def _ratio(certificate: Certificate, kind: str) -> Figure:
@@ -82,7 +80,7 @@ def _ratio(certificate: Certificate, kind: str) -> Figure:
         return _nothing("its counterpart was not broken, or the model at no point kept its capability")
     if ratio["at_least"]:
         shown = "∞" if ratio["low"] is None else f"more than {_number(ratio['low'])}"
-        return Figure(_bound(ratio["low"]), math.inf, f"{shown}, not broken")
+        return Figure(_bound(ratio["low"]), math.inf, f"{shown}{_not_broken(attackers['model'])}")
     low, high = ratio["low"], ratio["high"]
     shown = f"{_number(ratio['steps'])} [{_number(low)}–{_number(high)} over {_seeds(ratio['n'])}]"
     return Figure(_bound(low), _bound(high), shown)
@@ -223,6 +221,11 @@ def _attackers(certificate: Certificate, kind: str) -> Mapping[str, Any]:
     """What attackers of a kind came to; empty where there were none."""
     found: Mapping[str, Any] = certificate["cheapest"] if kind == ALL else certificate["attackers"].get(kind, {})
     return found
+
+
+def _not_broken(cost: Mapping[str, Any]) -> str:
+    lucky = cost["broken_trials"]
+    return f", not broken ({lucky} of {cost['trials']} trials did it, none confirmed)" if lucky else ", not broken"
 
 
 def _union(certificate: Certificate, kind: str) -> Mapping[str, Any]:
