@@ -30,7 +30,9 @@ def test_a_break_that_did_not_hold_is_none() -> None:
     once = trial("full", "model", 0, "fine-tuning", [point(1, 0.9, 0.8)])
     again = trial("full", "model", 1, "fine-tuning", [point(1, 0.4, 0.2)], stage="confirm")
     (best,) = best_settings([once, again])
-    assert best.outcome == "not broken; at most harmful score 0.40, ASR 0.20, capability 1.00"
+    assert best.outcome == (
+        "broken in 1 of 2 trials, not confirmed; at most harmful score 0.40, ASR 0.20, capability 1.00"
+    )
 
 
 def test_what_failed_says_why() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.report.wording import counted, effort, share, steps
+from holdfast.report.wording import counted, effort, number, share, steps
 from holdfast.stress.certificate import KINDS, TARGETS
 from holdfast.stress.costs import Record, confirmations, cost, first_broken, price, setting_of
 
@@ -65,7 +65,11 @@ def _best(kind: str, attack: str, target: str, records: list[Record]) -> Best:
         shown = min(once, key=lambda one: (*price([one]), one["number"]))
         outcome = f"broken in screening, on {shown['prompts']} prompts, and not tried on all: not counted"
     elif found["attack"] is not None:
-        outcome = f"not broken; at most {_figures(found)}"
+        broke = found["broken_trials"]
+        told = (
+            f"broken in {number(broke)} of {counted(len(records), 'trial')}, not confirmed" if broke else "not broken"
+        )
+        outcome = f"{told}; at most {_figures(found)}"
     else:  # no point that was judged, with capability kept
         shown = min(records, key=lambda one: (one["end"] == "failed", one["number"]))
         ends = {"failed": f"failed: {shown['reason']}", "collapsed": "collapsed wherever it was measured"}

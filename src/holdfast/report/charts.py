@@ -15,6 +15,7 @@ from holdfast.report.wording import (
     counted,
     first_break,
     kind_name,
+    kinds_of,
     model_name,
     number,
     power,
@@ -69,7 +70,8 @@ class _Value:
 def cost_by_kind(certificate: Certificate, name: str) -> Figure:
     """What breaking either model costs by kind of attacker, in steps, with the range over seeds."""
     rows = []
-    for kind, found in certificate["attackers"].items():
+    for kind in kinds_of(certificate):
+        found = certificate["attackers"][kind]
         measured = (target for target in present(certificate) if _is_measured(found[target]))
         values = [_cost_value(target, model_name(certificate, target), found[target]) for target in measured]
         if values:
@@ -97,7 +99,7 @@ def harm_against_cost(certificate: Certificate, measure: str, name: str) -> Figu
     plot = Plot(name, heading, "Highest at capability kept. " + "; ".join(told), x, Scale.shares(), "attack steps")
     plot.line([(0, certificate["threshold"]), (x.high, certificate["threshold"])], "threshold")
     _scatter(plot, points, "steps", measure)
-    for target, line in reversed(lines.items()):
+    for target, line in lines.items():
         plot.stairs(line, f"line {target}", until=x.high)
     found = sorted({at for line in lines.values() for at, _ in line})
     return Figure(
@@ -124,7 +126,7 @@ def best_so_far(certificate: Certificate, name: str) -> Figure:
     ]
     plot = Plot(name, heading, "; ".join(told), x, y, "trials")
     plot.unbroken()
-    for target, own in reversed(found.items()):
+    for target, own in found.items():
         first = own[0]["trial"] if own else trials[target]
         plot.above(first, own[0]["flops"] if own else None, f"line waiting {target}")
         plot.stairs([(entry["trial"], entry["flops"]) for entry in own], f"line {target}", until=trials[target])
@@ -169,7 +171,7 @@ def capability_against_harm(certificate: Certificate, name: str) -> Figure:
             bound = (1 - certificate["bound"]) * own["value"]
             plot.line([(bound, 0), (bound, 1)], f"threshold {target}")
     _scatter(plot, points, "capability", "harmful_score")
-    for target, front in reversed(fronts.items()):
+    for target, front in fronts.items():
         plot.stairs([(one["capability"], one["harmful_score"]) for one in front], f"line {target}", until=0.0)
     return Figure(
         heading,

@@ -8,6 +8,7 @@ from typing import Any
 from holdfast.report.reading import Findings
 from holdfast.report.wording import (
     BASE_HOLDER,
+    KINDS,
     attack_name,
     counted,
     duration,
@@ -15,6 +16,7 @@ from holdfast.report.wording import (
     first_break,
     interval,
     kind_name,
+    kinds_of,
     knob,
     model_name,
     number,
@@ -82,8 +84,8 @@ def _base_breaks(found: Certificate) -> bool:
 
 def cheapest_without_base(found: Certificate) -> dict[str, Any]:
     """What `cheapest` of a certificate would be, did nobody hold the public base."""
-    costs = {kind: one for kind, one in found["attackers"].items() if kind != BASE_HOLDER}
-    return {target: cheapest_of({kind: one[target] for kind, one in costs.items()}) for target in TARGETS}
+    kinds = [kind for kind in kinds_of(found) if kind != BASE_HOLDER]
+    return {target: cheapest_of({kind: found["attackers"][kind][target] for kind in kinds}) for target in TARGETS}
 
 
 def told_verdict(found: Certificate) -> list[str]:
@@ -115,10 +117,10 @@ def costs(found: Certificate) -> list[dict[str, Any]]:
             "kind": kind_name(kind),
             "does": found["threat_model"]["attackers"][kind],
             "cells": [_cost_cell(found, kind, target) for target in present(found)],
-            "steps_ratio": times(one["ratio"], "steps"),
-            "flops_ratio": times(one["ratio"], "flops"),
+            "steps_ratio": times(found["attackers"][kind]["ratio"], "steps"),
+            "flops_ratio": times(found["attackers"][kind]["ratio"], "flops"),
         }
-        for kind, one in found["attackers"].items()
+        for kind in kinds_of(found)
     ]
 
 
@@ -135,7 +137,7 @@ def _cost_cell(found: Certificate, kind: str, target: str) -> dict[str, Any]:
     else:
         notes = [f"harmful score at most {share(cost['harmful_score'])}, by {attack_name(cost['attack'])}; {tried}"]
         if cost["broken_trials"]:
-            notes.append(f"{counted(cost['broken_trials'], 'break')} in screening did not hold on all prompts")
+            notes.append(f"{counted(cost['broken_trials'], 'trial')} broke it, which was not confirmed")
     in_full = steps(cost["by_asr"]) if cost["by_asr"]["broken"] else "not reached"
     notes.append(f"ASR ≥ {share(found['threshold'])}: {in_full}")
     return {"steps": steps(cost), "notes": notes}
@@ -201,7 +203,7 @@ def names(findings: Sequence[Findings]) -> list[str]:
 def compare(findings: Sequence[Findings]) -> dict[str, Any]:
     """Several models beside each other, and in what they were not measured alike."""
     certificates = [one.certificate for one in findings]
-    kinds = list(dict.fromkeys(kind for found in certificates for kind in found["attackers"]))
+    kinds = [kind for kind in KINDS if any(kind in found["attackers"] for found in certificates)]
     rows = []
     for name, found in zip(names(findings), certificates, strict=True):
         costs = [found["cheapest"]["model"], *(found["attackers"].get(kind, {}).get("model") for kind in kinds)]
@@ -235,7 +237,9 @@ def told_tax(found: Certificate) -> str:
     said = f"Before any attack {name} answers {rate(rates['model'])} of the capability prompts"
     others = [f"{model_name(found, who)} {rate(rates[who])}" for who in ("counterpart", "base") if rates[who]]
     unknown = "" if rates["base"] else "; its base was not given, so what alignment cost is unknown"
-    return f"{said}{''.join(f', {other}' for other in others)}{unknown}."
+    said = f"{said}{''.join(f', {other}' for other in others)}{unknown}."
+    after = [f"{name} {left}" for name, *_, left in tax_rows(found)]
+    return f"{said} After it has learnt a harmless task: {', '.join(reversed(after))}." if after else said
 
 
 def tax_rows(found: Certificate) -> list[tuple[str, ...]]:

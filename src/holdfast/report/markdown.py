@@ -22,7 +22,7 @@ from holdfast.report.facts import (
     told_verdict,
 )
 from holdfast.report.reading import Findings
-from holdfast.report.wording import first_break, kind_name, model_name, present, rate, steps, times, visible
+from holdfast.report.wording import first_break, kind_name, kinds_of, model_name, present, rate, steps, times, visible
 
 #: What has a meaning in Markdown, or in the HTML that may stand in it: anywhere, and where a line begins.
 _ANYWHERE = re.compile(r"[\\`*_\[\]<>#|~&$]")
@@ -59,7 +59,7 @@ def _section(found: Certificate) -> list[str]:
     columns = ("Attacker", *names, *(("Ratio of FLOPs",) if found["counterpart"] else ()))
     costs = [
         (kind_name(kind), *(steps(one[target]) for target in present(found)), times(one["ratio"], "flops"))
-        for kind, one in found["attackers"].items()
+        for kind, one in ((kind, found["attackers"][kind]) for kind in kinds_of(found))
     ]
     taxed = {"Capability": "capability", "Over-refusal": "over_refusal"}
     whose = [who for who in ("base", *present(found)) if found[who] is not None]
@@ -86,7 +86,7 @@ def _section(found: Certificate) -> list[str]:
 def _results(found: Certificate) -> list[EvalResult]:
     """What the Hub is told: the measured figures of the model, by the data they were measured on."""
     costs = {"any attacker": found["cheapest"]["model"]}
-    costs |= {kind_name(kind): one["model"] for kind, one in found["attackers"].items()}
+    costs |= {kind_name(kind): found["attackers"][kind]["model"] for kind in kinds_of(found)}
     results = [
         _result(found, "eval_data", "attack_cost_steps", _told(cost), f"Attack steps to the first break: {who}")
         for who, cost in costs.items()

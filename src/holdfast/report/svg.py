@@ -63,7 +63,7 @@ class Scale:
         high, knee = max(positive), min(positive)
         bare = cls(high, knee, room)
         told, marks = (power, [0.0]) if high >= 1e5 else (number, [0.0, high])
-        for mark in _round_between(knee, high):
+        for mark in _round_between(knee, high) or [high]:
             if all(abs(bare.place(mark) - bare.place(other)) >= _APART for other in marks):
                 marks.append(mark)
         return cls(high, knee, room, tuple((mark, told(mark)) for mark in marks))

@@ -23,6 +23,7 @@ _LINKS = {
     "base": "return to the base",
     "raw": "no chat template",
     "best-of-n": "best of n",
+    "none": "asked plainly",
     "soft-prompt": "soft prompt",
 }
 
@@ -68,9 +69,14 @@ def present(certificate: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(target for target in TARGETS if certificate[target] is not None)
 
 
+def kinds_of(certificate: Mapping[str, Any]) -> list[str]:
+    """The kinds of attacker that were tried, in the order they are told of."""
+    return [kind for kind in KINDS if kind in certificate["attackers"]]
+
+
 def kind_name(kind: str) -> str:
     """What a kind of attacker is called."""
-    return KINDS.get(kind, kind)
+    return KINDS[kind]
 
 
 def attack_name(attack: str) -> str:
@@ -199,8 +205,8 @@ def verdict(certificate: Mapping[str, Any], cheapest: Mapping[str, Any]) -> str:
         said = f"{name} is broken by {_by(cost)} {_paid(cost)}"
     else:
         said = (
-            f"no attack of the {certificate['suite']} suite broke {name} with its capability kept ({steps(cost)}, "
-            f"harmful score at most {share(cost['harmful_score'])})"
+            f"no attack of the {certificate['suite']} suite was confirmed to break {name} with its capability kept "
+            f"({steps(cost)}, harmful score at most {share(cost['harmful_score'])})"
         )
     if certificate["counterpart"] is None:
         return f"{said}; it was not compared with an undefended counterpart."
@@ -216,6 +222,7 @@ def _by(cost: Mapping[str, Any]) -> str:
 
 
 def _paid(cost: Mapping[str, Any]) -> str:
+    came = f"(harmful score {share(cost['harmful_score'])}, ASR {share(cost['asr'])})"
     if cost["steps"]["value"] == 0:
-        return "without a step of training"
-    return f"in {steps(cost)} on {counted(cost['harmful_rows']['value'], 'harmful row')}"
+        return f"without a step of training {came}"
+    return f"in {steps(cost)} on {counted(cost['harmful_rows']['value'], 'harmful row')} {came}"
