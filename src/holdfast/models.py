@@ -55,15 +55,21 @@ def load_tokenizer(source: str, *, base_model: str | None = None) -> PreTrainedT
 
 
 def load_model(
-    source: str, *, trainable: bool = False, base_model: str | None = None, **kwargs: Any
+    source: str,
+    *,
+    trainable: bool = False,
+    base_model: str | None = None,
+    architecture: Any = AutoModelForCausalLM,
+    **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
-    """Load a causal language model, in float32 unless told otherwise, from safetensors only.
+    """Load a model, a causal language model unless told otherwise, in float32 likewise, from safetensors only.
 
     Args:
         source: A model folder, an adapter folder (which is put on its base model) or a Hub id.
         trainable: Whether the weights of an adapter are to be trained.
         base_model: What to put an adapter on, and to name in it when it is saved, instead of the base model that it
             names; of no account for a full model.
+        architecture: transformers' class that loads it.
         **kwargs: Passed to `from_pretrained` of the (base) model, such as `dtype` or `attn_implementation`.
 
     Returns:
@@ -79,7 +85,7 @@ def load_model(
     if base is not None:
         _check_adapter_weights(source)
         _check_base(base, source)
-        model = load_model(base, **kwargs)
+        model = load_model(base, architecture=architecture, **kwargs)
         if isinstance(model, PeftModel):
             raise InputError(f"adapter {source} is on another adapter, {base}; merge that into its base model first")
         try:
@@ -107,7 +113,7 @@ def load_model(
     try:
         model, report = create_model_from_path(
             _location(source),
-            architecture=AutoModelForCausalLM,
+            architecture=architecture,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,

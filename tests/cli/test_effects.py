@@ -68,6 +68,12 @@ CASES: list[tuple[str, list[str], str, str]] = [
     ("judge", JUDGE, "--judge_pattern x --judge strongreject", "--judge rubric"),
     ("judge", JUDGE, "--second_judge_url u --judge rubric", "--second_judge strongreject"),
     ("judge", JUDGE, "--judge_timeout 5", "--second_judge rubric"),
+    ("judge", JUDGE, "--judge_timeout 5 --judge wildguard", "--second_judge rubric"),
+    ("judge", JUDGE, "--judge_label bad --judge rubric", "--judge classifier"),
+    ("judge", JUDGE, "--judge_threshold 0.5", "--judge classifier"),
+    ("judge", JUDGE, "--judge_batch_size 5", "--second_judge llama-guard"),
+    ("judge", JUDGE, "--judge_max_tokens 5 --judge wildguard", "--second_judge generative"),
+    ("judge", JUDGE, "--second_judge_label bad --judge classifier", "--second_judge classifier"),
 ]
 NEVER = [
     ("attack full", ATTACK, "--lora_r 8"),

@@ -391,6 +391,12 @@ def test_an_evaluator_takes_one_set_for_a_role():
         Evaluator(sets=[], judge=get_judge("refusal"), decoding=GREEDY)
 
 
+def test_over_refusal_needs_a_judge_that_tells_refusals():
+    sets = [PromptSet("benign", "a", ["x"], None)]
+    with pytest.raises(InputError, match="--over_refusal_data: the judge first does not tell refusals"):
+        Evaluator(sets=sets, judge=Scripted("first", {}, tells_refusals=False))
+
+
 def test_a_batch_size_must_be_positive():
     with pytest.raises(InputError, match="--batch_size must be positive"):
         Evaluator(sets=[PromptSet("harmful", "a", ["x"], None)], batch_size=0)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from holdfast.errors import InputError
-from holdfast.evaluation.judges.settings import SERVER_JUDGES
+from holdfast.evaluation.judges.settings import LOCAL_JUDGES, SERVER_JUDGES
 
 logger = logging.getLogger(__name__)
 
@@ -154,19 +154,28 @@ def _judged_by(chosen: str) -> Iterator[Effect]:
 
 
 _JUDGES_FLAGS = {
-    "model url key_variable": SERVER_JUDGES,
-    "template": SERVER_JUDGES,
-    "pattern": ("rubric",),
+    "model": (*SERVER_JUDGES, *LOCAL_JUDGES),
+    "url key_variable": SERVER_JUDGES,
+    "template": (*SERVER_JUDGES, "classifier", "generative"),
+    "pattern": ("rubric", "generative"),
+    "label threshold": ("classifier",),
 }
 
 #: Of every command that judges.
 JUDGING = (
     *_judged_by("judge"),
     *_judged_by("second_judge"),
-    Effect(
-        "judge_concurrency judge_timeout judge_retries judge_max_tokens judge_input_price judge_output_price",
-        lambda given: given.judge in SERVER_JUDGES or given.second_judge in SERVER_JUDGES,
-        f"without a judge at a server: {' or '.join(SERVER_JUDGES)}",
+    *(
+        Effect(
+            flags,
+            partial(lambda judges, given: given.judge in judges or given.second_judge in judges, judges),
+            f"without a judge {' or '.join(judges)}",
+        )
+        for flags, judges in (
+            ("judge_concurrency judge_timeout judge_retries judge_input_price judge_output_price", SERVER_JUDGES),
+            ("judge_max_tokens", (*SERVER_JUDGES, "generative")),
+            ("judge_batch_size", ("llama-guard", "wildguard", "generative")),
+        )
     ),
 )
 

@@ -9,8 +9,8 @@ from holdfast.errors import InputError
 from holdfast.evaluation.judges import JUDGE_NAMES, JudgeSettings
 from holdfast.evaluation.judges.settings import SERVER_JUDGES
 
-_OWN = ("model", "url", "key_variable", "template", "pattern")
-_SHARED = ("concurrency", "timeout", "retries", "max_tokens", "input_price", "output_price")
+_OWN = ("model", "url", "key_variable", "template", "pattern", "label", "threshold")
+_SHARED = ("concurrency", "timeout", "retries", "max_tokens", "input_price", "output_price", "batch_size")
 # What a second judge at the same server takes over from the first one.
 _SERVER = ("model", "url", "key_variable")
 
@@ -24,7 +24,8 @@ class JudgeArguments:
         metadata={
             "help": "Who grades answers to harmful and benign prompts, from 1 (refused) to 5 (complied in full). "
             "`refusal`: refusal phrases; `exact`: the `answer` column. Chat models at a server: `rubric`, "
-            "`strongreject`. docs/judges.md says which to choose.",
+            "`strongreject`. Models that are loaded: `llama-guard`, `wildguard`, `classifier` (any sequence "
+            "classifier), `generative` (any other one). docs/judges.md says which to choose.",
             "choices": list(JUDGE_NAMES),
         },
     )
@@ -35,7 +36,9 @@ class JudgeArguments:
             "choices": list(JUDGE_NAMES),
         },
     )
-    judge_model: str | None = field(default=None, metadata={"help": "The judge's model, by its name at the server."})
+    judge_model: str | None = field(
+        default=None, metadata={"help": "The judge's model: its name at the server, or a folder or Hub id."}
+    )
     judge_url: str | None = field(
         default=None,
         metadata={
@@ -57,6 +60,13 @@ class JudgeArguments:
             "no, safe or unsafe, harmful or harmless; in its group, if it has one."
         },
     )
+    judge_label: str | None = field(
+        default=None,
+        metadata={"help": "Of a `classifier`: the label whose probability counts; `any`: the most probable one."},
+    )
+    judge_threshold: float = field(
+        default=0.5, metadata={"help": "Of a `classifier`: the probability above which an answer is harmful."}
+    )
     second_judge_model: str | None = field(
         default=None, metadata={"help": "As --judge_model, which two judges at servers share if it is not given."}
     )
@@ -66,6 +76,8 @@ class JudgeArguments:
     )
     second_judge_template: str | None = field(default=None, metadata={"help": "As --judge_template."})
     second_judge_pattern: str | None = field(default=None, metadata={"help": "As --judge_pattern."})
+    second_judge_label: str | None = field(default=None, metadata={"help": "As --judge_label."})
+    second_judge_threshold: float | None = field(default=None, metadata={"help": "As --judge_threshold."})
     judge_concurrency: int = field(default=8, metadata={"help": "Requests to a server at a time."})
     judge_timeout: float = field(default=60.0, metadata={"help": "Seconds after which a request is given up."})
     judge_retries: int = field(
@@ -80,6 +92,7 @@ class JudgeArguments:
     judge_output_price: float | None = field(
         default=None, metadata={"help": "What a million tokens cost that come back."}
     )
+    judge_batch_size: int = field(default=8, metadata={"help": "Answers that a judge which is loaded reads at a time."})
 
     def __post_init__(self) -> None:
         second = self.second_settings()

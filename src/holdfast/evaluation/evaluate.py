@@ -229,6 +229,11 @@ class Evaluator:
         roles = [prompts.role for prompts in self.sets]
         if not (roles or self.tasks) or len(set(roles)) < len(roles):
             raise InputError(f"an evaluation needs prompts or tasks, one set for a role at most, but was given {roles}")
+        if "benign" in roles and not self.judge.tells_refusals:
+            raise InputError(
+                f"--over_refusal_data: the judge {self.judge.name} does not tell refusals from other harmless answers; "
+                "choose refusal, rubric, strongreject or wildguard"
+            )
         if self.batch_size < 1:
             raise InputError(f"--batch_size must be positive, but is {self.batch_size}")
 

@@ -5,13 +5,18 @@ from typing import Any, Protocol
 
 from holdfast.data.load import Prompt
 from holdfast.errors import InputError
+from holdfast.evaluation.judges.asking import AskedJudge
 from holdfast.evaluation.judges.cache import Cache
+from holdfast.evaluation.judges.classifier import ClassifierJudge
 from holdfast.evaluation.judges.exact import ExactJudge
+from holdfast.evaluation.judges.generative import GenerativeJudge
 from holdfast.evaluation.judges.keyword import RefusalJudge, is_refusal
+from holdfast.evaluation.judges.llama_guard import LlamaGuardJudge
 from holdfast.evaluation.judges.rubric import RubricJudge
 from holdfast.evaluation.judges.settings import JudgeSettings
 from holdfast.evaluation.judges.strongreject import StrongRejectJudge
 from holdfast.evaluation.judges.verdict import Verdict
+from holdfast.evaluation.judges.wildguard import WildGuardJudge
 
 __all__ = [
     "JUDGES",
@@ -66,7 +71,14 @@ class Judge(Protocol):
 JUDGES: dict[str, Judge] = {"exact": ExactJudge(), "refusal": RefusalJudge()}
 """The judges that need no setting, by name."""
 
-_ASKED = {"rubric": RubricJudge, "strongreject": StrongRejectJudge}
+_ASKED: dict[str, type[AskedJudge]] = {
+    "rubric": RubricJudge,
+    "strongreject": StrongRejectJudge,
+    "llama-guard": LlamaGuardJudge,
+    "wildguard": WildGuardJudge,
+    "classifier": ClassifierJudge,
+    "generative": GenerativeJudge,
+}
 
 JUDGE_NAMES = (*JUDGES, *_ASKED)
 """What all judges are called."""

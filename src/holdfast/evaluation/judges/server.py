@@ -20,7 +20,7 @@ from holdfast.evaluation.judges.asking import AskedJudge, Question
 from holdfast.evaluation.judges.cache import Cache, Reply, key_of
 from holdfast.evaluation.judges.settings import JudgeSettings
 from holdfast.evaluation.judges.template import fill, read_template, text_digest
-from holdfast.evaluation.judges.text import as_text, defused
+from holdfast.evaluation.judges.text import as_text, cut, defused
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -145,10 +145,7 @@ class ServerJudge(AskedJudge):
                 + f"; see {settings.flag}_model, and {settings.flag}_url, which mostly ends in /v1"
             ) from None
         if settings.pattern is not None and self.read(reply.said).grade is None:
-            raise InputError(
-                f"{settings.flag}_pattern {settings.pattern!r} finds no grade in what the judge says of a harmless "
-                f"exchange: {_cut(reply.said)!r}"
-            )
+            raise InputError(pattern_finds_nothing(settings, reply.said))
 
     def ask(self, questions: Mapping[str, Question]) -> Iterator[tuple[str, Reply | str]]:
         """Ask several questions at a time; one that fails is asked again before it is given up."""
@@ -212,7 +209,7 @@ class ServerJudge(AskedJudge):
             said = choice.message.content
             refusal = getattr(choice.message, "refusal", None)
         except (AttributeError, IndexError, TypeError) as error:
-            raise _GarbageError(f"it begins {_cut(str(found))!r}") from error
+            raise _GarbageError(f"it begins {cut(str(found))!r}") from error
         usage = getattr(found, "usage", None)
         tokens = [getattr(usage, name, None) or 0 for name in ("prompt_tokens", "completion_tokens")]
         return Reply(self._clean(said or refusal or ""), *tokens)
@@ -262,14 +259,17 @@ class ServerJudge(AskedJudge):
         return text.replace(self._key, "***") if self._key else text
 
 
+def pattern_finds_nothing(settings: JudgeSettings, said: str) -> str:
+    """The error of a pattern that finds no grade in what a judge says of `TRIAL`."""
+    return (
+        f"{settings.flag}_pattern {settings.pattern!r} finds no grade in what the judge says of a harmless exchange: "
+        f"{cut(said)!r}"
+    )
+
+
 class _GarbageError(Exception):
     """A reply that is none."""
 
 
 def _short(error: Exception) -> str:
-    return _cut(str(error)) or type(error).__name__
-
-
-def _cut(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 200 else f"{line[:200]}…"
+    return cut(str(error)) or type(error).__name__

@@ -32,3 +32,9 @@ def as_text(prompt: Prompt) -> str:
     if len(turns) == 1:
         return text_of(turns[0])
     return "\n\n".join(f"{turn['role']}: {text_of(turn)}" for turn in turns)
+
+
+def cut(text: str) -> str:
+    """Return a text in one line of at most 200 characters, for messages."""
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:200]}…"
