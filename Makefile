@@ -9,7 +9,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-faults test-services lint bench docs dist
+.PHONY: demo test test-faults test-services lint bench real docs dist
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -38,6 +38,10 @@ bench: export MALLOC_TOP_PAD_ := 67108864
 bench: $(READY)
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/method_cost.py
+
+# A real chat model, installed from its Python package, hardened and attacked: about 90 minutes on two cores.
+real: $(READY)
+	$(BIN)/python benchmarks/real.py
 
 # The site of docs/ and the docstrings, into site/; a broken link or anchor fails it.
 docs: export NO_MKDOCS_2_WARNING := 1

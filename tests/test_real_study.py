@@ -1,0 +1,77 @@
+"""`make real`: its plan holds commands that there are, and what it found fits its table and picture."""
+
+import importlib
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def real(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    yield importlib.import_module("real")
+    sys.modules.pop("real")
+
+
+def test_every_command_of_the_plan_is_understood_and_needs_what_comes_before(real, tmp_path):
+    commands = real.plan(real.Study(), [0, 1], tmp_path / "model", tmp_path)
+    assert len(commands) == 2 * 2 * (2 + 2 + 4)
+    assert len({command.name for command in commands}) == len(commands)
+    done = set()
+    for command in commands:
+        assert set(command.needs) <= done
+        done.add(command.name)
+        name, *words = command.words
+        if name == "proxy":
+            assert words[words.index("--topic") + 1] in real.TOPICS
+            continue
+        module, methods = import_module(f"holdfast.cli.{name}"), [] if name == "evaluate" else words[:1]
+        module.make_parser(*methods).parse(words[len(methods) :])
+
+
+def test_ten_times_the_updates_are_ten_times_all_of_them(real):
+    study, scaled = real.Study(), real.Study().scaled(10)
+    assert (scaled.updates, scaled.attack_every, scaled.simulated_steps) == (
+        10 * study.updates,
+        10 * study.attack_every,
+        10 * study.simulated_steps,
+    )
+    assert scaled.measure_at[-1] == 10 * study.measure_at[-1]
+    assert (scaled.prompts, scaled.tokens) == (study.prompts, study.tokens)
+
+
+def test_a_tiny_study_asks_about_fewer_subjects(real, tmp_path):
+    assert real.topic_words("cooking", real.Study(), tmp_path) == "cooking"
+    path = real.topic_words("cooking", real.SMOKE, tmp_path)
+    found = yaml.safe_load(Path(path).read_text())
+    assert len(found["subjects"]) == len(found["benign"]["subjects"]) == 5
+
+
+def test_the_table_and_the_picture_hold_what_was_found(real, tmp_path):
+    def point(steps, asr):
+        return {
+            **{"steps": steps, "asr": asr, "asr_low": asr / 2, "asr_high": 1.0, "refusal_rate": 1 - asr},
+            **{"refusal_low": 0.0, "refusal_high": 1 - asr / 2, "benign_over_refusal": 0.04},
+        }
+
+    run = {"points": [point(0, 0.0), point(2, 0.75)]}
+    entry = {
+        "seed": 0,
+        "base": {
+            "harmful": {"refusal_rate": {"value": 0.0}, "n": 48},
+            "benign": {"over_refusal": {"value": 0.02}, "n": 50},
+        },
+        "attacks": [{**run, "method": method, "attack": attack} for attack in real.ATTACKS for method in real.METHODS],
+    }
+    found = [{**entry, "topic": topic} for topic in real.TOPICS]
+    lines = real.table(found, real.SMOKE).splitlines()
+    assert "| cooking, 0 | – | not at all | 0.00 | 0.98 | – | – | – |" in lines
+    assert "| sports, 0 | LoRA | Patcher | 1.00 [0.00–1.00] | 0.96 | 0.75 [0.38–1.00] | 0.04 | 2 |" in lines
+    assert "n = 48 held-out questions of the topic and 50 benign ones" in lines[-1]
+    real.plot(found, tmp_path / "real.png")
+    assert (tmp_path / "real.png").read_bytes().startswith(b"\x89PNG")
