@@ -54,8 +54,8 @@ def policy(tmp_path: Path) -> Callable[..., str]:
             {"min_steps": {"full": 30, "hybrid": 4}},
             1,
             [
-                "inconclusive  min_steps full    20 [20–40 over 3 seeds]; asked: at least 30: "
-                "the interval lies on both sides",
+                "inconclusive  min_steps full    20 [20–40 over 3 seeds]; asked: at least 30 "
+                "(the interval lies on both sides)",
                 "fail          min_steps hybrid  2 [2–3 over 3 seeds]; asked: at least 4",
                 "FAIL: w/patcher by {policy} (1 pass, 1 fail, 1 inconclusive)",
             ],
@@ -64,8 +64,8 @@ def policy(tmp_path: Path) -> Callable[..., str]:
             {"min_steps": {"lora": 100}, "min_suite": "full"},
             3,
             [
-                "inconclusive  min_steps lora  more than 40, not broken; asked: at least 100: measured no further",
-                "inconclusive  min_suite       standard; asked: at least full: too little to conclude from",
+                "inconclusive  min_steps lora  more than 40, not broken; asked: at least 100 (measured no further)",
+                "inconclusive  min_suite       standard; asked: at least full (too little to conclude from)",
                 "INCONCLUSIVE: w/patcher by {policy} (1 pass, 0 fail, 2 inconclusive)",
             ],
         ),

@@ -65,7 +65,8 @@ def end(found: dict[str, Any], rule: str, threshold: Any, kind: str = ALL):
         ("max_over_refusal", ALL, 0, "fail", ""),
         ("max_task_slowdown", ALL, 2.5, "pass", ""),
         ("max_task_slowdown", ALL, 1, "inconclusive", "the interval lies on both sides"),
-        ("min_capability_after_task", ALL, 0.9, "pass", ""),
+        ("min_capability_after_task_of_counterpart", ALL, 0.8, "pass", ""),
+        ("min_capability_after_task_of_counterpart", ALL, 1, "inconclusive", "the interval lies on both sides"),
         ("min_suite", ALL, "quick", "pass", ""),
         ("min_suite", ALL, "standard", "inconclusive", "too little to conclude from"),
         ("min_seeds", ALL, 3, "pass", ""),
@@ -177,7 +178,7 @@ def test_a_task_that_is_not_learnt(tasks, expected: str, why: str) -> None:
     told = end(found, "max_task_slowdown", 1.9)
     assert (told.verdict, told.why) == (expected, why)
     if tasks is None:
-        assert end(found, "min_capability_after_task", 0.1).verdict == "inconclusive"
+        assert end(found, "min_capability_after_task_of_counterpart", 0.1).verdict == "inconclusive"
 
 
 @settings(max_examples=100, deadline=None)

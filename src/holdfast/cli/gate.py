@@ -67,7 +67,7 @@ def run(argv: list[str]) -> int:
     findings = examine(certificate, policy)
     width = max(len(finding.rule) for finding in findings)
     for one in findings:
-        why = f": {one.why}" if one.why else ""
+        why = f" ({one.why})" if one.why else ""
         line = f"{one.verdict:<12}  {one.rule:<{width}}  {one.measured}; asked: {one.asked}{why}"
         stdout.print(line, markup=False, soft_wrap=True)
     end = verdict(findings)
