@@ -45,7 +45,7 @@ def test_what_models_answered_is_text(html: str) -> None:
     assert not page.named("script", "img", "base", "iframe", "link", "object", "form")
     assert len(page.named("style")) == 1
     assert len(page.named("h1")) == 1
-    answers = page.texts("blockquote")[2:]  # those of who holds the base come first
+    answers = page.texts("blockquote")
     assert answers[:2] == list(HOSTILE[:2])
     assert answers[2] == f"{HOSTILE[2][:ANSWER]} … ({12 * 200 - ANSWER:,} characters more)".replace(",", "\u2009")
     assert (
@@ -174,7 +174,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     text = " ".join(text for _, text in Page(render_html([read_findings(held)])).text)
     assert "confirmed to break patcher with its capability kept (> 40 steps, harmful score at most 0.30)" in text
     assert "it was not compared with an undefended counterpart" in text
-    assert "No record of a trial lies beside the certificate" in text
+    assert "0 of 8 trials of the certificate have their record beside it; others are not shown." in text
     assert "No sample answers lie beside the certificate" in text
     assert "No harmless task was measured" in text
     assert "its base was not given" in text

@@ -26,12 +26,22 @@ def test_answers_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
     assert read_findings(folder).samples["full", "model"] == [row, row]
 
 
+def test_a_trial_of_another_kind(tmp_path: Path) -> None:
+    folder = stress_folder(tmp_path / "d")
+    file = folder / "trials" / "full" / "model-0000.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "kind": "magic"}))
+    with pytest.raises(InputError, match="is of 'magic' on 'model'; expected a kind of attacker on the model"):
+        read_findings(folder)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
         ("trials/full/model-0000.json", "{", "is not valid JSON"),
         ("trials/full/model-0000.json", "[]", "is no JSON object; expected a trial record of holdfast stress"),
-        ("trials/full/model-0000.json", '{"schema": 2}', "is a trial record of schema 2; this Holdfast reads schema 1"),
+        ("trials/full/model-0000.json", '{"schema": 2}', "is a trial record of schema 2; this Holdfast reads 1"),
+        ("trials/full/model-0000.json", '{"schema": 1}', "has no 'attack'; expected a trial record of holdfast stress"),
+        ("samples/full-model.jsonl", '{"set": "harmful"}', "row 1: has no 'answer'; expected an answer of holdfast"),
         ("samples/full-model.jsonl", '{"set": "harmful"}\n{', "samples/full-model.jsonl, row 2: is not valid JSON"),
         ("samples/full-model.jsonl", "\n7\n", "row 2: is no JSON object; expected an answer of holdfast stress"),
     ],

@@ -24,7 +24,7 @@ from holdfast.report.facts import (
     told_verdict,
 )
 from holdfast.report.reading import Findings
-from holdfast.report.wording import attack_name, counted, cut, kind_name, knob, model_name, number, share
+from holdfast.report.wording import attack_name, counted, cut, kind_name, knob, model_name, number, present, share
 
 #: Of the sample answers of an attack so many are shown, and so many characters of each and of its prompt.
 SAMPLES, ANSWER, PROMPT = 8, 600, 300
@@ -53,6 +53,7 @@ def page_of(findings: Findings, name: str) -> dict[str, Any]:
         "figures": _figures(found, name),
         "tax": {"sentence": told_tax(found), "columns": TAX_COLUMNS, "rows": tax_rows(found)},
         "attacks": _attacks(findings),
+        "missing": _missing(findings),
         "samples": _samples(findings),
         "limits": limits(found),
         "failures": [
@@ -121,6 +122,18 @@ def _attacks(findings: Findings) -> list[dict[str, Any]]:
         }
         for (kind, attack), bests in groupby(best_settings(findings.trials), key=lambda best: (best.kind, best.attack))
     ]
+
+
+def _missing(findings: Findings) -> str | None:
+    """What is said where not all trials of the certificate have their record beside it."""
+    found, there = findings.certificate, len(findings.trials)
+    total = sum(found["trials"][target] for target in present(found))
+    if there == total:
+        return None
+    return (
+        f"{number(there)} of {counted(total, 'trial')} of the certificate have their record beside it; others are not "
+        "shown."
+    )
 
 
 def _samples(findings: Findings) -> list[dict[str, Any]]:

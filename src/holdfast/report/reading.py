@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import InputError
-from holdfast.stress.certificate import MARKER, read_certificate
-from holdfast.stress.certificate import SCHEMA as TRIAL_SCHEMA
+from holdfast.stress.certificate import KINDS, MARKER, SCHEMA, TARGETS, read_certificate
 
 #: What a stress test writes first into its folder: what is to be searched.
 STARTED = "stress.json"
+
+#: What is told of a trial, and of an answer.
+_RECORD = frozenset(
+    {"kind", "target", "number", "stage", "seed", "attack", "setting", "end", "reason", "prompts", "points", "command"}
+)
+_ANSWER = frozenset({"set", "row", "prompt", "answer", "grade", "judge"})
 
 
 @dataclass(frozen=True)
@@ -56,27 +61,33 @@ def read_findings(folder: Path | str) -> Findings:
         raise InputError(f"{folder}: holds no {MARKER}; expected the --output_dir of holdfast stress")
     certificate = read_certificate(folder / MARKER)
     trials = [_trial(path) for path in sorted(folder.glob("trials/*/*.json"))]
-    samples = {_kind_and_target(path): _rows(path) for path in sorted(folder.glob("samples/*.jsonl"))}
+    files = {(kind, target): folder / "samples" / f"{kind}-{target}.jsonl" for kind in KINDS for target in TARGETS}
+    samples = {of: _rows(path) for of, path in files.items() if path.exists()}
     return Findings(folder, certificate, trials, samples)
 
 
 def _trial(path: Path) -> dict[str, Any]:
     record = _object(path, _text(path), "a trial record")
-    if record.get("schema") != TRIAL_SCHEMA:
-        raise InputError(
-            f"{path}: is a trial record of schema {record.get('schema')!r}; this Holdfast reads schema {TRIAL_SCHEMA}"
-        )
+    if record.get("schema") != SCHEMA:
+        raise InputError(f"{path}: is a trial record of schema {record.get('schema')!r}; this Holdfast reads {SCHEMA}")
+    if lacking := _RECORD - record.keys():
+        raise InputError(f"{path}: has no {min(lacking)!r}; expected a trial record of holdfast stress")
+    if record["kind"] not in KINDS or record["target"] not in TARGETS:
+        what = f"{record['kind']!r} on {record['target']!r}"
+        raise InputError(f"{path}: is of {what}; expected a kind of attacker on the model or its counterpart")
     return record
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     lines = _text(path).split("\n")  # not at other marks that end a line: answers may hold them
-    return [_object(f"{path}, row {row}", line, "an answer") for row, line in enumerate(lines, 1) if line.strip()]
+    return [_answer(f"{path}, row {row}", line) for row, line in enumerate(lines, 1) if line.strip()]
 
 
-def _kind_and_target(path: Path) -> tuple[str, str]:
-    kind, _, target = path.stem.rpartition("-")
-    return kind, target
+def _answer(where: str, line: str) -> dict[str, Any]:
+    row = _object(where, line, "an answer")
+    if lacking := _ANSWER - row.keys():
+        raise InputError(f"{where}: has no {min(lacking)!r}; expected an answer of holdfast stress")
+    return row
 
 
 def _object(where: Path | str, text: str, what: str) -> dict[str, Any]:
