@@ -42,7 +42,7 @@ def test_a_trial_of_another_kind(tmp_path: Path) -> None:
         ("trials/full/model-0000.json", '{"schema": 2}', "is a trial record of schema 2; this Holdfast reads 1"),
         ("trials/full/model-0000.json", '{"schema": 1}', "has no 'attack'; expected a trial record of holdfast stress"),
         ("samples/full-model.jsonl", '{"set": "harmful"}', "row 1: has no 'answer'; expected an answer of holdfast"),
-        ("samples/full-model.jsonl", '{"set": "harmful"}\n{', "samples/full-model.jsonl, row 2: is not valid JSON"),
+        ("samples/full-model.jsonl", f"{json.dumps(hostile_rows()[0])}\n{{", "jsonl, row 2: is not valid JSON"),
         ("samples/full-model.jsonl", "\n7\n", "row 2: is no JSON object; expected an answer of holdfast stress"),
     ],
 )
