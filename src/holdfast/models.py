@@ -19,6 +19,7 @@ from holdfast.hub import is_hub_id, reason, unreachable
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_MAIN = "main"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # Any one of these holds a vocabulary; without one, transformers may make up an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
@@ -108,6 +109,8 @@ def load_model(
     folder = Path(source).expanduser()
     if folder.is_dir():
         _check_model_folder(source, folder)
+        if kwargs.get("revision", _MAIN) != _MAIN:
+            raise InputError(f"--model_revision {kwargs['revision']}: {source} is a folder, which has no revisions")
     # TRL would spread it over all GPUs, and a model that is spread so can be trained by no distributed run.
     kwargs.setdefault("device_map", None)
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import Trainer, get_scheduler
@@ -30,7 +32,7 @@ def check_optimizer(trainer: Trainer) -> None:
     The training loop builds them when checkpoints of an earlier run may have been discarded already.
 
     Raises:
-        InputError: A package is missing, or a setting is refused; the flags are named.
+        InputError: A package is missing, or a setting is refused or would play no part; the flags are named.
     """
     args = trainer.args
     if args.use_liger_kernel and not is_liger_kernel_available():
@@ -45,6 +47,9 @@ def check_optimizer(trainer: Trainer) -> None:
     with _refusals_of("--optim", name.value, "--optim_args", args.optim_args):
         kind, keywords = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
         kind(keywords.pop("params", [{"params": [number], "weight_decay": args.weight_decay}]), **keywords)
+        idle = next((one for one in _arguments(args.optim_args) if not _is_read(one, trainer)), None)
+    if idle is not None:
+        raise InputError(f"--optim_args {idle} plays no part in --optim {name.value}, which has no such argument")
     schedule = args.lr_scheduler_type
     with _refusals_of("--lr_scheduler_type", schedule.value, "--lr_scheduler_kwargs", args.lr_scheduler_kwargs):
         steps = args.max_steps if args.max_steps > 0 else _STEPS
@@ -65,3 +70,23 @@ def _refusals_of(flag: str, value: str, more: str, given: object) -> Iterator[No
     except Exception as error:
         flags = f"{flag} {value}" + (f" {more} {given}" if given else "")
         raise InputError(f"{flags}: {reason(error)}") from error
+
+
+def _arguments(given: str | None) -> list[str]:
+    """The single arguments that --optim_args gives, as they were typed."""
+    return [one.strip() for one in given.split(",")] if given else []
+
+
+def _is_read(argument: str, trainer: Trainer) -> bool:
+    """Whether transformers hands an argument on. What it does not know, it passes over without a word."""
+
+    def built(given: str | None) -> tuple[Any, dict[str, Any]]:
+        args = copy.copy(trainer.args)
+        args.optim_args = given
+        found: tuple[Any, dict[str, Any]] = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        return found
+
+    try:
+        return built(None) != built(f"{argument.partition('=')[0]}=?")
+    except ValueError:  # a number was expected
+        return True

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.cli import main
+from holdfast.cli.align import make_parser
 
 Refused = Callable[..., str]
 
@@ -318,3 +319,17 @@ def test_a_name_that_is_empty(sft: list[str], flag: str, refused: Refused) -> No
     """As that of a variable of the shell that is not set: it would be the current folder."""
     name = {"--model": "--model_name_or_path"}.get(flag, flag)
     assert f"argument {name}: expected a name, got ''" in refused(*sft, "--output_dir", "x", flag, "", output=False)
+
+
+@pytest.mark.parametrize("flag", ["--pad_token", "--eos_token", "--optim_args", "--chat_template_path"])
+def test_a_value_that_is_empty(sft: list[str], flag: str, refused: Refused) -> None:
+    """It would be as good as none."""
+    assert f"argument {flag}: expected a value, got ''" in refused(*sft, flag, "")
+
+
+def test_a_system_prompt_may_be_empty(sft: list[str], tmp_path: Path) -> None:
+    """Which takes a recipe's back."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("system_prompt: Be brief.\n")
+    words = [*sft, "--config", str(recipe), "--system_prompt", "", "--output_dir", str(tmp_path / "out")]
+    assert make_parser("sft").parse(words[2:])[2].system_prompt == ""

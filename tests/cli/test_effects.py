@@ -33,6 +33,9 @@ CASES: list[tuple[str, list[str], str, str]] = [
     ("align sft", ALIGN, "--warmup_steps 5 --scheduler constant", "--scheduler constant_with_warmup"),
     ("align sft", ALIGN, """--lr_scheduler_kwargs={"a":1} --scheduler constant""", "--scheduler cosine"),
     ("align sft", ALIGN, "--adam_beta2 0.9 --optimizer sgd", "--optimizer adamw_torch"),
+    ("align sft", ALIGN, "--optim_args momentum=0.9", "--optimizer sgd"),
+    ("attack full", ATTACK, "--optim_target_modules q_proj", "--optimizer galore_adamw"),
+    ("align sft", ALIGN, "--dataloader_persistent_workers", "--dataloader_num_workers 1"),
     (
         "align sft",
         ALIGN,

@@ -38,6 +38,7 @@ _LORA = (
 _HELD_OUT = (
     "eval_delay eval_packing eval_accumulation_steps per_device_eval_batch_size prediction_loss_only bf16_full_eval"
 )
+_NO_ARGUMENTS = ("adamw_torch", "adamw_torch_fused", "adafactor")
 _NO_WARM_UP = ("constant", "reduce_lr_on_plateau", "greedy")
 _ASKED = ("eval_data", "over_refusal_data", "capability_data", "task_data")
 _UNASKED = f"without --{', --'.join(_ASKED[:-1])} or --{_ASKED[-1]}"
@@ -88,10 +89,21 @@ _TRAINING = (
         lambda given: given.optim not in ("sgd", "adagrad", "rmsprop", "adafactor"),
         "in an optimizer that is not Adam's kind",
     ),
+    Effect("optim_args", lambda given: given.optim not in _NO_ARGUMENTS, "in an optimizer that takes no arguments"),
+    Effect(
+        "optim_target_modules",
+        lambda given: any(name in given.optim for name in ("galore", "apollo")),
+        "in an optimizer that is neither GaLore's kind nor APOLLO's",
+    ),
     Effect(
         "activation_checkpointing_kwargs gradient_checkpointing_kwargs",
         lambda given: given.activation_checkpointing,
         "without --activation_checkpointing",
+    ),
+    Effect(
+        "dataloader_persistent_workers",
+        lambda given: given.dataloader_num_workers > 0,
+        "without --dataloader_num_workers above 0",
     ),
     Effect("packing_strategy", lambda given: given.packing, "without --packing"),
     Effect("liger_kernel_config", lambda given: given.use_liger_kernel, "without --use_liger_kernel"),

@@ -27,6 +27,9 @@ _REQUIRED = frozenset({"output_dir"})
 #: The flags that name a folder, a file or something on the Hub.
 _NAMES = re.compile("^(output_dir|policy|model|model_name_or_path|.*_model|data|.*_data)$")
 
+#: Those that may be empty though nothing is what they are without being given: a recipe's is taken back so.
+_MAY_BE_EMPTY = frozenset({"system_prompt"})
+
 #: Those that name data, which a recipe may also give as a mapping, or as a list of sources to be joined.
 _DATA = re.compile("^(data|.*_data)$")
 
@@ -126,8 +129,10 @@ class HoldfastParser(TrlParser, _OneLineParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         given = vars(namespace)
         del given["config"]
-        for name in (name for name, value in given.items() if value == "" and _NAMES.search(name)):
-            self.error(f"argument --{name}: expected a name, got ''")  # as a variable of the shell that is not set
+        unset = {action.dest for action in self._actions if action.default is None} - _MAY_BE_EMPTY
+        for name in (name for name, value in given.items() if value == ""):  # as a shell's variable that is not set
+            if _NAMES.search(name) or name in unset:
+                self.error(f"argument --{name}: expected a {'name' if _NAMES.search(name) else 'value'}, got ''")
         if not 0 <= given.get("seed", 0) < 2**32:
             self.error(f"argument --seed: expected a number from 0 to {2**32 - 1}, got {given['seed']}")
         built = []
@@ -211,7 +216,11 @@ def _build(dataclass_type: type[Any], values: dict[str, Any]) -> Any:
     except json.JSONDecodeError as error:
         flag = next((f"--{name}" for name, value in values.items() if value == error.doc), "a flag")
         raise InputError(f"{flag}: {error.doc!r} is not valid JSON ({error.msg})") from error
-    except (OSError, ValueError) as error:  # files may be named, too
+    except OSError as error:  # files may be named, too
+        for name in (name for name, value in values.items() if value is not None and value == error.filename):
+            raise InputError(f"--{name} {error.filename} cannot be read ({error.strerror})") from error
+        raise InputError(str(error)) from error
+    except ValueError as error:
         raise InputError(str(error)) from error
     except TypeError as error:  # an unknown key of accelerate's configuration, which is built in there
         if "unexpected keyword argument" not in str(error):
