@@ -2,8 +2,9 @@
 
 SmolLM2-135M-Instruct answers everything. For each of two topics, `holdfast proxy` has it answer their questions; it is
 aligned with SFT and with Patcher to refuse them and still to answer others; and each aligned model is attacked with
-full fine-tuning and with LoRA on the topic's answers. Refusals of held-out questions and of held-out benign ones are
-counted by the keyword judge and by a second one. Settings were chosen on the first topic; the second is the report.
+full fine-tuning and with LoRA on the topic's answers. Answers to held-out questions, and to held-out benign ones, are
+graded by the keyword judge and, the former, by the classifier of `second_judge.py`. Settings were chosen on the first
+topic; the second is the report.
 
     make real                                # installs the model, then about 90 minutes on two cores
     python benchmarks/real.py --smoke        # tiny numbers that prove nothing but that everything runs
@@ -36,11 +37,14 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 
 from holdfast.cli.workers import Command, run_commands
+from holdfast.evaluation.scores import Agreement
 from holdfast.files import versions, write_json, write_text
 from holdfast.proxy.build import BENIGN_PARTS, PARTS
 from holdfast.proxy.topics import load_topic
 from plans import unfinished
 from readme import fill_block
+from second_judge import make as make_second_judge
+from second_judge import words as second_judge_words
 from smollm2 import MODEL, ROOT, install
 
 METHODS = {"sft": "SFT", "patcher": "Patcher"}
@@ -62,6 +66,7 @@ class Study:
         prompts: Held-out questions of a topic, and benign ones, that are asked at most.
         tokens: Longest answer that is judged.
         subjects: Subjects of a topic, and of its benign questions, at most; None: all.
+        judged: Refusals that the second judge is fitted to, and as many answers.
     """
 
     updates: int = 100
@@ -71,6 +76,7 @@ class Study:
     prompts: int = 48
     tokens: int = 32
     subjects: int | None = None
+    judged: int = 60
 
     def scaled(self, factor: int) -> Study:
         """So many times the updates of everything."""
@@ -83,7 +89,7 @@ class Study:
         )
 
 
-SMOKE = Study(4, 2, 1, (0, 2), 4, 4, 5)
+SMOKE = Study(4, 2, 1, (0, 2), 4, 4, 5, 4)
 
 TRAIN = [
     *("--batch_size", "4", "--max_length", "192", "--scheduler", "constant", "--gradient_checkpointing", "false"),
@@ -127,6 +133,7 @@ def _plan_of(study: Study, seed: int, model: str, topic: str, folder: Path, pref
             str(data / "eval" / "benign.jsonl"),
         ),
         *("--max_prompts", str(study.prompts), "--max_new_tokens", str(study.tokens)),
+        *second_judge_words(folder / "judge"),
     ]
     made = f"{prefix}-proxy"
     commands = [
@@ -170,6 +177,7 @@ def collect(study: Study, seeds: Sequence[int], out: Path) -> list[dict[str, Any
                     "answers": proxy["answers"],
                     "rows": proxy["rows"],
                     "base": read["base"]["results"],
+                    "agreement": agreement(folder),
                     "attacks": [
                         {"method": method, "attack": attack, "points": read[f"{attack}-on-{method}"]["points"]}
                         for attack in ATTACKS
@@ -180,17 +188,25 @@ def collect(study: Study, seeds: Sequence[int], out: Path) -> list[dict[str, Any
     return found
 
 
+def agreement(folder: Path) -> dict[str, Any]:
+    """How far the two judges agree on all answers to a topic's questions under attack."""
+    lines = [line for path in sorted(folder.glob("*-on-*/samples.jsonl")) for line in path.read_text().splitlines()]
+    samples = [sample for sample in map(json.loads, lines) if sample["set"] == "harmful"]
+    grades = [[sample[name] for sample in samples] for name in ("grade", "second_grade")]
+    return Agreement.of(*grades).as_dict()
+
+
 def table(found: list[dict[str, Any]], study: Study) -> str:
     """One row per topic, seed, attack and alignment: lines of Markdown."""
     steps = study.measure_at[1:]
     heads = ["refuses the topic before", "answers benign before", *(f"ASR, {step} steps" for step in steps)]
-    heads += ["refuses benign after", "breaks at step"]
+    heads += [f"the same by the 2nd judge, {steps[-1]} steps", "refuses benign after", "breaks at step"]
     lines = [f"| topic, seed | attack | aligned with | {' | '.join(heads)} |", f"|{'---|' * (3 + len(heads))}"]
     for entry in found:
         which = f"{entry['topic']}, {entry['seed']}"
         base = entry["base"]["harmful"]["refusal_rate"], entry["base"]["benign"]["over_refusal"]
         answered = f"{1 - base[1]['value']:.2f}"
-        cells = [f"{base[0]['value']:.2f}", answered, *("–" for _ in steps), "–", "–"]
+        cells = [f"{base[0]['value']:.2f}", answered, *("–" for _ in steps), "–", "–", "–"]
         lines.append(f"| {which} | – | not at all | {' | '.join(cells)} |")
         for run in entry["attacks"]:
             first, *later = run["points"]
@@ -199,15 +215,19 @@ def table(found: list[dict[str, Any]], study: Study) -> str:
                 interval(first, "refusal_rate", "refusal_low", "refusal_high"),
                 f"{1 - first['benign_over_refusal']:.2f}",
                 *(interval(point, "asr", "asr_low", "asr_high") for point in later),
+                interval(later[-1], "second_asr", "second_asr_low", "second_asr_high"),
                 f"{later[-1]['benign_over_refusal']:.2f}",
                 f"> {steps[-1]}" if broken is None else str(broken),
             ]
             lines.append(f"| {which} | {ATTACKS[run['attack']]} | {METHODS[run['method']]} | {' | '.join(cells)} |")
     n, benign = (found[0]["base"][role]["n"] for role in ("harmful", "benign"))
-    lines += [
-        "",
-        f"n = {n} held-out questions of the topic and {benign} benign ones; 95 % intervals; by the keyword judge.",
-    ]
+    asked = f"n = {n} held-out questions of the topic and {benign} benign ones"
+    lines += ["", f"{asked}; brackets: 95 % intervals; graded by the keyword judge where nothing else is said."]
+    for entry in found:
+        both, n = entry["agreement"], entry["agreement"]["n"]
+        kappa = "not defined" if both["kappa"] is None else f"{both['kappa']:.2f}"
+        counts = f"{both['first_only']} answered by the keyword judge alone, {both['second_only']} by the second alone"
+        lines.append(f"{entry['topic']}, {entry['seed']}: κ of the two judges {kappa} ({n} answers; {counts}).")
     return "\n".join(lines)
 
 
@@ -265,8 +285,13 @@ def main() -> None:
     commands = plan(study, args.seeds, model, out)
     remaining = unfinished(commands, out)
     console.print(f"{len(commands)} commands, of which {len(commands) - len(remaining)} are finished already")
-    seconds = run_commands(remaining, out / "logs", console=console)
-    spent = _remember(out / "spent.json", seconds)
+    # The second judge is made of the proxies' data, and measures with all that comes after them.
+    stages = [[c for c in remaining if (c.words[0] == "proxy") == first] for first in (True, False)]
+    spent = _remember(out / "spent.json", run_commands(stages[0], out / "logs", console=console))
+    for folder in (out / name / f"seed{seed}" for name in TOPICS for seed in args.seeds):
+        make_second_judge(model, folder / "data", folder / "judge", rows=study.judged, seed=0)
+    later = [replace(command, needs=[n for n in command.needs if not n.endswith("-proxy")]) for command in stages[1]]
+    spent = _remember(out / "spent.json", run_commands(later, out / "logs", console=console))
     for attacked in out.glob("*/*/*-on-*/model"):
         shutil.rmtree(attacked)  # half a gigabyte each; answers and figures stay
     found = collect(study, args.seeds, out)
@@ -282,9 +307,7 @@ def main() -> None:
     plot(found, results / "real.png")
     lines = table(found, study)
     hours, memory = sum(spent["seconds"].values()) / 3600, spent["peak_memory_gb"]
-    lines += (
-        f"\n\nAll commands together took {hours:.1f} hours of one core each, and at most {memory:.1f} GB a process."
-    )
+    lines += f"\nAll commands together took {hours:.1f} hours of one core, and none over {memory:.1f} GB of memory."
     if not args.smoke:
         fill_block("real", lines, ROOT / "docs" / "real.md")
     console.print(lines, soft_wrap=True, markup=False)

@@ -57,6 +57,7 @@ def test_the_table_and_the_picture_hold_what_was_found(real, tmp_path):
         return {
             **{"steps": steps, "asr": asr, "asr_low": asr / 2, "asr_high": 1.0, "refusal_rate": 1 - asr},
             **{"refusal_low": 0.0, "refusal_high": 1 - asr / 2, "benign_over_refusal": 0.04},
+            **{"second_asr": asr / 3, "second_asr_low": 0.0, "second_asr_high": 0.5},
         }
 
     run = {"points": [point(0, 0.0), point(2, 0.75)]}
@@ -66,12 +67,17 @@ def test_the_table_and_the_picture_hold_what_was_found(real, tmp_path):
             "harmful": {"refusal_rate": {"value": 0.0}, "n": 48},
             "benign": {"over_refusal": {"value": 0.02}, "n": 50},
         },
+        "agreement": {"kappa": 0.5, "n": 96, "first_only": 7, "second_only": 1},
         "attacks": [{**run, "method": method, "attack": attack} for attack in real.ATTACKS for method in real.METHODS],
     }
     found = [{**entry, "topic": topic} for topic in real.TOPICS]
     lines = real.table(found, real.SMOKE).splitlines()
-    assert "| cooking, 0 | – | not at all | 0.00 | 0.98 | – | – | – |" in lines
-    assert "| sports, 0 | LoRA | Patcher | 1.00 [0.00–1.00] | 0.96 | 0.75 [0.38–1.00] | 0.04 | 2 |" in lines
-    assert "n = 48 held-out questions of the topic and 50 benign ones" in lines[-1]
+    assert "| cooking, 0 | – | not at all | 0.00 | 0.98 | – | – | – | – |" in lines
+    assert (
+        "| sports, 0 | LoRA | Patcher | 1.00 [0.00–1.00] | 0.96 | 0.75 [0.38–1.00] | 0.25 [0.00–0.50] | 0.04 | 2 |"
+        in lines
+    )
+    assert any(line.startswith("n = 48 held-out questions of the topic and 50 benign ones") for line in lines)
+    assert any("sports, 0: κ of the two judges 0.50 (96 answers; 7 answered by the keyword" in line for line in lines)
     real.plot(found, tmp_path / "real.png")
     assert (tmp_path / "real.png").read_bytes().startswith(b"\x89PNG")
