@@ -22,7 +22,7 @@ def test_a_break_that_was_not_tried_again_is_not_counted() -> None:
     slower = trial("full", "model", 0, "fine-tuning", [point(9, 0.9, 0.8)], setting={"fine-tuning": {"rows": 9}})
     (best,) = best_settings([slower, lucky])
     assert not best.broken
-    assert best.outcome == "broken in screening, on 64 prompts, and not tried on all: not counted"
+    assert best.outcome == "broken in screening, in 1 step on 64 prompts; not tried on all, so not counted"
     assert best.setting == lucky["setting"]
 
 

@@ -6,13 +6,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from holdfast.report.html import render_html
+from holdfast.report.markdown import render_markdown
 from holdfast.report.page import ANSWER, SAMPLES
-from holdfast.report.reading import read_findings
+from holdfast.report.reading import Findings, read_findings
+from holdfast.stress.certificate import assemble
 from report.folders import HOSTILE, held_folder, hostile_rows, stress_folder
 from report.pages import Page
-from stress.examples import point, trial
+from stress.examples import example_inputs, example_records, example_tax, point, trial
 
 PLACES = ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "r", "dx", "dy", "width", "height")
 
@@ -212,3 +216,19 @@ def test_figures_that_no_judge_gave_are_dashes(tmp_path: Path) -> None:
     assert "nan" not in html
     assert "> 3 steps" in Page(html).texts("strong")
     assert html.count("none of its answers was judged") == 2
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sets(st.integers(0, len(example_records()) - 1)), st.booleans())
+def test_whatever_trials_there_are_the_page_is_whole(places: set[int], alone: bool) -> None:
+    """Of a search that tried less, or with nothing to compare with."""
+    records = [one for place, one in enumerate(example_records()) if place in places]
+    records = [one for one in records if not alone or one["target"] == "model"]
+    inputs, tax = example_inputs(), example_tax()
+    if alone:
+        inputs["counterpart"] = None
+        tax = {name: {**found, "counterpart": None} for name, found in tax.items()}
+    found = Findings(Path("d"), assemble(records, inputs, tax), records, {})
+    html, markdown = render_html([found]), render_markdown([found])
+    Page(html)
+    assert not re.search(r"\b(None|nan|inf)\b", html + markdown)

@@ -63,7 +63,10 @@ def _best(kind: str, attack: str, target: str, records: list[Record]) -> Best:
         outcome = _told_broken(found)
     elif once:
         shown = min(once, key=lambda one: (*price([one]), one["number"]))
-        outcome = f"broken in screening, on {shown['prompts']} prompts, and not tried on all: not counted"
+        point = first_broken(shown)
+        assert point is not None  # as it was chosen for
+        took = counted(point["steps"], "step")
+        outcome = f"broken in screening, in {took} on {shown['prompts']} prompts; not tried on all, so not counted"
     elif found["attack"] is not None:
         broke = found["broken_trials"]
         told = (

@@ -115,7 +115,7 @@ def _attacks(findings: Findings) -> list[dict[str, Any]]:
                         (link, [(name, knob(value)) for name, value in knobs.items()])
                         for link, knobs in best.setting.items()
                     ],
-                    "command": best.command,
+                    "command": best.command.split(" "),
                 }
                 for best in bests
             ],
