@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,8 +42,18 @@ from helpers import (
     word_tokenizer,
     worst_entry,
 )
+from holdfast.alignment.antibody import AntibodyAlignmentTrainer
+from holdfast.alignment.booster import BoosterTrainer
+from holdfast.alignment.parallel import ParallelPatcherConfig, PatcherDefenderTrainer
+from holdfast.alignment.parallel_attacker import PatcherAttackerTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.vaccine import VaccineTrainer
+from holdfast.attacks.real import AttackTrainer
 from holdfast.config import DefenseConfig
 from holdfast.errors import InputError, TrainingError
+from holdfast.finetuning.antibody import AntibodyTrainer
+from holdfast.finetuning.lisa import LisaTrainer
+from holdfast.finetuning.spard import SpardTrainer
 from holdfast.trainer import DefenseTrainer
 from methods import MODELS, mixtral
 
@@ -465,6 +476,47 @@ def test_direct_call_without_labels(settings):
 def test_missing_second_set_is_named(settings):
     with pytest.raises(InputError, match=r"lacks its safety_dataset \(--safety_data\)"):
         trainer_of(settings).batches_of(None, "safety")
+
+
+TRAINERS = [
+    DefenseTrainer,
+    AntibodyAlignmentTrainer,
+    BoosterTrainer,
+    PatcherTrainer,
+    PatcherDefenderTrainer,
+    PatcherAttackerTrainer,
+    VaccineTrainer,
+    AntibodyTrainer,
+    LisaTrainer,
+    SpardTrainer,
+    AttackTrainer,
+]
+
+
+@pytest.mark.parametrize("kind", TRAINERS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "needs a model: one that is loaded, or a folder or Hub id to load it from; got nothing"),
+        ({"model": Path("here")}, "or a folder or Hub id to load it from; got a PosixPath"),
+        ({"processing_class": None}, "needs a processing_class, the model's tokenizer"),
+        ({"processing_class": "gpt2"}, "must be a tokenizer, got a str"),
+        ({"args": SFTConfig("here", use_cpu=True, bf16=False)}, r"needs a \w+Config, got a SFTConfig"),
+        ({"model": "here", "args": "there"}, r"needs a \w+Config, got a str"),
+    ],
+)
+def test_what_no_trainer_can_train(settings, kind, changes, message):
+    more = {"exchange": "there", "role": "attacker"} if issubclass(kind.config_class, ParallelPatcherConfig) else {}
+    given = {
+        "model": tiny_llama(),
+        "args": kind.config_class(**{**settings, **more}),
+        "train_dataset": word_rows(3),
+        "processing_class": word_tokenizer(),
+        **changes,
+    }
+    with pytest.raises(InputError, match=message) as caught:
+        kind(**given)
+    assert kind.__name__ in str(caught.value)
 
 
 # ---------------------------------------------------------------------- everything else keeps working

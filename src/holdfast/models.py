@@ -164,6 +164,30 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> No
         )
 
 
+def require_model(model: Any, tokenizer: Any, *, trainer: str) -> None:
+    """Make sure that a trainer is given something to train, and a tokenizer that goes with it.
+
+    Args:
+        model: A model, or where to load one from.
+        tokenizer: Its tokenizer; None if it is to be loaded from where the model came from.
+        trainer: What messages call the trainer.
+
+    Raises:
+        InputError: It is neither, or the tokenizer is none, or missing.
+    """
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        given = "nothing" if model is None else f"a {type(model).__name__}"
+        raise InputError(
+            f"{trainer} needs a model: one that is loaded, or a folder or Hub id to load it from; got {given}"
+        )
+    if tokenizer is None and not isinstance(model, str) and not model.config.name_or_path:
+        raise InputError(
+            f"{trainer} needs a processing_class, the model's tokenizer: the model does not say where it came from"
+        )
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        raise InputError(f"the processing_class of {trainer} must be a tokenizer, got a {type(tokenizer).__name__}")
+
+
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model inside an adapter; one without an adapter itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

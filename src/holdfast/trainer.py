@@ -29,7 +29,7 @@ from holdfast.data.batches import Batch, BatchStream, require_inputs
 from holdfast.data.completions import require_rows
 from holdfast.errors import InputError, TrainingError
 from holdfast.layers import has_routers
-from holdfast.models import load_model, load_tokenizer
+from holdfast.models import load_model, load_tokenizer, require_model
 from holdfast.optimizers import check_optimizer
 from holdfast.parameters import ParameterVector, put_gradient, take_gradient
 from holdfast.precision import compute_in_bf16, keep_in_float32
@@ -110,9 +110,8 @@ class DefenseTrainer(ResumableTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        args = args if args is not None else self.config_class(output_dir="holdfast-output")
-        if not isinstance(args, self.config_class):
-            raise InputError(f"{type(self).__name__} needs a {self.config_class.__name__}, got a {type(args).__name__}")
+        args = self.configured(args)
+        require_model(model, processing_class, trainer=type(self).__name__)
         if train_dataset is None:
             raise InputError("train_dataset is missing")
         require_rows(train_dataset, "train")
@@ -149,6 +148,14 @@ class DefenseTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = True
         self._refuse_unsupported_parallelism()
         check_optimizer(self)
+
+    @classmethod
+    def configured(cls, args: DefenseConfig | None) -> Any:
+        """The configuration that was given, or a default one; InputError if it is that of another trainer."""
+        args = args if args is not None else cls.config_class(output_dir="holdfast-output")
+        if not isinstance(args, cls.config_class):
+            raise InputError(f"{cls.__name__} needs a {cls.config_class.__name__}, got a {type(args).__name__}")
+        return args
 
     # ------------------------------------------------------------------ what a method says
 

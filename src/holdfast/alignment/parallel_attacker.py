@@ -65,7 +65,8 @@ class PatcherAttackerTrainer(DefenseTrainer):
         train_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
-        if args is None or args.exchange is None:
+        args = self.configured(args)
+        if args.exchange is None:
             raise InputError("--role attacker needs --exchange, the folder in which defender and attackers meet")
         super().__init__(model, _as_attacker(args), train_dataset, **kwargs)
         self.attacks = 0

@@ -149,7 +149,7 @@ class AttackTrainer(DefenseTrainer):
         adapter_alone: bool = False,
         **kwargs: Any,
     ) -> None:
-        args = args if args is not None else self.config_class(output_dir="holdfast-output")
+        args = self.configured(args)
         if isinstance(model, str):
             processing_class = processing_class if processing_class is not None else load_tokenizer(model)
             model = load_model(model, **(args.model_init_kwargs or {}))
