@@ -127,11 +127,13 @@ def test_the_model_has_to_be_the_one_that_was_measured(
     capsys.readouterr()
     template = moved / "chat_template.jinja"
     template.write_text(template.read_text(encoding="utf-8") + " ", encoding="utf-8")
-    assert "its chat template has another hash" in refused(*words, str(moved), output=False)
+    assert "the hash of its chat template is another one" in refused(*words, str(moved), output=False)
     weights = moved / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     said = refused(*words, str(moved), output=False)
-    assert f"--model {moved} is not the model of {tmp_path / 'certificate.json'}: its weights or configuration" in said
+    assert (
+        f"--model {moved} is not the model of {tmp_path / 'certificate.json'}: the hash of its weights or conf" in said
+    )
     assert "is neither a folder nor a model on the Hub" in refused(*words, str(tmp_path / "none"), output=False)
 
 

@@ -86,6 +86,6 @@ def _require_same(source: str, measured: dict[str, str], certificate: str) -> No
     for name, what in _HASHES.items():
         if found[name] != measured[name]:
             raise InputError(
-                f"--model {source} is not the model of {certificate}: its {what} has another hash "
+                f"--model {source} is not the model of {certificate}: the hash of its {what} is another one "
                 f"({str(found[name])[:12]}, measured {str(measured[name])[:12]})"
             )
