@@ -1,6 +1,7 @@
 """The gate: what rules say of certificates that are good, bad, or do not tell."""
 
 import datetime
+import math
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,37 @@ def test_every_rule_is_documented() -> None:
     page = Path(__file__).parents[2].joinpath("docs", "certificate.md").read_text(encoding="utf-8")
     for name in RULES:
         assert f"| `{name}` |" in page
+
+
+def test_intervals_of_quotients_are_as_wide_as_both_allow() -> None:
+    tax = example_tax()
+    base, model = (tax["capability"][name] for name in ("base", "model"))
+    figure = RULES["min_capability_of_base"].figure(certificate(), ALL)
+    assert (figure.low, figure.high) == (model["low"] / base["high"], model["high"] / base["low"])
+    mine, other = (tax["harmless_task"][name]["capability_after"] for name in ("model", "counterpart"))
+    figure = RULES["min_capability_after_task_of_counterpart"].figure(certificate(), ALL)
+    assert (figure.low, figure.high) == (mine["low"] / other["high"], mine["high"] / other["low"])
+
+
+@pytest.mark.parametrize(
+    ("model", "counterpart", "interval"),
+    [
+        (50, 20, (20 / 20, 50 / 10)),
+        (20, 10, (10 / 10, math.inf)),  # the counterpart may have learnt it at the first step
+        (0, 20, (0, 0)),
+        (100, 100, (50 / 100, 100 / 50)),
+    ],
+)
+def test_a_task_is_learnt_between_two_measurements(model: int, counterpart: int, interval) -> None:
+    tax = example_tax()
+    for name, at in (("model", model), ("counterpart", counterpart)):
+        tax["harmless_task"][name]["steps_to_0.9_of_best"] = at  # measured at 0, 10, 20, 50, 100
+    found = assemble(example_records(), {**example_inputs(), **FRESH}, tax)
+    figure = RULES["max_task_slowdown"].figure(found, ALL)
+    assert (figure.low, figure.high) == interval
+
+
+def test_without_a_confirming_trial_there_are_no_seeds() -> None:
+    screened = [one for one in example_records() if one["stage"] != "confirm"]
+    found = assemble(screened, {**example_inputs(), **FRESH}, example_tax())
+    assert end(found, "min_seeds", 1).verdict == "inconclusive"
