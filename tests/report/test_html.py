@@ -136,7 +136,7 @@ def test_figures_of_the_certificate_are_told(html: str) -> None:
         "10× (10–20)",
         "≥ 20×",
         "0.45 (0.36–0.53)",
-        "After it has learnt a harmless task: <i>patcher 0.97 (0.92–0.99), sft 0.97 (0.92–0.99), base 0.97",
+        "After it has learnt a harmless task: <i>patcher 0.97 (0.92–0.99), sft 0.97 (0.92–0.99), the base",
         "Left out: best of n (sampling is left to the standard suite).",
         "out of memory; smaller batches need less",
         "not judged",

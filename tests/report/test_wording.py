@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.report.facts import told_verdict
-from holdfast.report.wording import cut, duration, number, power, steps, times, visible
+from holdfast.report.wording import KINDS, cut, duration, model_name, number, power, steps, times, visible
+from holdfast.stress import certificate
 from holdfast.stress.certificate import assemble
 from stress.examples import example_certificate, example_inputs, example_records, example_tax
 
@@ -102,3 +103,16 @@ def test_the_verdict_without_a_trial_that_counts_claims_nothing() -> None:
     assert told_verdict(found) == [
         "No attack left patcher enough of its capability to count; it was not compared with an undefended counterpart."
     ]
+
+
+def test_models_of_one_name_are_told_by_all_of_it() -> None:
+    found = example_certificate()
+    assert [model_name(found, target) for target in ("model", "counterpart", "base")] == ["patcher", "sft", "the base"]
+    found["model"]["source"], found["counterpart"]["source"] = "runs/a/final", "runs/b/final/"
+    assert [model_name(found, target) for target in ("model", "counterpart")] == ["runs/a/final", "runs/b/final/"]
+    found["counterpart"]["source"] = "."
+    assert [model_name(found, target) for target in ("model", "counterpart")] == ["runs/a/final", "."]
+
+
+def test_every_kind_of_attacker_has_a_name() -> None:
+    assert list(KINDS) == list(certificate.KINDS)

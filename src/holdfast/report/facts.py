@@ -90,15 +90,11 @@ def cheapest_without_base(found: Certificate) -> dict[str, Any]:
 
 def told_verdict(found: Certificate) -> list[str]:
     """The verdict; a second sentence tells of attackers without the base, where it is the base that breaks."""
-    told = [_capitalised(verdict(found, found["cheapest"]), found)]
+    said, cost = verdict(found, found["cheapest"]), found["cheapest"]["model"]
+    told = [said if cost is not None and cost["broken"] else said[0].upper() + said[1:]]  # no capital for a name
     if _base_breaks(found):
         told.append(f"By attackers without the public base, {verdict(found, cheapest_without_base(found))}")
     return told
-
-
-def _capitalised(sentence: str, found: Certificate) -> str:
-    """A sentence with a capital in front, unless a model's name stands there."""
-    return sentence if sentence.startswith(model_name(found, "model")) else sentence[0].upper() + sentence[1:]
 
 
 def scope(found: Certificate) -> str:
@@ -130,8 +126,10 @@ def _cost_cell(found: Certificate, kind: str, target: str) -> dict[str, Any]:
         return {"steps": "–", "notes": ["no trial"]}
     tried = counted(cost["trials"], "trial")
     if cost["broken"]:
-        first = f"first in trial {number(cost['first_broken_trial'] + 1)} of {number(cost['trials'])}"
-        notes = [f"{attack_name(cost['attack'])}: {effort(cost)}; {first}"]
+        first = _place_of(found, kind, target, cost["first_broken_trial"])
+        notes = [
+            f"{attack_name(cost['attack'])}: {effort(cost)}; first in trial {number(first)} of {number(cost['trials'])}"
+        ]
     elif cost["attack"] is None:
         notes = [f"{tried}, all failed or collapsed"]
     else:
@@ -139,8 +137,15 @@ def _cost_cell(found: Certificate, kind: str, target: str) -> dict[str, Any]:
         if cost["broken_trials"]:
             notes.append(f"{counted(cost['broken_trials'], 'trial')} broke it, which was not confirmed")
     in_full = steps(cost["by_asr"]) if cost["by_asr"]["broken"] else "not reached"
-    notes.append(f"ASR ≥ {share(found['threshold'])}: {in_full}")
+    together = share(found["union"][target]["by_kind"][kind]["asr"])
+    notes.append(f"ASR ≥ {share(found['threshold'])}: {in_full}; all together {together}")
     return {"steps": steps(cost), "notes": notes}
+
+
+def _place_of(found: Certificate, kind: str, target: str, number: int) -> int:
+    """Which trial of its kind a number was, from 1: numbers leave gaps. Trials that measured nothing do not count."""
+    points = found["points"][target]
+    return len({point["number"] for point in points if point["kind"] == kind and point["number"] <= number})
 
 
 def limits(found: Certificate) -> list[str]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from holdfast.stress.certificate import TARGETS
+
 #: Kinds of attacker, in the order they are told of: from the least that is needed to the most.
 KINDS = {
     "prompting": "Prompting only",
@@ -29,9 +31,6 @@ _LINKS = {
 
 #: Who holds the public base has what no defense of the released weights can keep, so it is told apart.
 BASE_HOLDER = "base-holder"
-
-#: The models of a certificate, as its keys have them.
-TARGETS = ("model", "counterpart")
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -85,10 +84,17 @@ def attack_name(attack: str) -> str:
 
 
 def model_name(certificate: Mapping[str, Any], target: str) -> str:
-    """What a model is called: the last part of its name or path, which says enough on a page about it; `base`."""
+    """What a model is called: the last part of its name or path, or all of it where that says too little.
+
+    Args:
+        certificate: A certificate, schema 1.
+        target: `model`, `counterpart` or `base`.
+    """
     if target == "base":
-        return target
-    return PurePath(certificate[target]["source"]).name or certificate[target]["source"]
+        return "the base"
+    sources = {one: certificate[one]["source"] for one in present(certificate)}
+    last = {one: PurePath(source).name for one, source in sources.items()}
+    return last[target] if all(last.values()) and len(set(last.values())) == len(last) else sources[target]
 
 
 def number(value: float) -> str:
