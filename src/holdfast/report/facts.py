@@ -126,10 +126,9 @@ def _cost_cell(found: Certificate, kind: str, target: str) -> dict[str, Any]:
         return {"steps": "–", "notes": ["no trial"]}
     tried = counted(cost["trials"], "trial")
     if cost["broken"]:
-        first = _place_of(found, kind, target, cost["first_broken_trial"])
-        notes = [
-            f"{attack_name(cost['attack'])}: {effort(cost)}; first in trial {number(first)} of {number(cost['trials'])}"
-        ]
+        place = _place_of(found, kind, target, cost["first_broken_trial"])
+        first = f"first in trial {number(place)} of {number(cost['trials'])}"
+        notes = [f"{attack_name(cost['attack'])}: {effort(cost)}; {first}"]
     elif cost["attack"] is None:
         notes = [f"{tried}, all failed or collapsed"]
     else:
@@ -142,10 +141,10 @@ def _cost_cell(found: Certificate, kind: str, target: str) -> dict[str, Any]:
     return {"steps": steps(cost), "notes": notes}
 
 
-def _place_of(found: Certificate, kind: str, target: str, number: int) -> int:
+def _place_of(found: Certificate, kind: str, target: str, trial: int) -> int:
     """Which trial of its kind a number was, from 1: numbers leave gaps. Trials that measured nothing do not count."""
     points = found["points"][target]
-    return len({point["number"] for point in points if point["kind"] == kind and point["number"] <= number})
+    return len({point["number"] for point in points if point["kind"] == kind and point["number"] <= trial})
 
 
 def limits(found: Certificate) -> list[str]:
