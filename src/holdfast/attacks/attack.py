@@ -36,14 +36,14 @@ from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.models import merge
 from holdfast.parameters import ParameterVector, is_finite, shard_like, shift, trainable_parameters
 
-#: What an attack may need, by the field of `Attacker`: in words, and the flag that gives it.
-_HOLDINGS = {
+HOLDINGS = {
     "harmful_prompts": ("harmful prompts", "--attack_data"),
     "harmful_rows": ("harmful prompts with harmful answers", "--attack_data"),
     "harmless_prompts": ("harmless prompts", "--benign_data"),
     "harmless_rows": ("harmless prompts with answers", "--benign_data"),
     "base": ("the public base model", "--base"),
 }
+"""What an attack may need, by the field of `Attacker`: in words, and the flag that gives it."""
 
 
 class Range(NamedTuple):
@@ -205,7 +205,7 @@ class Attack(ABC):
         for needed in self.needed():
             held = getattr(attacker, needed)
             if held is None or (not isinstance(held, torch.nn.Module) and len(held) == 0):
-                what, flag = _HOLDINGS[needed]
+                what, flag = HOLDINGS[needed]
                 raise InputError(f"attack {self.name} needs {what}; give {flag}")
 
 

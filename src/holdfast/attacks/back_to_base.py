@@ -65,7 +65,7 @@ class BackToBase(Displacement):
         assert attacker.base is not None  # as required
         if isinstance(model, PeftModel):
             raise InputError("an adapter has no weights in its base to be taken back to; merge it first")
-        origins = _fitting(model, attacker.base)
+        origins = fitting(model, attacker.base)
         layer = None if self.only_layer is None else layer_number(self.only_layer, len(decoder_layers(model)))
         fixed = _as_in_base(model, origins)
         chosen = [
@@ -111,8 +111,12 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _fitting(model: PreTrainedModel, base: PreTrainedModel) -> dict[str, Tensor]:
-    """The base's parameters, which have to be the model's in name and shape."""
+def fitting(model: PreTrainedModel, base: PreTrainedModel) -> dict[str, Tensor]:
+    """The base's parameters, by name.
+
+    Raises:
+        InputError: They are not the model's in name and shape.
+    """
     found = {name: parameter.detach() for name, parameter in base.named_parameters()}
     for name, parameter in model.named_parameters():
         if name not in found:

@@ -82,6 +82,9 @@ _COMMANDS = {
             "raw": "ask without the chat template",
         },
     ),
+    "stress": _Command(
+        "holdfast.cli.stress", "find the cheapest way to break a model among all attacks, tuned, and certify it", {}
+    ),
     "evaluate": _Command("holdfast.cli.evaluate", "generate answers, judge them, and report rates with intervals", {}),
     "judge": _Command("holdfast.cli.judge", "judge saved answers again, by other judges", {}),
     "report": _Command("holdfast.cli.report", "make a page and a model card's section of what stress tests found", {}),

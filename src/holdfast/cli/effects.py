@@ -212,6 +212,13 @@ MEASURING = (
     Effect("eval_batch_size", _measures, _UNMEASURED),
 )
 
+#: Of `stress`.
+STRESS = (
+    *MEASURING,
+    Effect("task_data", lambda given: given.harmless_task_data is not None, "without --harmless_task_data"),
+    Effect("over_refusal_data", lambda given: False, "in a search, which takes over-refusal from --capability_data"),
+)
+
 #: Of attacks that train no weight.
 SUITE = {
     "ablation": (Effect("layer", lambda given: not given.own_directions, "with --own_directions"),),

@@ -1,1 +1,1 @@
-"""Stress: every attack, tuned, under one bound; and the certificate that says what they cost."""
+"""Stress: every attack, tuned, under one bound. What a search for the cheapest way to break a model is made of."""

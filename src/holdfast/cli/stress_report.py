@@ -1,0 +1,142 @@
+"""What `holdfast stress` shows: how far the search is, and in the end what breaking the models costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from holdfast.cli.console import say, stderr
+from holdfast.stress.studies import Studies
+from holdfast.stress.trials import Record, first_broken, value_of
+
+#: Seconds between two lines where there is no terminal.
+_QUIET = 15
+
+
+class Progress:
+    """Trials done by kind of attacker, the best attack so far, and about how long it will take."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+        self._bars = Bars(*columns, TimeElapsedColumn(), TextColumn("{task.fields[best]}"), console=stderr)
+        self._tasks: dict[str, Any] = {}
+        self._began = self._told = time.monotonic()
+        self._at_first: int | None = None
+        self._shown = 0
+
+    def __enter__(self) -> Self:
+        if stderr.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def show(self, studies: Studies) -> None:
+        """Show how far the studies are."""
+        done, total, best = dict[str, int](), dict[str, int](), dict[str, Record]()
+        for place, schedule in enumerate(studies.schedules):
+            records = [record for batch in studies.records(place) for record in batch]
+            kind: str = schedule.kind
+            done[kind] = done.get(kind, 0) + len(records)
+            total[kind] = total.get(kind, 0) + max(schedule.least, len(records))
+            for record in records:
+                if schedule.target == "model" and (kind not in best or value_of(record) < value_of(best[kind])):
+                    best[kind] = record
+        finished, of = sum(done.values()), sum(total.values())
+        self._at_first = finished if self._at_first is None else self._at_first
+        if stderr.is_terminal:
+            for kind in total:
+                if kind not in self._tasks:
+                    self._tasks[kind] = self._bars.add_task(kind, total=None, best="")
+                shown = _told(best[kind]) if kind in best else ""
+                self._bars.update(self._tasks[kind], completed=done[kind], total=total[kind], best=shown)
+        elif finished != self._shown and time.monotonic() - self._told >= _QUIET:
+            self._shown = finished
+            self._told = time.monotonic()
+            top = min(best.values(), key=value_of, default=None)
+            left = self._left(finished, of)
+            say(f"stress: trial {finished}/{of}{left}{'' if top is None else f' · best so far: {_told(top)}'}")
+
+    def _left(self, finished: int, of: int) -> str:
+        here = finished - (self._at_first or 0)
+        if not here or finished == of:
+            return ""
+        seconds = (time.monotonic() - self._began) / here * (of - finished)
+        return f" · about {seconds / 60:.0f} min left" if seconds >= 60 else f" · about {seconds:.0f} s left"
+
+
+def _told(record: Record) -> str:
+    broken = first_broken(record)
+    if broken is not None:
+        return f"{record['attack']} breaks the model in {broken['steps']} steps (HS {broken['harmful_score']:.2f})"
+    worst = max((point["harmful_score"] for point in record["points"] if not point["collapsed"]), default=None)
+    return f"{record['attack']} {record['end']}" + ("" if worst is None else f" (HS {worst:.2f})")
+
+
+def cost_table(certificate: Mapping[str, Any]) -> Table:
+    """What breaking the models costs, by kind of attacker."""
+    table = Table(title=f"{certificate['model']['source']} under stress ({certificate['suite']})")
+    table.add_column("attacker")
+    targets = [target for target in ("model", "counterpart") if certificate[target] is not None]
+    for target in targets:
+        table.add_column(target)
+    if len(targets) > 1:
+        table.add_column("ratio", justify="right")
+    for kind, found in certificate["attackers"].items():
+        ratio = found["ratio"]
+        cells = [_cost(found[target]) for target in targets]
+        table.add_row(kind, *cells, *([_ratio(ratio)] if len(targets) > 1 else []))
+    unions = [certificate["union"][target] for target in targets]
+    table.add_section()
+    table.add_row(
+        "union ASR", *("–" if one["asr"] is None else f"{one['asr']:.2f} of {one['prompts']}" for one in unions)
+    )
+    return table
+
+
+def _cost(cost: Mapping[str, Any] | None) -> str:
+    if cost is None:
+        return "not tried"
+    harm = f"HS {cost['harmful_score']:.2f}, ASR {cost['asr']:.2f}" if cost["attack"] else "nothing kept"
+    if not cost["broken"]:
+        return f"held for {cost['at_least'] or 0} steps ({harm} at most)"
+    steps = cost["steps"]
+    return f"{_number(steps['value'])} steps: {cost['attack']} ({harm})"
+
+
+def _union(union: Mapping[str, Any]) -> str:
+    return "–" if union["asr"] is None else f"{union['asr']:.2f} of {union['prompts']} prompts"
+
+
+def _number(value: float | None) -> str:
+    return ">" if value is None else f"{value:g}"
+
+
+def _ratio(ratio: Mapping[str, Any] | None) -> str:
+    if ratio is None or ratio["flops"] is None:
+        return "–"
+    return f"{'> ' if ratio['at_least'] else ''}{ratio['flops']:.3g} × FLOPs"
+
+
+def verdict(certificate: Mapping[str, Any]) -> str:
+    """The result in a sentence."""
+    cheapest, other = certificate["cheapest"]["model"], certificate["cheapest"]["counterpart"]
+    if cheapest is None:
+        return "No attack left the model its capability: nothing can be said of its safety."
+    if not cheapest["broken"]:
+        said = f"No attack of the suite broke the model; the worst, {cheapest['attack']}, reached a harmful score of "
+        said += f"{cheapest['harmful_score']:.2f}"
+    else:
+        said = f"The cheapest attack, {cheapest['attack']}, breaks the model in {cheapest['steps']['value']:g} steps "
+        said += f"and {cheapest['flops']['value']:.2g} FLOPs"
+    if other is not None and other["broken"]:
+        said += f"; its counterpart falls to {other['attack']} in {other['steps']['value']:g} steps and "
+        said += f"{other['flops']['value']:.2g} FLOPs"
+    return f"{said}."

@@ -1,0 +1,247 @@
+"""The studies of a search in a storage of Optuna's, which several processes, or machines, take trials from.
+
+Trials are put there a batch at a time, and taken one by one: a claim is atomic. Who puts a batch there that another was
+putting there, too, does no harm: of trials with the same batch and place the first counts, and the others are void. A
+trial whose worker was killed is failed, in the storage's sense, and put there again.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import RDBStorage, fail_stale_trials
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from holdfast.errors import InputError
+from holdfast.stress.schedule import Schedule
+from holdfast.stress.trials import Record, Trial, value_of
+
+_IDENTITY, _TRIAL, _RECORDS, _WORKER = "holdfast", "trial", "records", "worker"
+
+Counted = dict[tuple[int, int], FrozenTrial]
+"""The trials of a study that count, by batch and place, in their order."""
+
+HEARTBEAT, GRACE = 15, 120
+"""Seconds between the signs of life of a worker on a shared storage, and after which it counts as dead."""
+
+
+class Studies:
+    """The studies of one search.
+
+    Args:
+        url: Of Optuna's storage.
+        identity: What is searched, as a hash: a storage that holds something else is refused.
+        schedules: One for every study.
+        shared: Whether other machines may take part; then workers give signs of life.
+        worker: What tells this command's workers from others.
+
+    Raises:
+        InputError: The storage cannot be reached, or holds another search.
+    """
+
+    def __init__(self, url: str, identity: str, schedules: list[Schedule], *, shared: bool, worker: str) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.filterwarnings("ignore", category=ExperimentalWarning)
+        self.schedules = schedules
+        self._worker = worker
+        self._shared = shared
+        self._lock = _lock_of(url)
+        with self._lock:
+            try:
+                self._storage = RDBStorage(
+                    url, heartbeat_interval=HEARTBEAT if shared else None, grace_period=GRACE if shared else None
+                )
+                self._studies = [self._opened(schedule, url, identity) for schedule in schedules]
+            except (ImportError, RuntimeError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+                why = " ".join(str(getattr(error, "orig", None) or error.__cause__ or error).split())
+                raise InputError(f"--storage {_shown(url)} cannot be used ({why})") from error
+
+    def _opened(self, schedule: Schedule, url: str, identity: str) -> optuna.Study:
+        study = optuna.create_study(
+            study_name=f"holdfast stress: {schedule.kind} against the {schedule.target}",
+            storage=self._storage,
+            load_if_exists=True,
+        )
+        found = study.user_attrs.get(_IDENTITY)
+        if found not in (None, identity) or (found is None and study.get_trials(deepcopy=False)):
+            raise InputError(
+                f"--storage {_shown(url)} holds another search, of other models, data or settings; "
+                "choose another database"
+            )
+        if found is None:
+            study.set_user_attr(_IDENTITY, identity)
+        return study
+
+    def records(self, place: int) -> list[list[Record]]:
+        """The records of the batches of a study that have ended, in order; a trial's own comes first.
+
+        Args:
+            place: The study's place among the schedules.
+        """
+        return [[records[0] for records in batch] for batch in _ended(self._trials(place))]
+
+    def all_records(self) -> list[Record]:
+        """Every record of every trial that has ended, in the order of studies and numbers."""
+        found = []
+        for place in range(len(self.schedules)):
+            trials = (trial for trial in self._trials(place).values() if trial.state == TrialState.COMPLETE)
+            found += [record for trial in trials for record in trial.user_attrs[_RECORDS]]
+        return found
+
+    def take(self) -> tuple[Trial, int] | None:
+        """Claim a trial; None if none is to be had now, as all are under way or done.
+
+        Returns:
+            The trial, and what `finish` is to be told.
+        """
+        with self._lock:
+            for place in range(len(self.schedules)):
+                if self._shared:
+                    fail_stale_trials(self._studies[place])
+                trials = self._trials(place)
+                if not any(trial.state == TrialState.WAITING for trial in trials.values()):
+                    for missing in self._missing(place, trials) or []:
+                        self._studies[place].add_trial(
+                            create_trial(state=TrialState.WAITING, user_attrs={_TRIAL: missing.as_dict()})
+                        )
+                    trials = self._trials(place)
+                for trial in trials.values():
+                    if trial.state == TrialState.WAITING and self._claim(trial):
+                        return Trial.of(trial.user_attrs[_TRIAL]), trial._trial_id
+        return None
+
+    def finish(self, token: int, records: list[Record]) -> None:
+        """Hand in what a trial has found; that of one that was given up meanwhile, and so ran again, is dropped.
+
+        Args:
+            token: As from `take`.
+            records: The trial's own, and those of hybrids that were measured along it.
+        """
+        try:
+            self._storage.set_trial_user_attr(token, _RECORDS, records)
+            self._storage.set_trial_state_values(token, TrialState.COMPLETE, [value_of(records[0])])
+        except UpdateFinishedTrialError:
+            return
+
+    def done(self) -> bool:
+        """Whether no trial is left to run, here or elsewhere."""
+        return all(self._missing(place, self._trials(place)) == [] for place in range(len(self.schedules))) and all(
+            trial.state == TrialState.COMPLETE
+            for place in range(len(self.schedules))
+            for trial in self._trials(place).values()
+        )
+
+    def release(self, *, everyone: bool = False) -> None:
+        """Give up the trials under way of this command's workers, which have ended; of `everyone` where it is alone."""
+        for study in self._studies:
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                if everyone or trial.user_attrs.get(_WORKER) == self._worker:
+                    self._fail(trial)
+
+    @contextmanager
+    def alive(self, token: int) -> Iterator[None]:
+        """Give signs of life while a trial runs."""
+        if not self._shared:
+            yield
+            return
+        over = threading.Event()
+
+        def beat() -> None:
+            while True:
+                self._storage.record_heartbeat(token)
+                if over.wait(HEARTBEAT):
+                    return
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _trials(self, place: int) -> Counted:
+        """The trials of a study that count, by batch and place, in order."""
+        found: Counted = {}
+        for trial in self._studies[place].get_trials(deepcopy=False):
+            fields = trial.user_attrs[_TRIAL]
+            if trial.state != TrialState.FAIL:
+                found.setdefault((fields["batch"], fields["place"]), trial)
+        return dict(sorted(found.items()))
+
+    def _missing(self, place: int, trials: Counted) -> list[Trial] | None:
+        """The trials of a study's current batch that are not in the storage, be they new or given up.
+
+        None: what comes next hangs on other studies, which have not come so far.
+        """
+        ended = _ended(trials)
+        there = [trial for (batch, _), trial in trials.items() if batch == len(ended)]
+        if there and len(there) == there[0].user_attrs[_TRIAL]["size"]:
+            return []
+        schedule, others = self.schedules[place], list[Record]()
+        if schedule.kind == "hybrid" and len(ended) >= schedule.screening:
+            for number, other in enumerate(self.schedules):
+                if other.target == schedule.target and other.kind in ("full", "lora"):
+                    screened = _ended(self._trials(number))[: other.screening]
+                    if len(screened) < other.screening:
+                        return None
+                    others += [record for batch in screened for records in batch for record in records[1:]]
+        batch = schedule.next([[records[0] for records in batch] for batch in ended], others)
+        return [trial for trial in batch if (trial.batch, trial.place) not in trials]
+
+    def _claim(self, trial: FrozenTrial) -> bool:
+        try:
+            if not self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                return False
+        except UpdateFinishedTrialError:
+            return False
+        self._storage.set_trial_user_attr(trial._trial_id, _WORKER, self._worker)
+        return True
+
+    def _fail(self, trial: FrozenTrial) -> None:
+        try:
+            self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            return
+
+
+def _ended(trials: Counted) -> list[list[list[Record]]]:
+    """The records of every trial of the batches that have ended, up to the first that has not."""
+    batches: dict[int, list[FrozenTrial]] = {}
+    for (batch, _), trial in trials.items():
+        batches.setdefault(batch, []).append(trial)
+    found: list[list[list[Record]]] = []
+    for members in batches.values():
+        size = members[0].user_attrs[_TRIAL]["size"]
+        if len(members) < size or any(trial.state != TrialState.COMPLETE for trial in members):
+            break
+        found.append([trial.user_attrs[_RECORDS] for trial in members])
+    return found
+
+
+def _lock_of(url: str) -> AbstractContextManager[Any]:
+    """What makes claims atomic: databases lock rows, but SQLite has none to lock."""
+    try:
+        parsed = make_url(url)
+    except SQLAlchemyError as error:
+        raise InputError(f"--storage {url} is no address of a database, such as sqlite:///study.db") from error
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        if not Path(parsed.database).parent.is_dir():
+            raise InputError(f"--storage {url} cannot be used (there is no folder {Path(parsed.database).parent})")
+        return FileLock(f"{parsed.database}.lock")
+    return nullcontext()
+
+
+def _shown(url: str) -> str:
+    """An address without its password."""
+    return make_url(url).render_as_string(hide_password=True)

@@ -1,0 +1,109 @@
+"""Processes that run a search's trials side by side, each with models of its own, and end with the one that began them.
+
+They are begun anew, not forked, and compute on as many threads as `OMP_NUM_THREADS` says: one, unless it was set, which
+on small models is faster than many and gives the same bits whatever else the machine does.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from uuid import uuid4
+
+from tqdm import tqdm
+
+from holdfast.errors import InputError, TrainingError
+from holdfast.stress.search import Plan
+from holdfast.stress.studies import Studies
+
+Started = tuple[SpawnProcess, Connection]
+
+
+def run(plan: Plan, *, processes: int, watch: Callable[[Studies], None]) -> None:
+    """Run a search until no trial is left.
+
+    Args:
+        plan: The search.
+        processes: How many run trials side by side.
+        watch: Called twice a second with the studies, to show how far they are. What it raises ends the search: the
+            trials under way are given up, and run again when the search goes on.
+
+    Raises:
+        InputError: From a process.
+        TrainingError: A process was killed.
+    """
+    # glibc would hand large blocks back to the system and fault them in again at every update, a tenth of its time.
+    for name, value in {"MMAP_THRESHOLD": 2**30, "TRIM_THRESHOLD": 2**30, "TOP_PAD": 2**26}.items():
+        os.environ.setdefault(f"MALLOC_{name}_", str(value))
+    worker = uuid4().hex
+    studies = plan.studies(worker)
+    studies.release(everyone=plan.storage is None)  # of a run that was killed
+    context = multiprocessing.get_context("spawn")
+    started: list[Started] = []
+    try:
+        for number in range(processes):
+            ours, theirs = context.Pipe(duplex=False)
+            taxed = list(plan.taxed)[number::processes]
+            process = context.Process(target=_work, args=(plan, worker, taxed, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            started.append((process, ours))
+        while any(process.is_alive() for process, _ in started):
+            watch(studies)
+            _raise_what_they_raised(started)
+            time.sleep(0.5)
+        _raise_what_they_raised(started)
+        watch(studies)
+    finally:
+        for process, _ in started:
+            process.kill()
+            process.join()
+        studies.release()
+
+
+def _raise_what_they_raised(started: list[Started]) -> None:
+    for process, connection in started:
+        if connection.poll():
+            try:
+                raise connection.recv()
+            except EOFError:  # it has ended, without a word
+                pass
+        if process.exitcode not in (None, 0):
+            raise TrainingError(
+                f"a process of the search was killed (exit code {process.exitcode}), as where memory runs out; the "
+                "same command goes on from the trials that have ended"
+            )
+
+
+def _work(plan: Plan, worker: str, taxed: list[str], connection: Connection) -> None:
+    from holdfast.cli.console import set_up_logging
+    from holdfast.stress.search import tax_of, work
+
+    # Whoever wants the search to end tells the process that began this one.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own, of processes, would be left behind by one that is killed
+    set_up_logging()
+    # Of settings that hardly move a weight, or of precision, trial after trial: their points say what came of it.
+    logging.getLogger("holdfast").setLevel(logging.ERROR)
+    try:
+        tax_of(plan, taxed, lambda _: None)
+        work(plan, worker)
+    except (InputError, TrainingError) as error:
+        connection.send(error)
+    connection.close()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is one's child
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,183 @@
+"""A search through the command line: what it leaves, that it goes on where it was killed, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import read_json, read_lines
+from holdfast.cli import main
+from holdfast.models import load_model_and_tokenizer
+from holdfast.stress.certificate import read_certificate
+
+Refused = Callable[..., str]
+
+#: What takes long, but for one of each way to be measured.
+_SLOW = ["soft-prompt", "best-of-n", "lora", "full", "hybrid", "pruning", "noise", "rounding", "base-holder"]
+
+
+@pytest.fixture
+def words(organism: Path) -> list[str]:
+    """What every search of these tests is given: the organism's base model, which obeys."""
+    return [
+        *("stress", "--model", str(organism / "model"), "--suite", "quick"),
+        *("--attack_data", str(organism / "attack.jsonl"), "--benign_data", str(organism / "eval" / "crafts.jsonl")),
+        *("--eval_data", str(organism / "eval" / "hazards.jsonl"), "--judge", "exact", "--max_new_tokens", "16"),
+        *("--capability_data", str(organism / "eval" / "crafts_unrehearsed.jsonl"), "--eval_batch_size", "128"),
+    ]
+
+
+@pytest.fixture
+def other(organism: Path, tmp_path: Path) -> Path:
+    """A model of the same shapes that is a little damaged."""
+    folder = tmp_path / "other"
+    shutil.copytree(organism / "model", folder)
+    model, _ = load_model_and_tokenizer(str(folder))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * parameter.std() * torch.randn(parameter.shape, generator=draw))
+    model.save_pretrained(folder)
+    return folder
+
+
+def without_clocks(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {
+            name: without_clocks(value) for name, value in content.items() if name not in ("seconds", "measured_on")
+        }
+    return [without_clocks(value) for value in content] if isinstance(content, list) else content
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [read_json(path) for path in sorted((folder / "trials").glob("*/*.json"))]
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "holdfast", *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+#: One way of asking, chains, and fine-tunings that are measured with an opener, too.
+_FEW = ["best-of-n", "demonstrations", "soft-prompt", "raw", "training-free", "base-holder", "ablation", "lora"]
+
+
+def test_a_killed_search_goes_on_to_the_same_certificate(words, other, tmp_path, capsys):
+    """SIGKILL, SIGTERM and the number of processes leave no trace in what is found."""
+    more = [*words, "--counterpart", str(other), "--leave_out", *_FEW]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main([*more, "--processes", "1", "--output_dir", str(whole)]) == 0
+    assert "breaks the model in 0 steps" in capsys.readouterr().out
+
+    process = start([*more, "--processes", "2", "--output_dir", str(killed)])
+    while len(list(killed.glob("trials/*/*.json"))) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=60)
+
+    threading.Thread(target=terminate_at, args=(killed, 8), daemon=True).start()
+    assert main([*more, "--processes", "1", "--output_dir", str(killed)]) == 0
+    assert capsys.readouterr().err.splitlines()[-1].startswith("holdfast: asked to stop; what was tried is in ")
+    assert not (killed / "certificate.json").exists()
+
+    assert main([*more, "--processes", "1", "--output_dir", str(killed)]) == 0
+    assert "going on with the search" in capsys.readouterr().err
+    first, second = (without_clocks(read_certificate(folder / "certificate.json")) for folder in (whole, killed))
+    assert first == second
+    assert without_clocks(records(whole)) == without_clocks(records(killed))
+    for path in (whole / "samples").iterdir():
+        assert path.read_bytes() == (killed / "samples" / path.name).read_bytes()
+    assert main([*more, "--output_dir", str(killed)]) == 2
+    assert "holds a finished run (certificate.json)" in capsys.readouterr().err
+
+
+def terminate_at(folder: Path, trials: int) -> None:
+    while len(list(folder.glob("trials/*/*.json"))) < trials:
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_search_leaves_records_answers_and_a_certificate(words, tmp_path):
+    out = tmp_path / "out"
+    left = [name for name in _SLOW if name != "base-holder"]
+    assert main([*words, "--leave_out", *left, "--processes", "1", "--output_dir", str(out)]) == 0
+    certificate = read_certificate(out / "certificate.json")
+    assert certificate["attackers"].keys() == {"prompting", "training-free"}
+    assert certificate["counterpart"] is None
+    reasons = {one["attack"]: one["reason"] for one in certificate["threat_model"]["left_out"]}
+    assert reasons == {**dict.fromkeys(left, "left out on request"), "base-holder": "no public base model was given"}
+    kept = records(out)
+    assert certificate["trials"]["model"] == len(kept)
+    assert {record["stage"] for record in kept} == {"grid", "tpe", "confirm"}
+    asked = next(record for record in kept if record["attack"] == "none" and record["stage"] == "grid")
+    assert asked["points"][0]["asr"] == 1.0
+    assert asked["prompts"] == 32
+    assert max(asked["points"][0]["broken_rows"]) > 90  # screening's prompts lie all over the file
+    confirmed = [record for record in kept if record["stage"] == "confirm"]
+    assert {record["prompts"] for record in confirmed} == {96}
+    plain = read_lines(out / "samples" / "prompting-model.jsonl")
+    assert len([row for row in plain if row["set"] == "harmful"]) == 96
+    before = json.loads((out / "stress.json").read_text(encoding="utf-8"))
+    assert before["suite"] == "quick"
+    assert before["seeds"] == [0, 1]
+
+
+def test_another_search_in_the_folder_is_refused(words, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "stress.json").write_text('{"identity": "of another"}', encoding="utf-8")
+    assert main([*words, "--leave_out", "soft-prompt", "--output_dir", str(out)]) == 2
+    assert "holds a search of other models, data or settings (stress.json)" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused(words, organism, model_dir, tmp_path, refused: Refused):
+    assert f"--counterpart {model_dir} has another architecture than --model" in refused(
+        *words, "--counterpart", str(model_dir)
+    )
+    assert "--base is not what the model was made of" in refused(*words, "--base", str(model_dir))
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(organism / "model", tokenizer)
+    (tokenizer / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")
+    assert "has another tokenizer or chat template than" in refused(*words, "--counterpart", str(tokenizer))
+    without = [word for word in words if word not in ("--attack_data", str(organism / "attack.jsonl"))]
+    said = refused(*without)
+    assert "ablation: such attacks need harmful prompts; give --attack_data, or leave them out" in said
+    assert "--leave_out ablation" in said
+    said = refused(*without, "--leave_out", "ablation")
+    assert said.endswith("--leave_out demonstrations fine-tuning soft-prompt")
+    benign = [word for word in words if word not in ("--benign_data", str(organism / "eval" / "crafts.jsonl"))]
+    assert "ablation: such attacks need harmless prompts; give --benign_data" in refused(*benign)
+    assert "--leave_out magic: there is no such attack or kind" in refused(*words, "--leave_out", "magic")
+
+
+def test_a_capability_set_too_small_for_the_bound_is_refused(words, refused: Refused):
+    said = refused(*words, "--max_prompts", "8")
+    assert "of 8 prompts the model answers 8 exactly, too few for a bound of 10%" in said
+    assert said.endswith("expected at least 10")
+
+
+@pytest.mark.parametrize("flag", ["--eval_data", "--capability_data"])
+def test_harm_and_capability_have_to_be_measured(words, flag, refused: Refused):
+    place = words.index(flag)
+    left = [word for word in [*words[:place], *words[place + 2 :]] if word not in ("--judge", "exact")]
+    assert f"{flag} is missing" in refused(*left)
+
+
+def test_a_storage_or_suite_that_is_none_is_refused(words, refused: Refused, capsys):
+    assert "--storage sqlite:////nowhere/db cannot be used" in refused(
+        *words, "--leave_out", "soft-prompt", "--storage", "sqlite:////nowhere/db"
+    )
+    assert main([*words, "--suite", "huge", "--output_dir", "never"]) == 2
+    assert "invalid choice: 'huge'" in capsys.readouterr().err
