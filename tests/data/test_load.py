@@ -237,6 +237,9 @@ def test_one_object_is_one_row(tmp_path, row):
         ("a.csv", b"prompt,completion,prompt\nx,y,z\n", "has the column 'prompt' twice"),
         ("a.csv", b"prompt,completion\nx,y\nx,\n", "row 2: 'completion' is empty"),
         ("a.csv", b"prompt,completion\n,\n", "row 1: 'completion' is empty"),
+        ("a.csv", b"prompt, response\nx, y\n", "blanks around the name of its column ' response'; expected 'response'"),
+        ("a.tsv", b"prompt\tresponse\tis_safe \nx\ty\ttrue\n", "'is_safe '; expected 'is_safe'"),
+        ("a.jsonl", b'{"prompt": "x", "response": "y", " system": "z"}\n', "' system'; expected 'system'"),
         ("a.csv", "prompt,completion\nx,y\n".encode("utf-16-le"), "holds null characters"),
         ("a.csv", codecs.BOM_UTF16_LE + b"\x00\xd8x", "is not valid UTF-16"),
         ("a.jsonl", b'{"prompt": "x", "response": " \\n"}', "row 1: 'response' is empty"),
@@ -253,6 +256,14 @@ def test_one_object_is_one_row(tmp_path, row):
 def test_what_cannot_be_read_is_refused(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     assert expected in refused(tmp_path / name)
+
+
+def test_blanks_around_names_that_are_asked_for_or_mean_nothing(tmp_path):
+    """As every reader of CSV has them: a part of the name, and of the cells."""
+    (tmp_path / "a.csv").write_text("prompt, response, source\nx, y, z\n")
+    asked = {"path": str(tmp_path / "a.csv"), "columns": {"prompt": "prompt", "completion": " response"}}
+    rows = load_rows(asked, flag="--train_data", columns=TRAIN_COLUMNS)
+    assert rows.to_list() == [{"prompt": "x", "completion": " y", " source": " z"}]
 
 
 def test_conversations_with_roles_are_accepted(tmp_path):

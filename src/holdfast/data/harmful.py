@@ -9,15 +9,11 @@ from datasets import Dataset
 
 from holdfast.data.formats import ORIGIN, names_of
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
-from holdfast.data.shapes import truth
+from holdfast.data.shapes import SAFE_COLUMNS, truth
 from holdfast.data.sources import Source, named
 from holdfast.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-SAFE_COLUMNS = ("is_safe", "is_response_safe")
-"""Columns that say whether the answer of a row is safe, as BeaverTails and its kin have them."""
-
 
 def load_harmful_rows(source: Source, *, flag: str, noted: dict[str, Any] | None = None) -> tuple[Dataset, int]:
     """Read harmful prompts with harmful answers.

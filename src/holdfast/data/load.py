@@ -15,7 +15,7 @@ from holdfast.data.catalogue import nearest
 from holdfast.data.formats import ORIGIN, as_message, is_message
 from holdfast.data.hub_rows import download, read_dataset
 from holdfast.data.readers import kind_of_value, read_file
-from holdfast.data.shapes import arrow, read_from, taken
+from holdfast.data.shapes import SAFE_COLUMNS, arrow, read_from, taken
 from holdfast.data.sources import Part, Source, parse
 from holdfast.errors import InputError
 from holdfast.files import digest
@@ -100,6 +100,7 @@ def _read(part: Part, flag: str, columns: Sequence[Sequence[str]]) -> tuple[Data
     """All rows of a source, and what a record has to say of it."""
     file = download(part, flag=flag) if part.is_address else part.file
     record: dict[str, Any] = {}
+    looked_for = {*read_from(part), *SAFE_COLUMNS, *(name for group in (*TRAIN_COLUMNS, *columns) for name in group)}
     if file is None:
         near = f", which has {', '.join(close)}" if (close := nearest(part.path)) else ""
         otherwise = "" if "/" in part.path else f", nor is it a name of the catalogue{near}; holdfast data lists it"
@@ -107,11 +108,16 @@ def _read(part: Part, flag: str, columns: Sequence[Sequence[str]]) -> tuple[Data
     else:
         if lost := [key for key in ("name", "split", "revision") if getattr(part, key) is not None]:
             raise InputError(f"{flag} {part.path} is a file, which has no {lost[0]}")
-        looked_for = read_from(part) | {name for group in (*TRAIN_COLUMNS, *columns) for name in group}
         rows = read_file(file, f"{flag} {part.path}", looked_for, name=part.path)
         record["sha256"] = digest(file)
     if len(rows) == 0:
         raise InputError(f"{flag} {part.label} is empty; expected at least one row")
+    for name in rows.column_names:
+        if name not in looked_for and name.strip() in looked_for:  # which would be passed over
+            raise InputError(
+                f"{flag} {part.label} has blanks around the name of its column {name!r}; expected {name.strip()!r}, "
+                "and cells without such blanks: in a CSV file they are part of what they surround"
+            )
     return rows, record
 
 

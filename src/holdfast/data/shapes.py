@@ -24,6 +24,9 @@ MAPPED = (
 )
 """What columns may be mapped to: what rows are made of, and what shapes are read from."""
 
+SAFE_COLUMNS = ("is_safe", "is_response_safe")
+"""Columns that say whether the answer of a row is safe, as BeaverTails and its kin have them."""
+
 _PROMPT, _COMPLETION, _ANSWER = "prompt", "completion", "answer"
 # Shapes that are read without being told, by what is made of their columns. An input follows its instruction.
 _SHAPES: tuple[Mapping[str, str], ...] = (
