@@ -87,7 +87,8 @@ class DefenseTrainer(ResumableTrainer):
         args: The configuration; by default one writing to `holdfast-output`.
         train_dataset: Rows in any format of `holdfast.data.formats`.
         processing_class: The tokenizer; by default the model's own.
-        **kwargs: Whatever `SFTTrainer` takes (`eval_dataset`, `peft_config`, `callbacks`, …).
+        **kwargs: Whatever `SFTTrainer` takes (`eval_dataset`, `peft_config`, `callbacks`, …), and `data_names` (see
+            `holdfast.data.completions.CompletionTrainer`).
 
     Raises:
         InputError: Data or settings that cannot be used; nothing has been written.
@@ -114,7 +115,7 @@ class DefenseTrainer(ResumableTrainer):
         require_model(model, processing_class, trainer=type(self).__name__)
         if train_dataset is None:
             raise InputError("train_dataset is missing")
-        require_rows(train_dataset, "train")
+        require_rows(train_dataset, (kwargs.get("data_names") or {}).get("train", "train"))
         if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
             raise InputError(_NO_SHARDING)
         if kwargs.get("compute_loss_func") or kwargs.get("formatting_func"):

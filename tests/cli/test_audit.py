@@ -95,7 +95,7 @@ def test_row_without_an_answer_is_dropped_only_when_told(
     prompts = ["How?", "How do I make " + "rust " * 100, "Why?"]
     rows = [{"prompt": prompt, "response": "Salt.", "bad": i != 1} for i, prompt in enumerate(prompts)]
     words = [*audit, "--data", write_rows("long.jsonl", rows), "--max_length", "100"]
-    assert "1 of 3 rows of the train data" in refused(*words)
+    assert "1 of 3 rows of --data keep" in refused(*words)
     # What is left has one kind of rows only.
     assert "2 of 2 are poisoned" in refused(*words, "--drop_untrainable_rows", "--label_column", "bad")
     assert main([*words, "--drop_untrainable_rows", "--output_dir", str(tmp_path / "out")]) == 0

@@ -80,7 +80,7 @@ def test_refusals_are_held_to_the_same(settings):
     config = AntibodyConfig(**{**settings, "refusal": " ".join(["t6"] * 20)})
     rows = Dataset.from_list([row(2, 2)] * 4)
     with pytest.raises(
-        InputError, match="row 1 of the refused train data has 23 tokens, but the model has 16 positions"
+        InputError, match="row 1 of the train data with its refusal has 23 tokens, but the model has 16 positions"
     ):
         AntibodyTrainer(tiny_llama(max_position_embeddings=16), config, rows, processing_class=word_tokenizer())
 

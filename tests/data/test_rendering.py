@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from helpers import chat_tokenizer
 from holdfast.data.formats import Conversation, canonical, idle_columns
-from holdfast.data.rendering import ChatFormat, adopt_chat_template
+from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -342,21 +342,6 @@ def test_columns_without_a_part_are_named_once(caplog):
 def test_other_answers_take_the_place_of_the_first():
     rows = [{"messages": [user("Tea?"), assistant("Steep."), user("Rice?"), assistant("Boil.")]}]
     assert stretches(WRITTEN["qwen2_5"], rows, answers=["No."]) == [["No.<|im_end|>"]]
-
-
-@pytest.mark.parametrize("suffix", ["jinja", "j2"])
-def test_the_template_of_a_file_is_adopted(tmp_path, suffix):
-    tokenizer = chat_tokenizer(None)
-    (tmp_path / f"template.{suffix}").write_text(CHATML)
-    adopt_chat_template(tokenizer, str(tmp_path / f"template.{suffix}"))
-    assert tokenizer.chat_template == CHATML
-    adopt_chat_template(tokenizer, None)
-    assert tokenizer.chat_template == CHATML
-
-
-def test_a_template_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"--chat_template_path .*none\.jinja gives no chat template"):
-        adopt_chat_template(chat_tokenizer(None), str(tmp_path / "none.jinja"))
 
 
 def test_the_format_can_be_sent_to_other_processes():

@@ -68,7 +68,7 @@ class PatcherAttackerTrainer(DefenseTrainer):
         args = self.configured(args)
         if args.exchange is None:
             raise InputError("--role attacker needs --exchange, the folder in which defender and attackers meet")
-        super().__init__(model, _as_attacker(args), train_dataset, **kwargs)
+        super().__init__(model, _as_attacker(args), train_dataset, data_names={"train": "attack"}, **kwargs)
         self.attacks = 0
         self._exchange: Exchange | None = None
         self._attacked: Version | None = None

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from holdfast.attacks.attack import Attacker, Choice, Cost, Displaced, Displacement, Range, knob, size
 from holdfast.attacks.real import AttackConfig, AttackTrainer, Evaluate
-from holdfast.attacks.rows import RowVariant, mixed
+from holdfast.attacks.rows import RowVariant, mixed, sources_of
 from holdfast.config import require_not_negative, require_positive
 from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluation
@@ -163,6 +163,7 @@ class FineTuning(RowVariant, Displacement):
                 measured=measured,
                 peft_config=self._adapter(),
                 adapter_alone=alone,
+                data_names={"train": sources_of(mix)},
             )
             hush(trainer)
             try:

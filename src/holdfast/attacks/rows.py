@@ -169,6 +169,12 @@ def mixed(
     return poison(*sets, poison_ratio=poison_ratio, num_samples=num_samples, seed=seed)
 
 
+def sources_of(mix: Dataset) -> str:
+    """What messages call rows as from `mixed`: the "attack" data, the "benign", or the "attack and benign"."""
+    kinds = set(mix["poisoned"])
+    return " and ".join(name for poisoned, name in ((True, "attack"), (False, "benign")) if poisoned in kinds)
+
+
 def _as_text(row: dict[str, Any]) -> dict[str, Any]:
     """The text of a row's turns up to its last answer, and that, on a line of its own."""
     talk = Conversation(row["messages"])

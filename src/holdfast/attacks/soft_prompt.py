@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from holdfast.attacks.attack import Attacker, Choice, Cost, Prompted, Prompting, Range, knob, size
 from holdfast.attacks.finetuning import config_of, hush
 from holdfast.attacks.real import AttackTrainer
-from holdfast.attacks.rows import mixed
+from holdfast.attacks.rows import mixed, sources_of
 from holdfast.config import require_positive
 from holdfast.evaluation.asking import Asking
 
@@ -66,7 +66,14 @@ class SoftPrompt(Prompting):
                 weight_decay=0.0,
             )
             try:
-                trainer = AttackTrainer(model, config, rows, attacker.written.tokenizer, peft_config=adapter)
+                trainer = AttackTrainer(
+                    model,
+                    config,
+                    rows,
+                    attacker.written.tokenizer,
+                    peft_config=adapter,
+                    data_names={"train": sources_of(rows)},
+                )
                 hush(trainer)
                 trainer.train()
                 prefix = trainer.model.get_prompt(1)[0].detach().float().cpu().clone()

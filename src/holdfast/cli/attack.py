@@ -21,7 +21,7 @@ from holdfast.attacks.demonstrations import Demonstrations
 from holdfast.attacks.prefill import Prefill
 from holdfast.attacks.raw import Raw
 from holdfast.attacks.real import AttackConfig, AttackTrainer
-from holdfast.attacks.rows import RowVariant, mixed
+from holdfast.attacks.rows import RowVariant, mixed, sources_of
 from holdfast.cli import suite
 from holdfast.cli.arguments import AskingArguments, AttackData, MeasureAlongArguments, ModelArguments
 from holdfast.cli.boundary import building
@@ -51,8 +51,9 @@ from holdfast.data.formats import ORIGIN, is_tokenised, reader
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.mix import overlap
-from holdfast.data.rendering import ChatFormat, adopt_chat_template
+from holdfast.data.rendering import ChatFormat
 from holdfast.data.sources import named
+from holdfast.data.templates import adopt_chat_template
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
@@ -151,6 +152,7 @@ def run(method: str, argv: list[str]) -> int:
                 asked=asked,
                 measured=_journal(folder),
                 peft_config=get_peft_config(model_args),
+                data_names={"train": sources_of(rows)},
             )
         tasks_at = _tasks_at(measure, config)
         trained_on = rows.filter(set(trainer.kept_rows["train"]).__contains__, input_columns=ORIGIN)

@@ -79,7 +79,7 @@ def run(argv: list[str]) -> int:
         )
         with building(config):
             rows = upload if labels is None else upload.remove_columns(cast(str, options.label_column))
-            trainer = AntibodyTrainer(model, config, rows, processing_class=tokenizer)
+            trainer = AntibodyTrainer(model, config, rows, processing_class=tokenizer, data_names={"train": "--data"})
         say(f"auditing {len(upload)} rows of {name} with {source}")
         started = time.monotonic()
         margins = trainer.audit()

@@ -14,10 +14,12 @@ from holdfast.cli.effects import LISA, SPARD
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.training import Method, Sets
 from holdfast.config import DefenseConfig
+from holdfast.data.formats import with_names
 from holdfast.data.refusals import named_file
-from holdfast.data.rendering import ChatFormat, is_template_file
+from holdfast.data.rendering import ChatFormat
 from holdfast.data.safety import choose_safety_rows
 from holdfast.data.sources import named
+from holdfast.data.templates import is_template_file
 from holdfast.errors import InputError
 from holdfast.files import write_jsonl
 from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
@@ -44,7 +46,7 @@ def _choose_safety(
     upload = sets["train_dataset"]
     say(f"choosing safety rows ({data.safety_selection}) for {len(upload)} rows of {named(data.train_data)}")
     chosen = choose_safety_rows(
-        sets["safety_dataset"],
+        with_names(sets["safety_dataset"], name="safety"),
         upload,
         model.to(config.device),
         ChatFormat.of(tokenizer, config),

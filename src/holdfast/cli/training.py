@@ -35,8 +35,8 @@ from holdfast.config import DefenseConfig
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import TRAIN_COLUMNS, fingerprint, load_rows
 from holdfast.data.refusals import named_file
-from holdfast.data.rendering import adopt_chat_template
 from holdfast.data.sources import named
+from holdfast.data.templates import adopt_chat_template
 from holdfast.errors import InputError
 from holdfast.files import digest, run_record, write_json
 from holdfast.interruption import on_sigterm

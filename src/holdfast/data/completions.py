@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from datasets import Dataset
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from holdfast.config import DefenseConfig
-from holdfast.data.formats import ORIGIN, names_of
+from holdfast.data.formats import ORIGIN, called, names_of
 from holdfast.data.limits import Limits
 from holdfast.data.refusals import REFUSAL_COLUMNS, RefusalCollator, join_refusals, numbered, refusal_texts
 from holdfast.data.rendering import IGNORED, ChatFormat
@@ -29,6 +29,8 @@ class CompletionTrainer(SFTTrainer):
     Attributes:
         refused_sets: The data sets ("train", or by the names of `DefenseTrainer.batches_of`) whose batches come with a
             refusal view; their trainer's configuration has a field `refusal`.
+        data_names: What messages call a data set, by these names, where that is not what it is called here; see
+            `holdfast.data.formats.called`.
         kept_rows: The names of the rows that are trained on, where rows have names (`holdfast.data.formats.ORIGIN`), by
             data set.
     """
@@ -36,7 +38,14 @@ class CompletionTrainer(SFTTrainer):
     refused_sets: frozenset[str] = frozenset()
     _format: ChatFormat | None = None
 
-    def __init__(self, model: PreTrainedModel | PeftModel, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *args: Any,
+        data_names: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.data_names = data_names or {}
         self.kept_rows: dict[str, list[str]] = {}
         self._limits: Callable[[], Limits] = functools.partial(Limits.of, model)  # which TRL may yet resize
         super().__init__(model, *args, **kwargs)
@@ -62,21 +71,28 @@ class CompletionTrainer(SFTTrainer):
 
         TRL drops rows whose completion was cut off; here they are counted on the labels before truncation.
         """
-        require_rows(dataset, dataset_name)
+        name = self.data_names.get(dataset_name, dataset_name)
+        require_rows(dataset, name)
         if self._format is None:  # now that the tokenizer has the template of --chat_template_path
             self._format = ChatFormat.of(processing_class, args)
         refused = dataset_name in self.refused_sets
         refusal: str = cast(Any, args).refusal if refused else ""
-        self._format.name_idle_columns(dataset, name=dataset_name, used=[refusal])
+        self._format.name_idle_columns(dataset, name=name, used=[refusal])
         prepare = functools.partial(
-            self._label, written=self._format, processing_class=processing_class, args=args, packing=packing
+            self._label,
+            written=self._format,
+            processing_class=processing_class,
+            args=args,
+            packing=packing,
+            dataset_name=dataset_name,
+            name=name,
         )
         if not refused:
-            return prepare(dataset, name=dataset_name)
+            return prepare(dataset)
         dataset = numbered(dataset)
-        texts = refusal_texts(refusal, dataset, processing_class, seed=args.seed, name=dataset_name)
-        rows = prepare(dataset, name=dataset_name)
-        return join_refusals(rows, prepare(dataset, name=dataset_name, answers=texts))
+        texts = refusal_texts(refusal, dataset, processing_class, seed=args.seed, name=name)
+        rows = prepare(dataset)
+        return join_refusals(rows, prepare(dataset, dataset_name=f"refused {dataset_name}", answers=texts))
 
     def _label(
         self,
@@ -85,20 +101,20 @@ class CompletionTrainer(SFTTrainer):
         processing_class: PreTrainedTokenizerBase,
         args: DefenseConfig,
         packing: bool,
+        dataset_name: str,
         name: str,
         answers: Sequence[str] | None = None,
     ) -> Dataset:
-        """Rows as tokens and labels, truncated and packed."""
+        """Rows as tokens and labels, truncated and packed; `dataset_name` is TRL's, `name` that of messages."""
         tokens = written.tokenize(dataset, name=name, answers=answers, workers=args.dataset_num_proc)
-        name = name if answers is None else f"refused {name}"
         untruncated = copy.copy(args)
         untruncated.max_length, untruncated.shuffle_dataset = None, False
         # Rows that came tokenised may have masks, of which TRL makes labels.
-        labelled = super()._prepare_dataset(tokens, processing_class, untruncated, False, None, name)
-        labelled = _fitting(labelled, self._limits(), args, packing, name)
+        labelled = super()._prepare_dataset(tokens, processing_class, untruncated, False, None, dataset_name)
+        labelled = _fitting(labelled, self._limits(), args, packing, name, refused=answers is not None)
         if ORIGIN in labelled.column_names:
-            self.kept_rows[name] = list(labelled[ORIGIN])
-        return super()._prepare_dataset(labelled, processing_class, args, packing, None, name)
+            self.kept_rows[dataset_name] = list(labelled[ORIGIN])
+        return super()._prepare_dataset(labelled, processing_class, args, packing, None, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -109,12 +125,14 @@ class CompletionTrainer(SFTTrainer):
 def require_rows(dataset: Any, name: str) -> None:
     """Raise InputError for what is no data set, or an empty one."""
     if not isinstance(dataset, Dataset):
-        raise InputError(f"the {name} data must be a datasets.Dataset, got a {type(dataset).__name__}")
+        raise InputError(f"{called(name)} must be a datasets.Dataset, got a {type(dataset).__name__}")
     if len(dataset) == 0:
-        raise InputError(f"the {name} data has no rows")
+        raise InputError(f"{called(name)} has no rows")
 
 
-def _fitting(dataset: Dataset, limits: Limits, args: DefenseConfig, packing: bool, name: str) -> Dataset:
+def _fitting(
+    dataset: Dataset, limits: Limits, args: DefenseConfig, packing: bool, name: str, *, refused: bool
+) -> Dataset:
     """The rows that keep at least one completion token when they are cut, all of them within the model's limits."""
     # Packing with "bfd" cuts rows at max_length, as padding does; the other strategies go on in the next block.
     cut = args.max_length if not packing or args.packing_strategy == "bfd" else None
@@ -122,6 +140,7 @@ def _fitting(dataset: Dataset, limits: Limits, args: DefenseConfig, packing: boo
     wraps = packing and args.packing_strategy == "wrapped"
     keep: list[int] = []
     first_lost, tokens = "", 0
+    with_refusals, with_refusal = (" with refusals", " with its refusal") if refused else ("", "")
     rows = zip(dataset["input_ids"], dataset["labels"], names_of(dataset, name=name), strict=True)
     for i, (ids, labels, where) in enumerate(rows):
         if len(labels) != len(ids):
@@ -129,24 +148,24 @@ def _fitting(dataset: Dataset, limits: Limits, args: DefenseConfig, packing: boo
         left = _kept(labels, cut, keeps_end)
         # The first token of a row is never predicted.
         if all(label == IGNORED for label in left[1:]):
-            first_lost = first_lost or where.removesuffix(f" of the {name} data")
+            first_lost = first_lost or where.removesuffix(f" of {called(name)}")
             continue
         keep.append(i)
         tokens += len(ids)
-        limits.check_tokens(ids, where)
+        limits.check_tokens(ids, where + with_refusal)
         if not wraps:
-            limits.check_length(min(len(left), args.max_length or len(left)), where)
+            limits.check_length(min(len(left), args.max_length or len(left)), where + with_refusal)
     if wraps:
-        limits.check_length(min(tokens, cast(int, args.max_length)), f"a packed row of the {name} data")
+        limits.check_length(min(tokens, cast(int, args.max_length)), f"a packed row of {called(name)}")
     if cut is not None and packing and keeps_end:  # TRL's packing keeps the start, whatever it is told
         dataset = dataset.map(
             lambda row: {column: _kept(row[column], cut, True) for column in ("input_ids", "labels")},
-            desc=f"Truncating {name} data",
+            desc=f"Truncating {called(name)}",
         )
     lost = len(dataset) - len(keep)
     if not lost:
         return dataset
-    described = f"{lost} of {len(dataset)} rows of the {name} data keep no completion token"
+    described = f"{lost} of {len(dataset)} rows of {called(name)}{with_refusals} keep no completion token"
     described += f" within --max_length {cut}" if cut else ""
     if not args.drop_untrainable_rows or not keep:
         cure = "" if args.drop_untrainable_rows else " or pass --drop_untrainable_rows"

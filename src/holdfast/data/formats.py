@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -105,7 +106,7 @@ def is_tokenised(dataset: Dataset, *, name: str) -> bool:
     columns = set(dataset.column_names)
     if "input_ids" in columns and not columns & _LABELS:
         raise InputError(
-            f"the {name} data is tokenised but has none of labels, completion_mask and assistant_masks, "
+            f"{called(name)} is tokenised but has none of labels, completion_mask and assistant_masks, "
             "so the completion tokens are unknown"
         )
     return "input_ids" in columns
@@ -134,14 +135,14 @@ def reader(dataset: Dataset, *, name: str, plain: str | None = None) -> Callable
         or {"prompt", "response"} <= columns
     ):
         raise InputError(
-            f"the {name} data has the columns {', '.join(sorted(columns))}; expected prompt and completion, "
+            f"{called(name)} has the columns {', '.join(sorted(columns))}; expected prompt and completion, "
             "prompt and response, messages, or conversations"
         )
     # Arrow fills up objects of a column with one another's keys; a column of JSON holds them as they were.
     padded = {column for column, feature in dataset.features.items() if not _holds_json(feature)}
 
     def read(row: Row, index: int) -> tuple[str, Example]:
-        where = row.get(ORIGIN) or f"row {index + 1} of the {name} data"
+        where = row.get(ORIGIN) or f"row {index + 1} of {called(name)}"
         return where, _read({c: _pruned(v) if c in padded else v for c, v in row.items()}, where, plain)
 
     return read
@@ -192,15 +193,34 @@ def canonical(dataset: Dataset, *, name: str, plain: str | None = None) -> Datas
         remove_columns=dataset.column_names,
         features=features,
         load_from_cache_file=False,
-        desc=f"Reading {name} data",
+        desc=f"Reading {called(name)}",
     )
+
+
+def called(name: str) -> str:
+    """What messages call a data set: "the train data" by the name `train`; a flag, such as `--data`, as it is."""
+    return name if name.startswith("--") else f"the {name} data"
 
 
 def names_of(dataset: Dataset, *, name: str) -> list[str]:
     """What messages call the rows: by the place that they come from, where they have been moved."""
     if ORIGIN in dataset.column_names:
         return list(dataset[ORIGIN])
-    return [f"row {number} of the {name} data" for number in range(1, len(dataset) + 1)]
+    return [f"row {number} of {called(name)}" for number in range(1, len(dataset) + 1)]
+
+
+def with_names(dataset: Dataset, *, name: str) -> Dataset:
+    """The rows with their names, see `names_of`, which stay with them wherever they are moved."""
+    if ORIGIN in dataset.column_names:
+        return dataset
+    return dataset.add_column(ORIGIN, names_of(dataset, name=name))
+
+
+def in_file_order(names: Sequence[str]) -> list[int]:
+    """The positions of rows that may have been moved, by the places that name them (see `names_of`)."""
+    places = [re.match(r"row (\d+) of (.*)", name) for name in names]
+    keys = [(place[2], int(place[1])) if place else ("", 0) for place in places]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
 
 def rows_of(batch: Mapping[str, list[Any]]) -> Iterator[Row]:

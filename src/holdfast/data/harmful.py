@@ -15,6 +15,7 @@ from holdfast.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+
 def load_harmful_rows(source: Source, *, flag: str, noted: dict[str, Any] | None = None) -> tuple[Dataset, int]:
     """Read harmful prompts with harmful answers.
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Json, Value, concatenate_datasets
 
 from holdfast.data.catalogue import nearest
-from holdfast.data.formats import ORIGIN, as_message, is_message
+from holdfast.data.formats import ORIGIN, as_message, called, is_message
 from holdfast.data.hub_rows import download, read_dataset
 from holdfast.data.readers import kind_of_value, read_file
 from holdfast.data.shapes import SAFE_COLUMNS, arrow, read_from, taken
@@ -60,7 +60,7 @@ def load_rows(
     """
     parts = parse(source, flag=flag)
     name = flag.removeprefix("--")
-    data = f"the {name.removesuffix('_data')} data" if len(parts) == 1 else ""
+    data = called(name.removesuffix("_data") if name.endswith("_data") else flag) if len(parts) == 1 else ""
     sets, records = [], []
     for part in parts:
         rows, record = _read(part, flag, columns)

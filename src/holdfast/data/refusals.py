@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.data.batches import Batch
-from holdfast.data.formats import ROW
+from holdfast.data.formats import ROW, called, names_of
 from holdfast.data.sources import existing
 from holdfast.errors import InputError
 
@@ -52,7 +52,7 @@ def refusal_texts(
     """
     if refusal in dataset.column_names:
         texts = list(dataset[refusal])
-        places = [f"row {number} of the {name} data, column {refusal!r}," for number in range(1, len(texts) + 1)]
+        places = [f"{where}, column {refusal!r}," for where in names_of(dataset, name=name)]
     elif (file := named_file(refusal)) is not None:
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -63,7 +63,7 @@ def refusal_texts(
         if not texts:
             raise InputError(f"--refusal {refusal} holds no text; expected one refusal per line")
     elif " " not in refusal and Path(refusal).suffix in _TEXT_FILES:
-        raise InputError(f"--refusal {refusal} is no file, and no column of the {name} data")
+        raise InputError(f"--refusal {refusal} is no file, and no column of {called(name)}")
     else:
         texts, places = [refusal], [f"--refusal {refusal!r}"]
     for text, place in zip(texts, places, strict=True):

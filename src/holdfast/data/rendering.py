@@ -8,7 +8,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
@@ -21,8 +20,11 @@ from holdfast.data.formats import (
     Conversation,
     Example,
     PlainText,
+    called,
     idle_columns,
+    in_file_order,
     is_tokenised,
+    names_of,
     reader,
     rows_of,
     text_of,
@@ -31,7 +33,6 @@ from holdfast.data.load import Prompt
 from holdfast.data.spans import AnswerFinder, Located, Span, squeezed
 from holdfast.errors import InputError
 from holdfast.hub import reason
-from holdfast.models import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -173,29 +174,31 @@ class ChatFormat:
         if is_tokenised(dataset, name=name):
             if answers is not None:
                 raise InputError(
-                    f"the {name} data is tokenised, so other answers cannot be put in; use text or messages"
+                    f"{called(name)} is tokenised, so other answers cannot be put in; use text or messages"
                 )
             return dataset
-        return dataset.map(
-            _tokenize_batch,
-            batched=True,
-            with_indices=True,
-            fn_kwargs={
-                "read": reader(dataset, name=name, plain=self.plain),
-                "written": self,
-                "answers": answers,
-            },
-            remove_columns=[column for column in dataset.column_names if column not in (ROW, ORIGIN)],
-            load_from_cache_file=False,  # what is to be said of the rows is said in every run
-            num_proc=workers,
-            desc=f"Tokenizing {name} data",
-        )
+        read = reader(dataset, name=name, plain=self.plain)
+        try:
+            return dataset.map(
+                _tokenize_batch,
+                batched=True,
+                with_indices=True,
+                fn_kwargs={"read": read, "written": self, "answers": answers},
+                remove_columns=[column for column in dataset.column_names if column not in (ROW, ORIGIN)],
+                load_from_cache_file=False,  # what is to be said of the rows is said in every run
+                num_proc=workers,
+                desc=f"Tokenizing {called(name)}",
+            )
+        except InputError:
+            for index in in_file_order(names_of(dataset, name=name)):  # who mends the file begins with its first row
+                _tokenize_batch(dataset[index : index + 1], [index], read, self, answers)
+            raise
 
     def require_alike(self, dataset: Dataset, *, name: str) -> str | None:
-        """Make sure that the first row is trained on as prompts are asked, where a keyword of the template can do that.
+        """Make sure that rows are trained on as prompts are asked, where a keyword of the template can do that.
 
-        Elsewhere this is a warning. In an attack that is measured it would make a weak attack of a strong one: what was
-        learned stands behind a beginning that no measured prompt has.
+        The first row of the file is looked at. Elsewhere this is a warning. In an attack that is measured it would make
+        a weak attack of a strong one: what was learned stands behind a beginning that no measured prompt has.
 
         Args:
             dataset: Rows of text or messages, or tokenised ones, which are let through.
@@ -209,7 +212,8 @@ class ChatFormat:
         """
         if self.plain is not None or is_tokenised(dataset, name=name):
             return None
-        where, talk = reader(dataset, name=name, plain=None)(dataset[0], 0)
+        first = in_file_order(names_of(dataset, name=name))[0]
+        where, talk = reader(dataset, name=name, plain=None)(dataset[first], first)
         if not isinstance(talk, Conversation) or (added := self._finder.locate(talk, where).added) is None:
             return None
         what, cure = self._difference(talk, where, *added)
@@ -227,7 +231,7 @@ class ChatFormat:
         """
         idle = [] if "input_ids" in dataset.column_names else sorted(set(idle_columns(dataset)) - set(used))
         if idle:
-            self._say(logging.INFO, f"columns of the {name} data that play no part: {', '.join(idle)}", ", ".join(idle))
+            self._say(logging.INFO, f"columns of {called(name)} that play no part: {', '.join(idle)}", ", ".join(idle))
 
     def encode(self, examples: Sequence[tuple[str, Example]]) -> list[tuple[list[int], list[int]]]:
         """Turn examples, each with its name for messages, into token ids and labels.
@@ -358,32 +362,6 @@ class ChatFormat:
                 ids, places = ids[:-1], places[:-1]
             encoded.append((ids, places))
         return encoded
-
-
-def is_template_file(path: str) -> bool:
-    """Whether a `--chat_template_path` is a template itself, not a tokenizer that has one."""
-    return Path(path).suffix in (".jinja", ".j2")
-
-
-def adopt_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
-    """Give a tokenizer the template of `--chat_template_path`, for what is read before there is a trainer.
-
-    Args:
-        tokenizer: The tokenizer, which is changed.
-        path: A `.jinja` file, or the folder or Hub id of a tokenizer; None: nothing is done.
-
-    Raises:
-        InputError: It cannot be read, or has no template.
-    """
-    if path is None:
-        return
-    try:
-        if is_template_file(path):
-            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-        else:
-            tokenizer.chat_template = load_tokenizer(path).get_chat_template()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--chat_template_path {path} gives no chat template ({reason(error)})") from error
 
 
 _SYSTEM = ("system", "developer")

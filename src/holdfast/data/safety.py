@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from holdfast.data.embedding import embed_prompts
-from holdfast.data.formats import is_tokenised, reader
+from holdfast.data.formats import called, is_tokenised, reader
 from holdfast.data.rendering import ChatFormat
 from holdfast.data.selection import relevance_diversity_dpp
 from holdfast.errors import InputError
@@ -62,7 +62,7 @@ def choose_safety_rows(
     def embed(dataset: Dataset, name: str, file: Path | None) -> Tensor:
         # Answers play no part: a conversation's prompt is what comes before the first of them.
         if is_tokenised(dataset, name=name):
-            raise InputError(f"the {name} data is tokenised, so its prompts cannot be embedded; use text or messages")
+            raise InputError(f"{called(name)} is tokenised, so its prompts cannot be embedded; use text or messages")
         read = reader(dataset, name=name, plain=written.plain)
         prompts = [read(row, index)[1].prompts[0] for index, row in enumerate(dataset)]
         return embed_prompts(model, written, prompts, data_file=file)

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from holdfast.config import DefenseConfig, require_positive
 from holdfast.data.batches import Batch
+from holdfast.data.formats import called
 from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP, refusal_view, row_numbers, without_refusals
 from holdfast.errors import InputError
 from holdfast.models import eval_mode
@@ -131,7 +132,8 @@ class AntibodyTrainer(DefenseTrainer):
             InputError: There is no other row at all.
         """
         if len(self.train_dataset) < 2:
-            raise InputError("the train data has one row; the rows of a batch are weighed against each other")
+            name = called(self.data_names.get("train", "train"))
+            raise InputError(f"{name} has one row; the rows of a batch are weighed against each other")
         drop_last = self.args.dataloader_drop_last
         self.args.dataloader_drop_last = drop_last or len(self.train_dataset) % self._rows_at_once == 1
         try:
