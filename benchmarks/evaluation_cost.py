@@ -9,7 +9,7 @@ changes from pair to pair.
     python benchmarks/evaluation_cost.py --prompts 32 --tokens 32 --pairs 2    # minutes; says so in its record
 
 A pair that was measured stays in benchmarks/out/ and is not measured again, unless --fresh is given. Writes
-benchmarks/results/evaluation_cost.json.
+benchmarks/results/evaluation_cost.json, and its line in docs/real.md.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from holdfast.evaluation.prompts import PromptSet
 from holdfast.files import append_jsonl, versions, write_json
 from holdfast.models import load_model_and_tokenizer
 from holdfast.proxy.topics import SHIPPED, load_topic
+from readme import fill_block
 from smollm2 import MODEL, ROOT, install
 
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation_cost.json"
@@ -137,7 +138,13 @@ def main() -> None:
     }
     write_json(RESULTS, record)
     median = record["median_ratio"]
-    console.print(f"evaluation / loop: {median['seconds']:.3f} in time, {median['cpu']:.3f} in CPU time (medians)")
+    lines = (
+        f"{args.prompts} prompts, {args.tokens} tokens at most, {args.batch_size} at a time, {args.model.name}: "
+        f"{median['seconds']:.2f} times the loop's time, {median['cpu']:.2f} times its CPU time (medians of "
+        f"{len(pairs)} pairs)."
+    )
+    fill_block("evaluation-cost", lines, ROOT / "docs" / "real.md")
+    console.print(lines)
     console.print(f"wrote {RESULTS.relative_to(ROOT)}")
 
 

@@ -69,9 +69,9 @@ class Study:
         judged: Refusals that the second judge is fitted to, and as many answers.
     """
 
-    updates: int = 100
-    attack_every: int = 25
-    simulated_steps: int = 20
+    updates: int = 150
+    attack_every: int = 30
+    simulated_steps: int = 25
     measure_at: tuple[int, ...] = (0, 5, 10, 25, 50)
     prompts: int = 48
     tokens: int = 32

@@ -17,6 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lm_eval.api.model
+import lm_eval.api.task
+import lm_eval.models.huggingface
 import numpy as np
 import torch
 from lm_eval.api.instance import Instance
@@ -24,6 +27,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from holdfast.data.limits import Limits
@@ -41,6 +45,15 @@ _SHOTS_SEED = 1234
 _SETTLED = ("name", "alias", "sample_len", "sample_count")
 # Characters of a prompt's end among which a mark that opens reasoning is looked for.
 _TAIL = 200
+
+
+def _bar(*arguments: Any, disable: bool = False, **keywords: Any) -> Any:
+    return tqdm(*arguments, disable=disable or None, **keywords)
+
+
+# Without a terminal bars are silent here, and lm_eval's would not be.
+for _module in (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface):
+    _module.tqdm = _bar
 
 
 @dataclass(frozen=True)
