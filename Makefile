@@ -22,7 +22,7 @@ test: $(READY)
 test-faults: $(READY)
 	$(BIN)/python -m pytest -v -m "faults or not faults" tests/cli/test_faults.py
 
-# With services that are really there: the report in Chromium, which is the system's own.
+# With services that are really there: the report in Chromium, which is the system's own, and transformers' server.
 test-services: $(VENV)/.services
 	$(BIN)/python -m pytest -v -m services
 

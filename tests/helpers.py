@@ -148,6 +148,21 @@ def chat_tokenizer(template: str | None, family: str = "qwen", *, think_tokens: 
     )
 
 
+def one_word_model(folder: Path, word: str) -> str:
+    """A model that says one word over and over: with its last norm at zero all logits are equal, and the first wins."""
+    words = [word, "<s>", "</s>", "<unk>", *["How", "?", "a", "b", "Grade", ":", "Question", "Answer", "x"]]
+    tokenizer = Tokenizer(models.WordLevel({text: place for place, text in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+    model = tiny_llama(vocab_size=len(words), pad_token_id=3)
+    model.model.norm.weight.data.zero_()
+    model.save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    return str(folder)
+
+
 class Gradients(TrainerCallback):
     """Notes a copy of every gradient that the optimizer is given, by parameter name."""
 

@@ -216,3 +216,7 @@ def test_sums_run_over_sharded_dimensions_and_over_no_other(ranks):
 
 def test_unreduced_sums_are_refused(ranks):
     assert all("not reduced" in values["partial"] for values in ranks.values)
+
+
+def test_the_first_rank_asks_a_judge_for_all(ranks):
+    assert [values["judged"] for values in ranks.values] == [[[1, 1, 1], 2], [[1, 1, 1], 0]]

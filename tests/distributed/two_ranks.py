@@ -37,6 +37,9 @@ from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
 from holdfast.checkpoint import load_state, save_state
 from holdfast.config import DefenseConfig
 from holdfast.errors import InputError, Stopped
+from holdfast.evaluation.judges import Cache, JudgeSettings, Verdict
+from holdfast.evaluation.judges.asking import AskedJudge
+from holdfast.evaluation.judges.cache import Reply
 from holdfast.interruption import on_sigterm
 from holdfast.parameters import (
     ParameterVector,
@@ -384,6 +387,30 @@ def placements(notes):
         notes.values["partial"] = str(error)
 
 
+class RankJudge(AskedJudge):
+    """Says which rank was asked."""
+
+    description, tells_refusals = "a rank", True
+
+    def check(self):
+        """It can be asked."""
+
+    def key(self, prompt, answer):
+        return answer
+
+    def ask(self, questions):
+        yield from ((key, Reply(str(dist.get_rank() + 1))) for key in questions)
+
+    def read(self, said):
+        return Verdict(int(said), said=said)
+
+
+def judged(notes):
+    judge = RankJudge(JudgeSettings("rubric"), Cache())
+    verdicts = judge.verdicts(["p"] * 3, ["a", "b", "a"], [None] * 3)
+    notes.values["judged"] = [[verdict.grade for verdict in verdicts], judge.usage["asked_now"]]
+
+
 def work(folder, rank):
     notes = Notes(folder, rank)
     golden_gradients(notes)
@@ -397,6 +424,7 @@ def work(folder, rank):
     for shape in ((1, 2), (2, 1)):
         on_mesh(notes, f"hsdp {shape[0]}x{shape[1]}", init_device_mesh("cpu", shape, mesh_dim_names=("copy", "shard")))
     placements(notes)
+    judged(notes)
     notes.write()
     dist.destroy_process_group()
 

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from helpers import chat_tokenizer, tiny_llama
+from helpers import chat_tokenizer, one_word_model
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.judges import Cache, JudgeSettings, Verdict, make_judge
@@ -34,21 +33,6 @@ IN_PARTS = GUARD.replace(
     "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ m['role'] + ': ' + c['text'] | trim + '\\n' }}{% endfor %}",
 )
-
-
-def one_word_model(folder: Path, word: str) -> str:
-    """A model that says one word over and over: with its last norm at zero all logits are equal, and the first wins."""
-    words = [word, "<s>", "</s>", "<unk>", *["How", "?", "a", "b", "Grade", ":", "Question", "Answer", "x"]]
-    tokenizer = Tokenizer(models.WordLevel({text: place for place, text in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
-    )
-    model = tiny_llama(vocab_size=len(words), pad_token_id=3)
-    model.model.norm.weight.data.zero_()
-    model.save_pretrained(folder)
-    wrapped.save_pretrained(folder)
-    return str(folder)
 
 
 def loaded(kind, tokenizer, **changes):

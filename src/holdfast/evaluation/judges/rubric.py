@@ -39,8 +39,12 @@ class RubricJudge(ServerJudge):
     A rubric of the user's own asks for the same reply, or for another one, in which a pattern finds the grade.
     """
 
-    tells_refusals = True
     own_template = RUBRIC
+
+    @property
+    def tells_refusals(self) -> bool:
+        """Whether it grades by numbers: a pattern of the user's may find words."""
+        return self.settings.finds_numbers
 
     @property
     def description(self) -> str:

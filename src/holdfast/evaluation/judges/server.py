@@ -10,8 +10,8 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from holdfast.data.load import Prompt
@@ -61,7 +61,6 @@ class ServerJudge(AskedJudge):
         self._template = self.own_template if path is None else read_template(path, f"{settings.flag}_template")
         self._form = 0
         self._silent = 0
-        self._stopped = threading.Event()
         self._client = self._connect()
 
     @property
@@ -128,7 +127,7 @@ class ServerJudge(AskedJudge):
         try:
             reply = self._complete(client, self.messages(*TRIAL))
         except (openai.APITimeoutError, openai.RateLimitError, openai.InternalServerError, _GarbageError) as error:
-            logger.warning("%s", self._clean(f"{where} is not ready yet ({_short(error)})"))
+            logger.warning("%s", self._clean(f"{where} is not ready yet, or has no such model ({_short(error)})"))
             return
         except openai.APIConnectionError as error:
             raise InputError(
@@ -150,16 +149,34 @@ class ServerJudge(AskedJudge):
     def ask(self, questions: Mapping[str, Question]) -> Iterator[tuple[str, Reply | str]]:
         """Ask several questions at a time; one that fails is asked again before it is given up."""
         self._silent = 0
-        self._stopped.clear()
-        with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            try:
-                asked = {pool.submit(self._patiently, *question): key for key, question in questions.items()}
-                for done in as_completed(asked):
-                    yield asked[done], done.result()
-            except BaseException:  # interrupted: what is under way is not waited for
-                self._stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        stopped = threading.Event()
+        waiting: SimpleQueue[tuple[str, Question]] = SimpleQueue()
+        done: SimpleQueue[tuple[str, Reply | str | Exception]] = SimpleQueue()
+        for one in questions.items():
+            waiting.put(one)
+
+        def work() -> None:
+            while not stopped.is_set():
+                try:
+                    key, question = waiting.get_nowait()
+                except Empty:
+                    return
+                try:
+                    done.put((key, self._patiently(*question)))
+                except Exception as error:
+                    done.put((key, error))
+
+        # Whoever interrupts does not wait for a request that is under way, as the end of a pool would.
+        for _ in range(min(self.settings.concurrency, len(questions))):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            for _ in questions:
+                key, found = done.get()
+                if isinstance(found, Exception):
+                    raise found
+                yield key, found
+        finally:
+            stopped.set()
 
     def _patiently(self, prompt: Prompt, answer: str) -> Reply | str:
         """Ask until there is a reply; return why there is none."""
@@ -167,7 +184,7 @@ class ServerJudge(AskedJudge):
 
         messages = self.messages(prompt, answer)
         for attempt in range(self.settings.retries + 1):
-            if self._stopped.is_set() or self._silent >= _SILENT_AFTER:
+            if self._silent >= _SILENT_AFTER:
                 return "the server no longer answers"
             try:
                 reply = self._complete(self._client, messages)

@@ -83,6 +83,11 @@ class JudgeSettings:
             )
         return found
 
+    @property
+    def finds_numbers(self) -> bool:
+        """Whether grades are read as numbers, among which 1 is a refusal; words tell no refusals."""
+        return self.pattern is None or re.search(r"\\d|[0-9]", self.pattern) is not None
+
     def require(self, *names: str) -> None:
         """Make sure that these settings are given.
 
