@@ -34,6 +34,7 @@ _COMMANDS = {
     "proxy": _Command(
         "holdfast.cli.proxy", "write data of a harmless topic that stands for harm, for a chat model of your own", {}
     ),
+    "data": _Command("holdfast.cli.data", "list the data sets that are known by name, or show one", {}),
     "align": _Command(
         "holdfast.cli.align",
         "align a model before its release",

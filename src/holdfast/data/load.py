@@ -15,7 +15,7 @@ from holdfast.data.catalogue import nearest
 from holdfast.data.formats import ORIGIN, as_message, called, is_message
 from holdfast.data.hub_rows import download, read_dataset
 from holdfast.data.readers import kind_of_value, read_file
-from holdfast.data.shapes import SAFE_COLUMNS, arrow, read_from, taken
+from holdfast.data.shapes import SAFE_COLUMNS, arrow, read_from, taken, with_columns
 from holdfast.data.sources import Part, Source, parse
 from holdfast.errors import InputError
 from holdfast.files import digest
@@ -70,7 +70,7 @@ def load_rows(
             _check(rows, f"{flag} {part.label}", columns, numbers)
         if numbers is not None or len(parts) > 1:
             places = [f"row {number} of {data or part.label}" for number in numbers or range(1, len(rows) + 1)]
-            rows = rows.add_column(ORIGIN, places)
+            rows = with_columns(rows, {ORIGIN: places})
         sets.append(rows)
         records.append({**part.rule(), **record})
     sets = _shares(sets, [part.fraction for part in parts])
@@ -176,7 +176,8 @@ def _is_all_text(cells: pa.ChunkedArray, *, filled: bool) -> bool:
     """Whether a column is text in every row, and not blank in any if it has to be `filled`."""
     if not (pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)) or cells.null_count:
         return False
-    return not filled or pc.min(pc.utf8_length(pc.utf8_trim_whitespace(cells))).as_py() > 0
+    lengths = (pc.min(pc.utf8_length(pc.utf8_trim_whitespace(piece))).as_py() for piece in cells.chunks if len(piece))
+    return not filled or all(length > 0 for length in lengths)
 
 
 def _is_blank(cell: Any) -> bool:

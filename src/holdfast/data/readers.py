@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo, Features
+from datasets.fingerprint import generate_random_fingerprint
 from datasets.table import InMemoryTable
 
 from holdfast.errors import InputError
 from holdfast.hub import reason
 
-ROWS_AT_A_TIME = 10_000
+ROWS_AT_A_TIME = 1_000
 """How many objects of JSON are held at once, before Arrow has them."""
 
 _GZIP = ".gz"
@@ -62,7 +64,7 @@ def read_file(path: Path, label: str, columns: Collection[str], *, name: str | N
     if kind == ".parquet":
         return _from_parquet(path, label)
     content = _content(path, label, packed=(name or path.name).lower().endswith(_GZIP))
-    return _READERS[kind](content, label, kind, columns) if content.strip() else Dataset.from_list([])
+    return _READERS[kind](content, label, kind, columns) if re.search(rb"\S", content) else Dataset.from_list([])
 
 
 def _kind_of(name: str) -> str:
@@ -74,7 +76,7 @@ def _kind_of(name: str) -> str:
     return suffix if packed == ".parquet" else packed
 
 
-def _from_json(content: bytes, label: str, kind: str, columns: Collection[str]) -> Dataset:
+def _from_json(content: bytes | bytearray, label: str, kind: str, columns: Collection[str]) -> Dataset:
     if _is_lines(content):
         return _from_lines(content, label)
     try:
@@ -86,25 +88,29 @@ def _from_json(content: bytes, label: str, kind: str, columns: Collection[str]) 
         raise InputError(f"{label} is not valid JSON ({reason(error)})") from error
     if isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list)]
-        whole = lists[0] if len(lists) == 1 and not whole.keys() & set(columns) else [whole]
+        holds_rows = len(lists) == 1 and all(isinstance(row, dict) for row in lists[0])
+        whole = lists[0] if holds_rows and not whole.keys() & set(columns) else [whole]
     elif not isinstance(whole, list):
         whole = [whole]
     return _from_objects(((f"row {number}", row) for number, row in enumerate(whole, 1)), label)
 
 
-def _is_lines(content: bytes) -> bool:
+def _is_lines(content: bytes | bytearray) -> bool:
     """Whether the first line is an object, and more lines follow."""
-    first, _, rest = content.lstrip().partition(b"\n")
+    begin = re.search(rb"\S", content)
+    end = content.find(b"\n", begin.start()) if begin else -1
+    if begin is None or end < 0 or re.compile(rb"\S").search(content, end) is None:
+        return False
     try:
-        return bool(rest.strip()) and isinstance(_parse(first.decode()), dict)
+        return isinstance(_parse(content[begin.start() : end].decode()), dict)
     except ValueError:
         return False
 
 
-def _from_lines(content: bytes, label: str) -> Dataset:
+def _from_lines(content: bytes | bytearray, label: str) -> Dataset:
     def objects() -> Iterator[tuple[str, Any]]:
         # Not str.splitlines: that also splits at separators which JSON allows inside strings.
-        for number, line in enumerate(io.BytesIO(content), 1):
+        for number, line in enumerate(_pieces(content, 0), 1):
             if line.strip():
                 try:
                     yield f"line {number}", _parse(line.decode())
@@ -149,7 +155,7 @@ def _from_objects(objects: Iterable[tuple[str, Any]], label: str) -> Dataset:
                 place = next(place for (place, _), cell in zip(piece, cells, strict=True) if not _is_unicode(cell))
                 raise InputError(f"{label}, {place}: {name!r} is not Unicode text ({reason(error)})") from error
         rows += len(piece)
-    return Dataset(InMemoryTable(pa.table({name: _column(arrays) for name, arrays in found.items()})))
+    return in_memory(pa.table({name: _column(arrays) for name, arrays in found.items()}))
 
 
 def _array(cells: list[Any]) -> pa.Array:
@@ -212,8 +218,8 @@ def _is_unicode(cell: Any) -> bool:
     return True
 
 
-def _from_csv(content: bytes, label: str, kind: str, columns: Collection[str]) -> Dataset:
-    header = content.lstrip().partition(b"\n")[0].decode()
+def _from_csv(content: bytes | bytearray, label: str, kind: str, columns: Collection[str]) -> Dataset:
+    header = next(line for line in _pieces(content, 0) if line.strip()).decode()
     # A table whose one column is called "prompt;completion" is none.
     delimiter = "\t" if kind == ".tsv" else next((mark for mark in ",;\t" if mark in header), ",")
     try:
@@ -230,27 +236,31 @@ def _from_csv(content: bytes, label: str, kind: str, columns: Collection[str]) -
     names = table.column_names
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"{label} has the column {twice!r} twice; expected every column once")
-    return Dataset(InMemoryTable(table))
+    return in_memory(table)
 
 
 def _from_parquet(path: Path, label: str) -> Dataset:
     if path.stat().st_size == 0:
         return Dataset.from_list([])
     try:
-        return Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
+        return in_memory(pyarrow.parquet.read_table(path))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{label} is not a valid Parquet file ({reason(error)})") from error
 
 
-def _content(path: Path, label: str, *, packed: bool) -> bytes:
+def _content(path: Path, label: str, *, packed: bool) -> bytes | bytearray:
     """What a file of text holds, unpacked, in UTF-8 and without a byte order mark."""
+    content: bytes | bytearray
     try:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{label} cannot be read ({error.strerror})") from error
     if packed and content:
+        packed_content, content = content, bytearray()
         try:
-            content = gzip.decompress(content)
+            with gzip.open(io.BytesIO(packed_content)) as file:
+                while piece := file.read(_PIECE):
+                    content += piece  # in one place: joined pieces would take as much again
         except (OSError, EOFError, zlib.error) as error:
             raise InputError(f"{label} is not a valid gzip file ({reason(error)})") from error
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -267,20 +277,34 @@ def _content(path: Path, label: str, *, packed: bool) -> bytes:
         ) from error
     if b"\0" in content:
         raise InputError(f"{label} holds null characters; expected UTF-8 text, or UTF-16 with a byte order mark")
-    return content.removeprefix(codecs.BOM_UTF8)
+    return content[len(codecs.BOM_UTF8) :] if content.startswith(codecs.BOM_UTF8) else content
 
 
-def _require_utf8(content: bytes) -> None:
+def _require_utf8(content: bytes | bytearray) -> None:
     """Raise UnicodeDecodeError for what is not UTF-8; as text, all of it at once might take four times as much."""
     start = 0
-    while start < len(content):
-        end = content.find(b"\n", start + _PIECE) + 1 or len(content)
+    for piece in _pieces(content, _PIECE):
         try:
-            content[start:end].decode()
+            piece.decode()
         except UnicodeDecodeError as error:
             error.start += start
             raise
+        start += len(piece)
+
+
+def _pieces(content: bytes | bytearray, size: int) -> Iterator[bytes | bytearray]:
+    """The lines of a text, as many at a time as have more bytes than `size`."""
+    start = 0
+    while start < len(content):
+        end = content.find(b"\n", start + size) + 1 or len(content)
+        yield content[start:end]
         start = end
+
+
+def in_memory(table: pa.Table, features: Features | None = None) -> Dataset:
+    """A table as a data set, without its content being hashed, which would take its size in memory again."""
+    info = DatasetInfo(features=features)
+    return Dataset(InMemoryTable(table), info=info, fingerprint=generate_random_fingerprint())
 
 
 def kind_of_value(value: Any) -> str:

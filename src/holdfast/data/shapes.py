@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetInfo, Features
-from datasets.table import InMemoryTable
+from datasets import ClassLabel, Dataset, Features, Json
 
 from holdfast.data.formats import as_message
+from holdfast.data.readers import in_memory
 from holdfast.data.sources import Part, asking
 from holdfast.errors import InputError
 
@@ -79,7 +79,7 @@ def taken(rows: Dataset, part: Part, groups: Groups, *, flag: str) -> tuple[Data
     numbers: pa.Array | None = None
     if part.where is not None:
         keep = _where(rows, part, flag)
-        rows, numbers = _of(arrow(rows).filter(keep), rows.features), pc.add(pc.indices_nonzero(keep), 1)
+        rows, numbers = in_memory(arrow(rows).filter(keep), rows.features), pc.add(pc.indices_nonzero(keep), 1)
     if part.columns is not None:
         rows = _mapped(rows, part, flag)
     if part.take is not None:
@@ -87,24 +87,20 @@ def taken(rows: Dataset, part: Part, groups: Groups, *, flag: str) -> tuple[Data
         if places is not None:
             numbers = pc.add(places, 1) if numbers is None else numbers.take(places)
     if part.limit is not None and part.limit < len(rows):
-        rows = _of(arrow(rows).slice(0, part.limit), rows.features)
+        rows = in_memory(arrow(rows).slice(0, part.limit), rows.features)
         numbers = None if numbers is None else numbers.slice(0, part.limit)
     if groups:
         rows = _shaped(rows, part, groups, flag)
     return rows, None if numbers is None else numbers.to_pylist()
 
 
-def _of(table: pa.Table, features: Features) -> Dataset:
-    return Dataset(InMemoryTable(table), info=DatasetInfo(features=features))
-
-
-def _with(rows: Dataset, made: Mapping[str, Any], *, without: Collection[str]) -> Dataset:
+def with_columns(rows: Dataset, made: Mapping[str, Any], *, without: Collection[str] = ()) -> Dataset:
     """The rows with columns that were made of others, and without these."""
     table, more = arrow(rows), pa.table(dict(made))
     kept = [name for name in rows.column_names if name not in made and name not in without]
     features = {name: rows.features[name] for name in kept} | dict(Features.from_arrow_schema(more.schema))
     columns = [*(table[name] for name in kept), *more.columns]
-    return _of(pa.table(columns, names=[*kept, *more.column_names]), Features(features))
+    return in_memory(pa.table(columns, names=[*kept, *more.column_names]), Features(features))
 
 
 # ---------------------------------------------------------------------- where
@@ -116,29 +112,40 @@ def _where(rows: Dataset, part: Part, flag: str) -> pa.ChunkedArray:
     for column, wanted in (part.where or {}).items():
         if column not in rows.column_names:
             raise InputError(f"{flag} {part.label}: where asks for the column {column!r}, but {_columns(rows)}")
-        cells, feature = arrow(rows)[column], rows.features[column]
-        try:
-            values = pc.unique(cells)
-        except pa.ArrowNotImplementedError:
-            raise InputError(
-                f"{flag} {part.label}: where asks for the column {column!r}, which holds neither text, numbers nor "
-                "truth values"
-            ) from None
-        names = feature.names if isinstance(feature, ClassLabel) else []
         wanted = wanted if isinstance(wanted, list) else [wanted]
-        fits = [any(_equal(value, one, names) for one in wanted) for value in values.to_pylist()]
-        if not any(fits):
-            found = ", ".join(repr(value)[:30] for value in values.to_pylist()[:5])
+        cells, values = values_of(rows, column, f"{flag} {part.label}: where asks for the column {column!r}")
+        names = feature.names if isinstance(feature := rows.features[column], ClassLabel) else []
+        fits = [place for place, value in enumerate(values) if any(_equal(value, one, names) for one in wanted)]
+        if not fits:
+            found = ", ".join(repr(value)[:30] for value in values[:5])
             more = f" and {len(values) - 5} more" if len(values) > 5 else ""
             raise InputError(
                 f"{flag} {part.label}: where leaves no row, since none has {json.dumps(wanted)[1:-1]} in {column!r}; "
                 f"there are {found}{more}"
             )
-        here = pc.is_in(cells, value_set=values.filter(pa.array(fits)))
+        here = pc.is_in(cells, value_set=pa.array(fits))
         keep = here if keep is None else pc.and_(keep, here)
     if keep is None or not pc.any(keep).as_py():
         raise InputError(f"{flag} {part.label}: where leaves no row that fits {json.dumps(part.where)}")
     return keep
+
+
+def values_of(rows: Dataset, column: str, where: str) -> tuple[pa.Array, list[Any]]:
+    """Which of its different values each row has in a column, by their places; and these values.
+
+    Raises:
+        InputError: They are lists or objects; begins with `where`.
+    """
+    cells = arrow(rows)[column]
+    if isinstance(rows.features[column], Json):  # values of several kinds
+        values = {json.dumps(value): value for value in rows[column]}
+        if not any(isinstance(value, dict | list) for value in values.values()):
+            places = {written: place for place, written in enumerate(values)}
+            return pa.array([places[json.dumps(value)] for value in rows[column]]), list(values.values())
+    elif not pa.types.is_nested(cells.type):
+        coded = cells.dictionary_encode(null_encoding="encode").combine_chunks()
+        return coded.indices, coded.dictionary.to_pylist()
+    raise InputError(f"{where}, which holds neither text, numbers nor truth values")
 
 
 def _equal(value: Any, wanted: Any, names: Sequence[str]) -> bool:
@@ -175,7 +182,7 @@ def _mapped(rows: Dataset, part: Part, flag: str) -> Dataset:
             made[name] = arrow(rows)[source]
         else:
             made[name] = _texts(rows[source], *_making(spec, item, where), f"{where}: {source!r} of row")
-    return _with(rows, made, without=used)
+    return with_columns(rows, made, without=used)
 
 
 def _place(column: str, rows: Dataset, where: str) -> tuple[str, int | None]:
@@ -232,8 +239,7 @@ def _side(rows: Dataset, part: Part, flag: str) -> tuple[Dataset, pa.Array | Non
         )
     if part.take in _PAIR:
         return _one_of_pair(rows, str(part.take)), None
-    table = arrow(rows)
-    judged = [(table[answer].to_pylist(), table[label].to_pylist(), label) for answer, label in _JUDGED.items()]
+    judged = [(list(rows[answer]), list(rows[label]), label) for answer, label in _JUDGED.items()]
     places, answers = [], []
     for place in range(len(rows)):
         for texts, labels, column in judged:
@@ -247,7 +253,8 @@ def _side(rows: Dataset, part: Part, flag: str) -> tuple[Dataset, pa.Array | Non
     if not places:
         raise InputError(f"{flag} {part.label}: take {part.take} leaves no row")
     where = pa.array(places)
-    return _with(_of(table.take(where), rows.features), {_COMPLETION: pa.array(answers)}, without={*needed}), where
+    rows = with_columns(in_memory(arrow(rows).take(where), rows.features), {_COMPLETION: answers}, without={*needed})
+    return rows, where
 
 
 def _one_of_pair(rows: Dataset, side: str) -> Dataset:
@@ -255,7 +262,7 @@ def _one_of_pair(rows: Dataset, side: str) -> Dataset:
     cells, first = arrow(rows)[side], rows[0][side]
     is_talk = isinstance(first, list) and bool(first) and as_message(first[0]).get("role") != "assistant"
     name, dropped = ("messages", {*_PAIR, "messages", _PROMPT}) if is_talk else (_COMPLETION, {*_PAIR, _COMPLETION})
-    return _with(rows, {name: cells}, without=dropped)
+    return with_columns(rows, {name: cells}, without=dropped)
 
 
 # ---------------------------------------------------------------------- shapes
@@ -293,7 +300,7 @@ def _read(rows: Dataset, sources: Mapping[str, str], part: Part, flag: str) -> D
     if sources[_PROMPT] == "instruction" and "input" in rows.column_names:
         made[_PROMPT] = _joined(rows, part, flag)
         used.add("input")
-    return _with(rows, made, without=used)
+    return with_columns(rows, made, without=used)
 
 
 def _joined(rows: Dataset, part: Part, flag: str) -> pa.ChunkedArray:
