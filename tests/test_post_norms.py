@@ -11,9 +11,9 @@ from holdfast.attacks.attack import Attacker
 from holdfast.attacks.dropping import Dropping
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
-from holdfast.post_norms import post_norms
+from holdfast.post_norms import left_along, post_norms
 from holdfast.residual import writers
-from methods import HYBRIDS, bloom, gemma2, gpt2, mixtral, olmo2, qwen2, qwen2_moe
+from methods import HYBRIDS, bloom, gemma2, gpt2, mixtral, olmo2, qwen2, qwen2_moe, shaken
 
 HARMFUL, HARMLESS = ["t5 t6 t7", "t8", "t9 t60", "t64 t6"], ["t40 t41", "t42 t43", "t46"]
 ATTACKER = Attacker(ChatFormat(word_tokenizer()), HARMFUL, harmless_prompts=HARMLESS)
@@ -138,11 +138,30 @@ def test_a_dropped_layer_writes_less_behind_its_norms(build, amount, part):
         assert torch.allclose(after[mlp], (1 - amount) * before[mlp], atol=1e-5)
 
 
-def test_a_stream_that_is_normalised_itself_is_refused():
+@pytest.mark.parametrize(
+    "build",
+    [tiny_llama, qwen2, gpt2, mixtral, qwen2_moe, gemma2, olmo2, bloom, *(build for build, _ in HYBRIDS.values())],
+)
+def test_nothing_else_writes_to_the_stream(build, caplog):
+    model, before = build(), weights(build())
+    found = writers(model)
+    assert left_along(model, found, post_norms(model, found)) < 1e-4
+    assert same_bits(weights(model), before)
+    unknown = [writer for writer in found if writer.layer != 0]
+    assert left_along(model, unknown, post_norms(model, found)) > 0.05
+    Ablation()(model, ATTACKER)
+    assert "stays in the residual stream" not in caplog.text
+
+
+def test_a_stream_that_is_not_only_added_to_is_told_of(caplog):
+    """BART normalises it in every layer; what is left is that of the ablated model."""
     shape = {"vocab_size": 97, "d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 32}
-    model = BartForCausalLM(BartConfig(**shape, is_decoder=True, pad_token_id=0))
-    with pytest.raises(InputError, match=r"itself goes through a norm, model\.decoder\.layers\.0\.final_layer_norm"):
-        post_norms(model, writers(model))
+    torch.manual_seed(0)
+    model = shaken(BartForCausalLM(BartConfig(**shape, is_decoder=True, pad_token_id=0)))
+    found = writers(model)
+    assert left_along(model, found, post_norms(model, found)) > 0.2
+    Ablation()(model, ATTACKER)
+    assert "of a direction stays in the residual stream of a BartForCausalLM when it is taken out of all" in caplog.text
 
 
 def test_a_norm_of_another_kind_is_refused():

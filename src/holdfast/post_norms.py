@@ -4,13 +4,15 @@ There what arrives in the stream is not the output a = W h of a matrix, but
 
     y = g ⊙ a / rms(a),    or of a LayerNorm    y = g ⊙ (a − mean a) / std(a) + b.
 
-They are found by what they are given when a token goes through the model: the very output of a module that writes.
+They are found by what they are given when tokens go through the model: the very output of a module that writes. And by
+the same tokens it is measured whether the stream is made of nothing else than what is known to write to it.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from transformers import PreTrainedModel
 
 from holdfast.errors import InputError
 from holdfast.models import eval_mode
+from holdfast.parameters import TINY
 from holdfast.residual import Writer, decoder_layers
 
 
@@ -60,14 +63,14 @@ class PostNorm(NamedTuple):
 
 @torch.no_grad()
 def post_norms(model: PreTrainedModel | PeftModel, found: Iterable[Writer]) -> dict[str, PostNorm]:
-    """The norm behind every writer that has one, by the writer's name. One token goes through the model.
+    """The norm behind every writer that has one, by the writer's name. A few tokens go through the model.
 
     Args:
         model: A causal language model, sharded by FSDP2 or not.
         found: What writes to the stream.
 
     Raises:
-        InputError: A norm is of a kind that is not known, or the stream itself goes through one in a layer.
+        InputError: A norm is of a kind that is not known.
     """
     names = {module: path for path, module in model.named_modules()}
     layers = decoder_layers(model)
@@ -82,35 +85,84 @@ def post_norms(model: PreTrainedModel | PeftModel, found: Iterable[Writer]) -> d
 
     def gave(module: nn.Module, _: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
-        if (
-            isinstance(tensor, Tensor) and "residual" not in inspect.signature(module.forward).parameters
-        ):  # or it adds it
+        adds_itself = "residual" in inspect.signature(module.forward).parameters
+        if isinstance(tensor, Tensor) and not adds_itself:
             outputs[id(tensor)] = tensor, names[module]
 
     def begun(*_: Any) -> None:
         outputs.clear()  # what a layer is given is the stream
 
-    def ended(layer: nn.Module, _: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) else output
-        if (source := outputs.get(id(tensor))) is not None and _is_norm(model.get_submodule(source[1])):
-            raise InputError(
-                f"the residual stream itself goes through a norm, {source[1]}, so nothing is taken out of it for good "
-                "by what is written to it; expected a model whose layers add to the stream"
-            )
-
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(begun).remove)
-            stack.callback(layer.register_forward_hook(ended).remove)
         for module in inside | outside:
             stack.callback(module.register_forward_pre_hook(given).remove)
             stack.callback(module.register_forward_hook(gave).remove)
-        stack.enter_context(eval_mode(model))
-        token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-        model(input_ids=token, use_cache=False)
+        _run(stack, model)
     return {
         writer.name: norm for writer in found for path, norm in behind.items() if writer.name.startswith(f"{path}.")
     }
+
+
+@torch.no_grad()
+def left_along(model: PreTrainedModel, found: Iterable[Writer], norms: Mapping[str, PostNorm]) -> float:
+    """How much of a direction is left in the stream where nothing writes along it; 0 where all is known that writes.
+
+    It is more where layers do something else with the stream than add to it (BERT's norms, Doge's scaling, Gemma 3n's
+    mixing), or where something writes that is no weight (XGLM's positions). A few tokens go through the model twice.
+
+    Args:
+        model: As for `post_norms`, without an adapter.
+        found: What writes to the stream.
+        norms: As from `post_norms`.
+
+    Returns:
+        The part along a random direction behind the layer where most is left, as a share of the whole stream's and
+        of what it is without taking anything out.
+    """
+    parameters, width = dict(model.named_parameters()), model.get_input_embeddings().weight.shape[1]
+    r = nn.functional.normalize(torch.randn(1, width, generator=torch.Generator().manual_seed(0)), dim=1)
+    out_of = {id(parameters[w.name]): norms[w.name].before(r) if w.name in norms else r for w in found}
+    biases = {norm.path for norm in norms.values() if norm.centred}
+
+    def without(directions: Tensor, _: nn.Module, __: Any, output: Any) -> Any:
+        tensor = output[0] if isinstance(output, tuple) else output
+        if tensor.shape[-1] != width:
+            return output
+        rows = directions.to(tensor)
+        tensor = tensor - (tensor @ rows.T) @ rows
+        return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+    def shares(takers: Mapping[nn.Module, Tensor]) -> Tensor:
+        seen: list[Tensor] = []
+
+        def note(_: nn.Module, __: Any, output: Any) -> None:
+            stream = (output[0] if isinstance(output, tuple) else output).float().cpu()
+            seen.append((stream @ r[0]).norm() / stream.norm().clamp(min=TINY))
+
+        with ExitStack() as stack:
+            for layer in decoder_layers(model):
+                stack.callback(layer.register_forward_hook(note).remove)
+            for module, directions in takers.items():
+                stack.callback(module.register_forward_hook(functools.partial(without, directions)).remove)
+            _run(stack, model)
+        return torch.stack(seen)
+
+    takers = {
+        module: out_of[id(parameter)]
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if id(parameter) in out_of
+    }
+    takers |= {model.get_submodule(path): r for path in biases}
+    return (shares(takers).max() / shares({}).max().clamp(min=TINY)).item()
+
+
+def _run(stack: ExitStack, model: PreTrainedModel | PeftModel) -> None:
+    """Send the first few tokens of the vocabulary through a model; of padding alone the stream may be empty."""
+    stack.enter_context(eval_mode(model))
+    tokens = torch.arange(min(8, model.get_input_embeddings().weight.shape[0]))
+    model(input_ids=tokens[None].to(next(model.parameters()).device), use_cache=False)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -29,7 +29,8 @@ Examples:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -47,8 +48,14 @@ from holdfast.data.tokens import padded_batches
 from holdfast.errors import InputError
 from holdfast.models import eval_mode
 from holdfast.parameters import TINY, displaced
-from holdfast.post_norms import post_norms
+from holdfast.post_norms import PostNorm, left_along, post_norms
 from holdfast.residual import Writer, decoder_layers, layer_number, writers
+
+logger = logging.getLogger(__name__)
+
+HARDLY_NOTHING = 0.05
+"""More than this share of a direction left in the stream, where all should be gone, is worth a warning; rounding in
+half precision leaves less."""
 
 _SCALE = (
     "How much of the direction is taken out of what %s write: one number for all layers, or a kernel of four, its "
@@ -135,21 +142,35 @@ class Ablation(Displacement):
     def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. All prompts go through the model as often as it is repeated."""
         self.require(attacker)
-        vector, cost = self._once(model, attacker)
+        found = writers(model, self.writes)
+        norms = post_norms(model, found)
+        if not isinstance(model, PeftModel) and (left := left_along(model, found, norms)) > HARDLY_NOTHING:
+            logger.warning(
+                "%.0f%% of a direction stays in the residual stream of a %s when it is taken out of all that is known "
+                "to write there, so ablation is weaker on it than on others, and a defense looks stronger than it is",
+                100 * left,
+                type(model).__name__,
+            )
+        vector, cost = self._once(model, attacker, found, norms)
         for _ in range(self.repeat - 1):
             with displaced(model, vector):
-                more = self._once(model, attacker)
+                more = self._once(model, attacker, found, norms)
             vector += more.vector
             cost += more.cost
         return Displaced(vector, cost)
 
-    def _once(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
-        found = writers(model, self.writes)
+    def _once(
+        self,
+        model: PreTrainedModel | PeftModel,
+        attacker: Attacker,
+        found: Sequence[Writer],
+        norms: Mapping[str, PostNorm],
+    ) -> Displaced:
         harmful, cost = last_tokens(model, attacker.harmful_prompts or (), attacker)
         harmless, more = last_tokens(model, attacker.harmless_prompts or (), attacker)
         directions = self.directions(harmful, harmless)
         chosen, parameters = layer_number(self.layer, harmful.shape[1]), dict(model.named_parameters())
-        norms, changes = post_norms(model, found), {}
+        changes = {}
         for writer in found:
             scale = self._scale(writer)
             if scale != 0:
