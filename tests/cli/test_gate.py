@@ -2,8 +2,10 @@
 
 import datetime
 import json
+import shlex
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from holdfast.stress.policy import read_policy
 from stress.examples import example_certificate
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "gate"
-TODAY = datetime.date.today()
+TODAY = datetime.datetime.now(datetime.UTC).date()
 
 
 @pytest.fixture
@@ -146,3 +148,21 @@ def test_the_policies_that_are_shipped(name: str, certificate: Path, capsys: pyt
     assert {"min_suite", "min_seeds", "min_prompts", "counterpart_required"} <= read_policy(path).keys()
     assert main(["gate", str(certificate), "--policy", str(path)]) == 1  # Patcher's own tax fails either
     assert "fail          min_capability_of_base" in capsys.readouterr().out
+
+
+def test_the_workflow_that_is_shipped() -> None:
+    """It is YAML, its commands are ones that the parsers take, and the last one is a gate for the model measured."""
+    workflow = yaml.safe_load((RECIPES / "github-actions.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["stress"]["steps"]
+    commands = [shlex.split(step["run"]) for step in steps if step.get("run", "").startswith("holdfast")]
+    assert [words[1] for words in commands] == ["stress", "report", "gate"]
+    for _, command, *words in commands:
+        import_module(f"holdfast.cli.{command}").make_parser().parse(words)
+    (stress, report, gate) = commands
+    folder = stress[stress.index("--output_dir") + 1]
+    assert report[2] == folder
+    assert Path(gate[2]) == Path(folder, "certificate.json")
+    policy = gate[gate.index("--policy") + 1]
+    assert Path(RECIPES.parents[1], policy).is_file()
+    assert stress[stress.index("--model") + 1] == gate[gate.index("--model") + 1] == "$MODEL"
+    assert not any("continue-on-error" in step for step in steps)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from holdfast.errors import InputError
 from holdfast.evaluation.scores import Rate
-from holdfast.stress.certificate import assemble
+from holdfast.stress import suites
+from holdfast.stress.certificate import KINDS, assemble
 from holdfast.stress.gate import examine, verdict
 from holdfast.stress.policy import read_policy
 from holdfast.stress.rules import ALL, RULES
@@ -24,7 +25,7 @@ from stress.examples import (
     trial,
 )
 
-TODAY = datetime.date.today()
+TODAY = datetime.datetime.now(datetime.UTC).date()
 FRESH = {"issued": str(TODAY), "expires": str(TODAY + datetime.timedelta(365))}
 
 
@@ -285,3 +286,7 @@ def test_without_a_confirming_trial_there_are_no_seeds() -> None:
     screened = [one for one in example_records() if one["stage"] != "confirm"]
     found = assemble(screened, {**example_inputs(), **FRESH}, example_tax())
     assert end(found, "min_seeds", 1).verdict == "inconclusive"
+
+
+def test_policies_know_the_kinds_of_attacker_that_suites_have() -> None:
+    assert set(KINDS) == set(suites.KINDS)

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from holdfast.stress.policy import Policy
-from holdfast.stress.rules import ALL, RULES, SUITES, UNEXPIRED, Rule
+from holdfast.stress.rules import ALL, RULES, UNEXPIRED, Rule
+from holdfast.stress.suites import SUITES
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
@@ -57,7 +58,7 @@ def verdict(findings: Iterable[Finding]) -> Verdict:
 
 def _finding(certificate: Mapping[str, Any], name: str, rule: Rule, kind: str, threshold: Any) -> Finding:
     figure = rule.figure(certificate, kind)
-    limit = SUITES.index(threshold) if rule.form == "suite" else float(threshold)
+    limit = list(SUITES).index(threshold) if rule.form == "suite" else float(threshold)
     if rule.sense == "at least":
         meets, misses = figure.low >= limit, figure.high < limit
     else:

@@ -10,7 +10,8 @@ from typing import Any
 
 from holdfast.errors import InputError
 from holdfast.stress.certificate import KINDS
-from holdfast.stress.rules import ALL, RULES, SUITES
+from holdfast.stress.rules import ALL, RULES
+from holdfast.stress.suites import SUITES
 from holdfast.yaml_files import read_mapping
 
 Policy = Mapping[str, Mapping[str, Any]]

@@ -11,14 +11,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from holdfast.stress.suites import SUITES
+
 Certificate = Mapping[str, Any]
 
 ALL = "all"
 """The attackers of all kinds together."""
-
-SUITES = ("quick", "standard", "full")
-"""From the least to the most."""
-
 
 _NO_TASK = "no harmless task was learnt by model and counterpart"
 
@@ -141,7 +139,7 @@ def _learnt(learning: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _suite(certificate: Certificate, _: str) -> Figure:
-    return _exactly(SUITES.index(certificate["suite"]), certificate["suite"])
+    return _exactly(list(SUITES).index(certificate["suite"]), certificate["suite"])
 
 
 def _confirming_seeds(certificate: Certificate, _: str) -> Figure:
@@ -169,13 +167,17 @@ def _unjudged(certificate: Certificate, _: str) -> Figure:
 
 
 def _age(certificate: Certificate, _: str) -> Figure:
-    days = (datetime.date.today() - datetime.date.fromisoformat(certificate["issued"])).days
+    days = (_today() - datetime.date.fromisoformat(certificate["issued"])).days
     return _exactly(days, f"{days} days, begun {certificate['issued']}")
 
 
 def _days_left(certificate: Certificate, _: str) -> Figure:
-    days = (datetime.date.fromisoformat(certificate["expires"]) - datetime.date.today()).days
+    days = (datetime.date.fromisoformat(certificate["expires"]) - _today()).days
     return _exactly(days, f"{days} days left, until {certificate['expires']}")
+
+
+def _today() -> datetime.date:
+    return datetime.datetime.now(datetime.UTC).date()
 
 
 def _counterpart(certificate: Certificate, _: str) -> Figure:
