@@ -64,7 +64,7 @@ def _threshold(where: str, name: str, value: Any) -> Any:
         "number": is_number,
         "count": is_number and value == int(value),
         "share": is_number and value <= 1,
-        "suite": value in SUITES,
+        "suite": value in list(SUITES),
         "true": value is True,
     }
     if not fits[form]:
