@@ -2,6 +2,8 @@
 
 import pytest
 
+from holdfast.cli.judge_arguments import JudgeArguments
+from holdfast.cli.parser import HoldfastParser
 from holdfast.errors import InputError
 from holdfast.evaluation.judges import JUDGES, ExactJudge, RefusalJudge, Verdict, get_judge, is_refusal
 
@@ -125,6 +127,25 @@ def test_judges_say_what_they_are():
     assert all(f"{grade}" in get_judge("refusal").description for grade in (1, 2, 5))
     assert get_judge("exact").needs_answer
     assert not get_judge("refusal").needs_answer
+
+
+@pytest.mark.parametrize(
+    ("words", "second"),
+    [
+        ("--judge refusal", None),
+        ("--judge rubric --judge_model big --judge_url http://h/v1 --judge_pattern (\\d) --judge_retries 2", None),
+        ("--judge classifier --judge_model m --judge_label bad --judge_threshold 0.9", None),
+        (
+            "--judge wildguard --judge_timeout 5.0",
+            "--second_judge rubric --second_judge_model big --second_judge_key_variable K --judge_timeout 5.0",
+        ),
+    ],
+)
+def test_a_judge_is_set_up_again_by_the_words_of_its_settings(words, second):
+    parser = HoldfastParser((JudgeArguments,), prog="x")
+    [found, _] = parser.parse([*words.split(), *(second or "").split()])
+    assert found.settings().words == words.split()
+    assert (None if second is None else found.second_settings().words) == (second and second.split())
 
 
 def test_an_unknown_judge_is_refused():

@@ -7,9 +7,8 @@ from typing import Any
 
 from holdfast.errors import InputError
 from holdfast.evaluation.judges import JUDGE_NAMES, JudgeSettings
-from holdfast.evaluation.judges.settings import SERVER_JUDGES
+from holdfast.evaluation.judges.settings import OWN, SERVER_JUDGES
 
-_OWN = ("model", "url", "key_variable", "template", "pattern", "label", "threshold")
 _SHARED = ("concurrency", "timeout", "retries", "max_tokens", "input_price", "output_price", "batch_size")
 # What a second judge at the same server takes over from the first one.
 _SERVER = ("model", "url", "key_variable")
@@ -105,7 +104,7 @@ class JudgeArguments:
         Raises:
             InputError: A setting cannot be used.
         """
-        own = {name: getattr(self, f"judge_{name}") for name in _OWN}
+        own = {name: getattr(self, f"judge_{name}") for name in OWN}
         return JudgeSettings(self.judge, **own, **self._shared())
 
     def second_settings(self) -> JudgeSettings | None:
@@ -119,7 +118,7 @@ class JudgeArguments:
         at_servers = self.judge in SERVER_JUDGES and self.second_judge in SERVER_JUDGES
         defaults = {one.name: one.default for one in fields(JudgeSettings)}
         own = {}
-        for name in _OWN:
+        for name in OWN:
             value = getattr(self, f"second_judge_{name}")
             if value is None:
                 value = getattr(self, f"judge_{name}") if at_servers and name in _SERVER else defaults[name]

@@ -8,6 +8,7 @@ from typing import Any
 
 from holdfast.attacks.catalogue import ATTACKS
 from holdfast.evaluation.evaluate import Evaluator
+from holdfast.evaluation.judges import words_of
 from holdfast.evaluation.prompts import Role
 from holdfast.stress.subjects import Sources
 from holdfast.stress.trials import Trial
@@ -41,7 +42,7 @@ def command_of(trial: Trial, sources: Sources, evaluator: Evaluator) -> str:
     target = sources.model if trial.target == "model" else sources.counterpart
     assert target is not None  # as it was attacked
     measured = [word for one in evaluator.sets if one.role in _FLAGS for word in (_FLAGS[one.role], one.source)]
-    measured += ["--judge", evaluator.judge.name, "--max_new_tokens", str(evaluator.decoding.max_new_tokens)]
+    measured += [*words_of(evaluator.judge), "--max_new_tokens", str(evaluator.decoding.max_new_tokens)]
     if not trial.setting:
         return _joined(["evaluate", "--model", target, *measured, "--output_dir", "asked"])
     commands: list[str] = []

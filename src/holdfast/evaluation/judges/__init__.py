@@ -30,6 +30,7 @@ __all__ = [
     "get_judge",
     "is_refusal",
     "make_judge",
+    "words_of",
 ]
 
 
@@ -93,6 +94,11 @@ def get_judge(name: str) -> Judge:
     if name not in JUDGES:
         raise InputError(f"--judge {name} is unknown; expected one of {', '.join(JUDGES)}")
     return JUDGES[name]
+
+
+def words_of(judge: Judge) -> list[str]:
+    """Return what to type to be judged by a judge in the first place."""
+    return judge.settings.words if isinstance(judge, AskedJudge) else ["--judge", judge.name]
 
 
 def make_judge(settings: JudgeSettings, cache: Cache | None = None) -> Judge:

@@ -1,7 +1,7 @@
 """How a judge is set up: the flags of `--judge` and of `--second_judge`."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from holdfast.errors import InputError
 
@@ -10,6 +10,9 @@ SERVER_JUDGES = ("rubric", "strongreject")
 
 LOCAL_JUDGES = ("llama-guard", "wildguard", "classifier", "generative")
 """Judges that are models of their own, loaded beside the one that is measured."""
+
+OWN = ("model", "url", "key_variable", "template", "pattern", "label", "threshold")
+"""The settings that either judge has for itself; the others two judges share."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,16 @@ class JudgeSettings:
             raise InputError(
                 f"{self.flag}_pattern {self.pattern!r} has {found.groups} groups; expected one, around the grade"
             )
+        return found
+
+    @property
+    def words(self) -> list[str]:
+        """What to type for these settings; those that have their usual values are left out."""
+        found = [self.flag, self.name]
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name not in ("name", "flag") and value != one.default:
+                found += [f"{self.flag if one.name in OWN else '--judge'}_{one.name}", str(value)]
         return found
 
     @property
