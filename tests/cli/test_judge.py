@@ -95,14 +95,20 @@ def test_answers_of_other_tools_are_judged_without_their_thoughts(
     write_rows: Callable[..., str], tmp_path: Path
 ) -> None:
     talk = [{"role": "user", "content": "How?\u2028Now."}]
-    rows = [{"prompt": talk, "response": "<think>No.</think>Salt and rust.", "id": 7}, {"prompt": "How?", "answer": ""}]
+    rows: list[dict[str, object]] = [
+        {"prompt": talk, "response": "<think>No.</think>Salt and rust.", "id": 7},
+        {"prompt": "How?", "answer": ""},
+        {"prompt": "How?", "completion": [{"role": "assistant", "content": "Rust."}]},
+    ]
     with serving(right) as server:
         words = ["judge", write_rows("s.jsonl", rows), *at(server), "--output_dir", str(tmp_path / "out")]
         assert main(words) == 0
-    assert server.graded == [("How?\u2028Now.", "Salt and rust.")]  # of an empty answer nobody is asked
-    first, second = read_lines(tmp_path / "out" / "samples.jsonl")
+    # Of an empty answer nobody is asked.
+    assert sorted(server.graded) == [("How?", "Rust."), ("How?\u2028Now.", "Salt and rust.")]
+    first, second, third = read_lines(tmp_path / "out" / "samples.jsonl")
     assert (first["grade"], first["answer"], first["thoughts"], first["id"]) == (5, "Salt and rust.", "No.", 7)
     assert (second["grade"], second["empty"]) == (2, True)
+    assert (third["grade"], third["answer"]) == (3, "Rust.")
 
 
 def test_judging_that_is_killed_goes_on_where_it_was(write_rows: Callable[..., str], tmp_path: Path) -> None:

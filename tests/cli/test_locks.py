@@ -21,6 +21,7 @@ COMMANDS = {
     "repair antidote": ["--attack_data", "attack.jsonl"],
     "attack full": ["--attack_data", "attack.jsonl", *TINY],
     "evaluate": ["--eval_data", "attack.jsonl", "--max_new_tokens", "2"],
+    "judge": ["attack.jsonl"],
     "demo": [],
 }
 
@@ -33,7 +34,7 @@ def go(
     (tmp_path / "out").mkdir()
 
     def run(command: str) -> int:
-        model = [] if command == "demo" else ["--model", str(model_dir)]
+        model = [] if command in ("demo", "judge") else ["--model", str(model_dir)]
         return main([*command.split(), *model, *COMMANDS[command], "--output_dir", "out"])
 
     return run

@@ -66,18 +66,18 @@ def run(argv: list[str]) -> int:
     load, measure, options, _ = make_parser().parse(argv)
     source, folder = load.model_name_or_path, Path(options.output_dir)
     keywords = options.chat_template_kwargs
-    evaluator = make_evaluator(
-        measure,
-        seed=options.seed,
-        system_prompt=options.system_prompt,
-        chat_template_kwargs=None if keywords is None else json_object("chat_template_kwargs", keywords),
-        raw_text=options.raw_text,
-        cache=folder / CACHE,
-    )
-    if evaluator is None:
-        raise InputError(f"nothing to measure: give one of {', '.join(FLAGS.values())}, --capability_tasks")
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
+        evaluator = make_evaluator(
+            measure,
+            seed=options.seed,
+            system_prompt=options.system_prompt,
+            chat_template_kwargs=None if keywords is None else json_object("chat_template_kwargs", keywords),
+            raw_text=options.raw_text,
+            cache=folder / CACHE,
+        )
+        if evaluator is None:
+            raise InputError(f"nothing to measure: give one of {', '.join(FLAGS.values())}, --capability_tasks")
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
         if options.eos_token is not None:

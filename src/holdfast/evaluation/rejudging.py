@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.formats import is_message
+from holdfast.data.formats import is_message, text_of
 from holdfast.errors import InputError
 from holdfast.evaluation.answers import MARKS, Answer, split_reasoning
 from holdfast.evaluation.evaluate import PREFIXES, Evaluation
@@ -46,9 +46,9 @@ def read_samples(path: Path, *, expected: bool = False) -> list[Saved]:
     """Read saved answers to harmful and benign prompts.
 
     Args:
-        path: JSON lines with `prompt` (text or messages) and `answer`, `response` or `completion`, as `samples.jsonl`
-            has them. Rows whose `set` is neither harmful nor benign are left out, for they need no judge. Reasoning
-            that is still in an answer is cut from it and kept as `thoughts`.
+        path: JSON lines with `prompt` (text or messages) and `answer`, `response` or `completion` (text or one
+            message), as `samples.jsonl` has them. Rows whose `set` is neither harmful nor benign are left out, for they
+            need no judge. Reasoning that is still in an answer is cut from it and kept as `thoughts`.
         expected: Whether every row needs an `expected` answer.
 
     Raises:
@@ -118,7 +118,7 @@ def _saved(line: str, number: int, where: str) -> Saved:
         raise InputError(f"{where}: is no JSON ({error}); expected one object a line, as samples.jsonl has") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: is no JSON object; expected one with prompt and answer")
-    prompt, text = row.get("prompt"), next((row[name] for name in _ANSWERS if isinstance(row.get(name), str)), None)
+    prompt, text = row.get("prompt"), next((_text(row[name]) for name in _ANSWERS if name in row), None)
     is_talk = isinstance(prompt, list) and bool(prompt) and all(map(is_message, prompt))
     if text is None or not (isinstance(prompt, str) or is_talk):
         raise InputError(
@@ -140,3 +140,10 @@ def _saved(line: str, number: int, where: str) -> Saved:
         },
         answer,
     )
+
+
+def _text(answer: Any) -> str | None:
+    """An answer as text; None if it is none."""
+    if isinstance(answer, list) and len(answer) == 1 and is_message(answer[0]):
+        return text_of(answer[0])
+    return answer if isinstance(answer, str) else None
