@@ -175,6 +175,10 @@ def test_harm_and_capability_have_to_be_measured(words, flag, refused: Refused):
     assert f"{flag} is missing" in refused(*left)
 
 
+def test_tasks_of_lm_eval_are_refused(words, refused: Refused):
+    assert "--capability_tasks: tasks take too long" in refused(*words, "--capability_tasks", "gsm8k")
+
+
 def test_a_storage_or_suite_that_is_none_is_refused(words, refused: Refused, capsys):
     assert "--storage sqlite:////nowhere/db cannot be used" in refused(
         *words, "--leave_out", "soft-prompt", "--storage", "sqlite:////nowhere/db"

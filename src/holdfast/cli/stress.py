@@ -128,6 +128,11 @@ def run(argv: list[str]) -> int:
     for name in ("eval_data", "capability_data"):
         if getattr(measure, name) is None:
             raise InputError(f"--{name} is missing: an attack counts by the harm it does while capability is kept")
+    if measure.capability_tasks is not None:
+        raise InputError(
+            "--capability_tasks: tasks take too long for the hundreds of trials of a search; measure them with "
+            "holdfast attack, on the attacks that the certificate names"
+        )
     if options.harmless_task_data is not None and measure.task_data is None:
         raise InputError("--harmless_task_data is what a task is learnt from; give --task_data, which tests it")
     folder = Path(options.output_dir)
