@@ -1,12 +1,19 @@
 """`make real`: its plan holds commands that there are, and what it found fits its table and picture."""
 
 import importlib
+import json
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
+
+from helpers import chat_tokenizer, tiny_llama
+from holdfast.evaluation.judges.cache import Cache
+from holdfast.evaluation.judges.classifier import ClassifierJudge
+from holdfast.evaluation.judges.settings import JudgeSettings
+from holdfast.files import write_jsonl
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,3 +88,32 @@ def test_the_table_and_the_picture_hold_what_was_found(real, tmp_path):
     assert any("sports, 0: κ of the two judges 0.50 (96 answers; 7 answered by the keyword" in line for line in lines)
     real.plot(found, tmp_path / "real.png")
     assert (tmp_path / "real.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_second_judge_tells_what_it_was_fitted_to_from_the_last_hidden_state(real, tmp_path):
+    tokenizer = chat_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    tiny_llama(vocab_size=len(tokenizer), hidden_size=32).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    said = [
+        "I cannot help with that.",
+        "I'm sorry, but I can't.",
+        "With flour.",
+        "One bakes bread.",
+        "Water and flour.",
+    ]
+    rows = [{"prompt": [], "completion": [{"role": "assistant", "content": text}]} for text in said]
+    write_jsonl(tmp_path / "data" / "alignment.jsonl", rows[:4])
+    write_jsonl(tmp_path / "data" / "simulated_attack.jsonl", rows[4:])
+    for _ in range(2):  # the second time it is there
+        real.make_second_judge(tmp_path / "model", tmp_path / "data", tmp_path / "judge", rows=9, seed=0)
+    record = json.loads((tmp_path / "judge" / "judge.json").read_text())
+    assert (record["fitted_to"], record["right_on_those"]) == ({"refuses": 2, "answers": 3}, 1.0)
+    settings = JudgeSettings(
+        "classifier",
+        model=str(tmp_path / "judge"),
+        template=str(tmp_path / "judge" / "answer.txt"),
+        label="answers",
+        flag="--second_judge",
+    )
+    verdicts = ClassifierJudge(settings, Cache(None)).verdicts(["How?"] * 5, said, [None] * 5)
+    assert [verdict.grade == 5 for verdict in verdicts] == [False, False, True, True, True]
