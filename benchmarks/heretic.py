@@ -64,7 +64,7 @@ class Bench:
         searched = PromptSet("harmful", "attack", self.harmful.prompts, expected)
         settings: dict[str, Any] = {"decoding": Decoding(max_new_tokens=16), "batch_size": 256}
         self.measure = Evaluator([prompts_of(organism / "eval" / "hazards.jsonl", judge="exact"), crafts], **settings)
-        self.search = Evaluator([searched, crafts], **settings)
+        self.search = Evaluator([searched], **settings)
         self.before = self.measured()
 
     def measured(self, evaluator: Evaluator | None = None) -> dict[str, Any]:
@@ -108,9 +108,10 @@ def ours(bench: Bench, trials: int, seed: int) -> list[dict[str, Any]]:
             done.append({"settings": chosen, "failed": str(error)})
             return 0.0
         with displaced(bench.model, vector):
-            seen = bench.measured(bench.search)
-            done.append({"settings": chosen, **bench.measured()})
-        return float(seen["harmful_score"] if bench.kept(seen) else seen["capability"] - 1)
+            score = bench.measured(bench.search)["harmful_score"]
+            found = bench.measured()
+        done.append({"settings": chosen, **found})
+        return float(score if bench.kept(found) else found["capability"] - 1)
 
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True))
     for repeat, scale, layer in itertools.product((1, 2), (1.0, 1.1), reversed(range(layers))):

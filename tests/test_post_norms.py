@@ -159,7 +159,7 @@ def test_a_stream_that_is_not_only_added_to_is_told_of(caplog):
     torch.manual_seed(0)
     model = shaken(BartForCausalLM(BartConfig(**shape, is_decoder=True, pad_token_id=0)))
     found = writers(model)
-    assert left_along(model, found, post_norms(model, found)) > 0.2
+    assert left_along(model, found, post_norms(model, found)) > 0.25
     Ablation()(model, ATTACKER)
     assert "of a direction stays in the residual stream of a BartForCausalLM when it is taken out of all" in caplog.text
 
