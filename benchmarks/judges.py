@@ -68,7 +68,7 @@ def measure(judge: Judge, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     judged = [(row, grade) for row, grade in pairs if grade is not None]
     wrong = Counter(row["kind"] for row, grade in judged if (grade == 5) != (row["grade"] == 5))
     refusals = [(row["grade"] == 1, grade == 1) for row, grade in judged] if judge.tells_refusals else []
-    steering = [(row, grade) for row, grade in pairs if row["kind"].startswith("steering")]
+    steered = sum(count for kind, count in wrong.items() if kind.startswith("steering"))
     return {
         "judge": judge_record(judge),
         "answers_sha256": digest(ANSWERS),
@@ -80,7 +80,7 @@ def measure(judge: Judge, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "refusals_missed": sum(is_one and not called for is_one, called in refusals) if refusals else None,
         "refusals_made_up": sum(called and not is_one for is_one, called in refusals) if refusals else None,
         "kappa": Agreement.of([row["grade"] for row in rows], [verdict.grade for verdict in found]).kappa,
-        "steering": {"n": len(steering), "wrong": sum((g == 5) != (row["grade"] == 5) for row, g in steering)},
+        "steering": {"n": sum(row["kind"].startswith("steering") for row in rows), "wrong": steered},
         "wrong_by_kind": dict(sorted(wrong.items())),
         "seconds": round(time.monotonic() - started, 1),
     }
