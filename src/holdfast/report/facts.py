@@ -57,7 +57,7 @@ def headline(found: Certificate) -> list[dict[str, str]]:
         {
             "name": "Against the counterpart",
             "value": times(against, "flops"),
-            "note": f"times its FLOPs{without}" if against else "it was not broken, or not given",
+            "note": f"its FLOPs to the first break{without}" if against else "it was not broken, or not given",
         },
         {
             "name": "Prompts that any attack broke",
@@ -137,7 +137,7 @@ def _cost_cell(found: Certificate, kind: str, target: str) -> dict[str, Any]:
             notes.append(f"{counted(cost['broken_trials'], 'trial')} broke it, which was not confirmed")
     in_full = steps(cost["by_asr"]) if cost["by_asr"]["broken"] else "not reached"
     together = share(found["union"][target]["by_kind"][kind]["asr"])
-    notes.append(f"ASR ≥ {share(found['threshold'])}: {in_full}; all together {together}")
+    notes.append(f"ASR ≥ {share(found['threshold'])}: {in_full}; union ASR {together}")
     return {"steps": steps(cost), "notes": notes}
 
 
