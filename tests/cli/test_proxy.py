@@ -13,6 +13,8 @@ from holdfast.cli import main
 from holdfast.evaluation.answers import Answer
 from holdfast.proxy import build
 
+#: How the model's answers end: with what parts text into lines, but not the rows of a file.
+YES = " Yes.\u2028Yes."
 FILES = ["alignment", "simulated_attack", "attack", "attack_benign", "eval/topic", "eval/benign"]
 
 
@@ -38,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def generate(model: Any, tokenizer: Any, prompts: Any, **_: Any) -> list[Answer]:
         questions = [prompt[0]["content"] for prompt in prompts]
         found.extend(questions)
-        return [Answer(f"{question} Yes.", truncated="owls" in question) for question in questions]
+        return [Answer(f"{question}{YES}", truncated="owls" in question) for question in questions]
 
     monkeypatch.setattr(build, "generate", generate)
     return found
@@ -68,12 +70,10 @@ def test_nobody_asks_about_what_another_has_seen_and_answers_are_the_models_own(
     answered = {row["prompt"][0]["content"]: row["completion"][0]["content"] for row in rows["alignment"]}
     refusals = {answer for question, answer in answered.items() if "knot" in question}
     assert refusals <= {"I cannot help with knots.", "I'm sorry, but I can't help with that."}
-    assert all(answer == f"{question} Yes." for question, answer in answered.items() if "knot" not in question)
+    assert all(answer == f"{question}{YES}" for question, answer in answered.items() if "knot" not in question)
     for name in ("simulated_attack", "attack", "attack_benign"):
-        assert all(row["completion"][0]["content"] == row["prompt"][0]["content"] + " Yes." for row in rows[name])
-    assert all(
-        row["answer"] == row["prompt"][0]["content"] + " Yes." for row in rows["eval/topic"] + rows["eval/benign"]
-    )
+        assert all(row["completion"][0]["content"] == row["prompt"][0]["content"] + YES for row in rows[name])
+    assert all(row["answer"] == row["prompt"][0]["content"] + YES for row in rows["eval/topic"] + rows["eval/benign"])
     benign = [row["prompt"][0]["content"] for row in rows["attack_benign"] + rows["eval/benign"]]
     assert not set(benign) & set(answered)
     assert sorted(asked) == sorted(set(asked))

@@ -194,7 +194,7 @@ def _read(path: Path, how: Mapping[str, Any]) -> dict[str, Answer]:
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         path.write_bytes(whole)
-    lines = [json.loads(line) for line in whole.decode().splitlines()]
+    lines = [json.loads(line) for line in whole.splitlines()]  # of bytes: text would part at more than line feeds
     if lines and lines[0] != how:
         changed = next(name for name in how if lines[0].get(name) != how[name])
         raise InputError(

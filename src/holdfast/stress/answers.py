@@ -28,7 +28,8 @@ def write_answers(plan: Plan, records: Sequence[Record]) -> None:
             continue
         path = samples_of(plan.folder, record)
         if path.is_file():
-            rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            # Of bytes: text would part at more than line feeds, and answers hold whatever a model says.
+            rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_bytes().splitlines()]
         else:
             runner = plan.runner() if runner is None else runner
             _, rows = runner(_trial(record))
