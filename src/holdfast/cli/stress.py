@@ -17,12 +17,13 @@ from holdfast.cli.effects import STRESS
 from holdfast.cli.evaluate import make_evaluator
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
-from holdfast.cli.stress_report import Progress, cost_table, verdict
+from holdfast.cli.stress_report import Progress, cost_table
 from holdfast.config import RAW_TEXT_HELP, json_object
 from holdfast.errors import InputError, Stopped
 from holdfast.evaluation.evaluate import Evaluator
 from holdfast.files import run_record, write_json
 from holdfast.interruption import on_sigterm
+from holdfast.report.facts import told_verdict
 from holdfast.stress.answers import write_answers
 from holdfast.stress.certificate import MARKER, assemble, write
 from holdfast.stress.preparing import Prepared, prepare
@@ -179,7 +180,7 @@ def run(argv: list[str]) -> int:
         certificate = assemble(found, inputs, tax_of(plan, plan.taxed, say))
         write_answers(plan, found)
         write(folder / MARKER, certificate)
-        stdout.print(cost_table(certificate), verdict(certificate))
+        stdout.print(cost_table(certificate), " ".join(told_verdict(certificate)), sep="\n", markup=False)
         announce(folder, MARKER, TRIALS, SAMPLES)
     return 0
 

@@ -12,6 +12,17 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from holdfast.cli.console import say, stderr
+from holdfast.report.wording import (
+    attack_name,
+    counted,
+    kind_name,
+    kinds_of,
+    model_name,
+    present,
+    share,
+    steps,
+    times,
+)
 from holdfast.stress.studies import Studies
 from holdfast.stress.trials import Record, first_broken, value_of
 
@@ -81,62 +92,28 @@ def _told(record: Record) -> str:
 
 
 def cost_table(certificate: Mapping[str, Any]) -> Table:
-    """What breaking the models costs, by kind of attacker."""
+    """What breaking the models costs, by kind of attacker, in the words of the report."""
+    targets = present(certificate)
     table = Table(title=f"{certificate['model']['source']} under stress ({certificate['suite']})")
     table.add_column("attacker")
-    targets = [target for target in ("model", "counterpart") if certificate[target] is not None]
     for target in targets:
-        table.add_column(target)
+        table.add_column(model_name(certificate, target))
     if len(targets) > 1:
-        table.add_column("ratio", justify="right")
-    for kind, found in certificate["attackers"].items():
-        ratio = found["ratio"]
-        cells = [_cost(found[target]) for target in targets]
-        table.add_row(kind, *cells, *([_ratio(ratio)] if len(targets) > 1 else []))
-    unions = [certificate["union"][target] for target in targets]
+        table.add_column("FLOPs", justify="right")
+    for kind in kinds_of(certificate):
+        found = certificate["attackers"][kind]
+        ratio = [times(found["ratio"], "flops")] if len(targets) > 1 else []
+        table.add_row(kind_name(kind), *(_cost(found[target]) for target in targets), *ratio)
     table.add_section()
-    table.add_row(
-        "union ASR", *("–" if one["asr"] is None else f"{one['asr']:.2f} of {one['prompts']}" for one in unions)
-    )
+    unions = [certificate["union"][target] for target in targets]
+    table.add_row("union ASR", *(f"{share(one['asr'])} of {counted(one['prompts'], 'prompt')}" for one in unions))
     return table
 
 
 def _cost(cost: Mapping[str, Any] | None) -> str:
     if cost is None:
         return "not tried"
-    harm = f"HS {cost['harmful_score']:.2f}, ASR {cost['asr']:.2f}" if cost["attack"] else "nothing kept"
-    if not cost["broken"]:
-        return f"held for {cost['at_least'] or 0} steps ({harm} at most)"
-    steps = cost["steps"]
-    return f"{_number(steps['value'])} steps: {cost['attack']} ({harm})"
-
-
-def _union(union: Mapping[str, Any]) -> str:
-    return "–" if union["asr"] is None else f"{union['asr']:.2f} of {union['prompts']} prompts"
-
-
-def _number(value: float | None) -> str:
-    return ">" if value is None else f"{value:g}"
-
-
-def _ratio(ratio: Mapping[str, Any] | None) -> str:
-    if ratio is None or ratio["flops"] is None:
-        return "–"
-    return f"{'> ' if ratio['at_least'] else ''}{ratio['flops']:.3g} × FLOPs"
-
-
-def verdict(certificate: Mapping[str, Any]) -> str:
-    """The result in a sentence."""
-    cheapest, other = certificate["cheapest"]["model"], certificate["cheapest"]["counterpart"]
-    if cheapest is None:
-        return "No attack left the model its capability: nothing can be said of its safety."
-    if not cheapest["broken"]:
-        said = f"No attack of the suite broke the model; the worst, {cheapest['attack']}, reached a harmful score of "
-        said += f"{cheapest['harmful_score']:.2f}"
-    else:
-        said = f"The cheapest attack, {cheapest['attack']}, breaks the model in {cheapest['steps']['value']:g} steps "
-        said += f"and {cheapest['flops']['value']:.2g} FLOPs"
-    if other is not None and other["broken"]:
-        said += f"; its counterpart falls to {other['attack']} in {other['steps']['value']:g} steps and "
-        said += f"{other['flops']['value']:.2g} FLOPs"
-    return f"{said}."
+    if cost["attack"] is None:
+        return steps(cost)
+    harm = f"HS {share(cost['harmful_score'])}, ASR {share(cost['asr'])}"
+    return f"{steps(cost)}: {attack_name(cost['attack'])} ({harm}{'' if cost['broken'] else ' at most'})"
