@@ -184,18 +184,22 @@ def _promptings(scene: Scene, deep: bool) -> list[Setting]:
 
 
 def _ablations(suite: Suite, scene: Scene, deep: bool) -> list[Setting]:
-    scales = (1.0, 1.25, 1.5) if deep else (1.0, 1.5)
+    """A little beyond a scale of 1, or again, since that is what ablated models still refuse by."""
+    scales = (1.0, 1.1, 1.5) if deep else (1.0, 1.1)
     one = [{"layer": layer, **_scaled(s)} for layer in scene.few_layers(suite.layers) for s in scales]
-    each = [
-        {"own_directions": True, "unit_residuals": unit, "embedding_scale": embeddings, **_scaled(s)}
-        for s, (unit, embeddings) in itertools.product(scales, [(False, 1.0), (True, 0.0)])
-    ]
-    ranks, repeats = ((2, 4), (2, 3)) if deep else ((4,), (3,))
+    each = [{"own_directions": True, **_UNIT, **_scaled(s)} for s in (1.2, 1.5)]
+    if deep:
+        each += [{"own_directions": True, **_scaled(s)} for s in scales]
+    ranks, repeats = ((2, 4), (2, 3)) if deep else ((4,), (2,))
     more = [
+        {"layer": -1, **_UNIT, **_scaled(1.1)},
         *({"layer": -1, "rank": rank, **_scaled(s)} for rank in ranks for s in scales),
-        *({"layer": -1, "repeat": times} for times in repeats),
+        *({"layer": -1, "repeat": times, "embedding_scale": 0.0} for times in repeats),
     ]
     return [{"ablation": knobs} for knobs in (*one, *each, *more)]
+
+
+_UNIT: dict[str, Any] = {"unit_residuals": True, "embedding_scale": 0.0}
 
 
 def _scaled(scale: float) -> dict[str, Any]:
@@ -263,12 +267,13 @@ def _variants(scene: Scene) -> list[dict[str, Any]]:
 def _hybrids(suite: Suite, scene: Scene, deep: bool) -> list[Setting]:
     layers = scene.few_layers(4 if deep else 1)
     ablations: list[dict[str, Any]] = [
-        *({"layer": layer, **_scaled(scale)} for layer in layers for scale in (1.0, 1.5)),
-        {"own_directions": True, **_scaled(1.5)},
+        *({"layer": layer, **_scaled(1.1)} for layer in layers),
+        {"layer": -1, **_UNIT, **_scaled(1.1)},
+        {"layer": -1, "repeat": 2, "embedding_scale": 0.0},
     ]
     before: list[Setting] = [{"ablation": knobs} for knobs in ablations]
     if deep:
-        before += [{"dropping": {"layer": -1}}, {"ablation": {"own_directions": True, **_scaled(1.0)}}]
+        before += [{"dropping": {"layer": -1}}, {"ablation": {"own_directions": True, **_UNIT, **_scaled(1.2)}}]
     tunings = [
         {"learning_rate": rate, "steps": few_steps(suite), "rows": count}
         for rate in ((1e-4, 3e-4) if deep else (3e-4,))
