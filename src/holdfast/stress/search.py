@@ -84,9 +84,11 @@ def work(plan: Plan, worker: str) -> None:
         worker: What tells this command's processes from others.
     """
     studies, runner = plan.studies(worker), None
-    while not studies.done():
+    while True:
         taken = studies.take()
         if taken is None:
+            if studies.done():
+                return
             time.sleep(0.2)
             continue
         trial, token = taken

@@ -53,6 +53,7 @@ class Studies:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
         self.schedules = schedules
+        self._over: set[int] = set()
         self._worker = worker
         self._shared = shared
         self._lock = _lock_of(url)
@@ -106,18 +107,21 @@ class Studies:
         """
         with self._lock:
             for place in range(len(self.schedules)):
+                if place in self._over:
+                    continue
                 if self._shared:
                     fail_stale_trials(self._studies[place])
                 trials = self._trials(place)
-                if not any(trial.state == TrialState.WAITING for trial in trials.values()):
-                    for missing in self._missing(place, trials) or []:
-                        self._studies[place].add_trial(
-                            create_trial(state=TrialState.WAITING, user_attrs={_TRIAL: missing.as_dict()})
-                        )
-                    trials = self._trials(place)
-                for trial in trials.values():
-                    if trial.state == TrialState.WAITING and self._claim(trial):
-                        return Trial.of(trial.user_attrs[_TRIAL]), trial._trial_id
+                if (taken := self._claimed(trials)) is not None:
+                    return taken
+                missing = self._missing(place, trials)
+                self._note_end(place, trials, missing)
+                for trial in missing or []:
+                    self._studies[place].add_trial(
+                        create_trial(state=TrialState.WAITING, user_attrs={_TRIAL: trial.as_dict()})
+                    )
+                if missing and (taken := self._claimed(self._trials(place))) is not None:
+                    return taken
         return None
 
     def finish(self, token: int, records: list[Record]) -> None:
@@ -135,11 +139,16 @@ class Studies:
 
     def done(self) -> bool:
         """Whether no trial is left to run, here or elsewhere."""
-        return all(self._missing(place, self._trials(place)) == [] for place in range(len(self.schedules))) and all(
-            trial.state == TrialState.COMPLETE
-            for place in range(len(self.schedules))
-            for trial in self._trials(place).values()
-        )
+        for place in range(len(self.schedules)):
+            if place not in self._over:
+                trials = self._trials(place)
+                self._note_end(place, trials, self._missing(place, trials))
+        return len(self._over) == len(self.schedules)
+
+    def _note_end(self, place: int, trials: Counted, missing: list[Trial] | None) -> None:
+        """Note a study that is over: it stays so, and need not be read again."""
+        if missing == [] and all(trial.state == TrialState.COMPLETE for trial in trials.values()):
+            self._over.add(place)
 
     def release(self, *, everyone: bool = False) -> None:
         """Give up the trials under way of this command's workers, which have ended; of `everyone` where it is alone."""
@@ -198,6 +207,13 @@ class Studies:
                     others += [record for batch in screened for records in batch for record in records[1:]]
         batch = schedule.next([[records[0] for records in batch] for batch in ended], others)
         return [trial for trial in batch if (trial.batch, trial.place) not in trials]
+
+    def _claimed(self, trials: Counted) -> tuple[Trial, int] | None:
+        """One of these trials that was waiting and now is this worker's; None: there is none."""
+        for trial in trials.values():
+            if trial.state == TrialState.WAITING and self._claim(trial):
+                return Trial.of(trial.user_attrs[_TRIAL]), trial._trial_id
+        return None
 
     def _claim(self, trial: FrozenTrial) -> bool:
         try:

@@ -32,7 +32,7 @@ def run(plan: Plan, *, processes: int, watch: Callable[[Studies], None]) -> None
     Args:
         plan: The search.
         processes: How many run trials side by side.
-        watch: Called twice a second with the studies, to show how far they are. What it raises ends the search: the
+        watch: Called every second with the studies, to show how far they are. What it raises ends the search: the
             trials under way are given up, and run again when the search goes on.
 
     Raises:
@@ -58,7 +58,7 @@ def run(plan: Plan, *, processes: int, watch: Callable[[Studies], None]) -> None
         while any(process.is_alive() for process, _ in started):
             watch(studies)
             _raise_what_they_raised(started)
-            time.sleep(0.5)
+            time.sleep(1)
         _raise_what_they_raised(started)
         watch(studies)
     finally:
