@@ -138,10 +138,11 @@ def main() -> None:
     }
     write_json(RESULTS, record)
     median = record["median_ratio"]
+    loads = [pair["load"] for pair in pairs]
     lines = (
         f"{args.prompts} prompts, {args.tokens} tokens at most, {args.batch_size} at a time, {args.model.name}: "
         f"{median['seconds']:.2f} times the loop's time, {median['cpu']:.2f} times its CPU time (medians of "
-        f"{len(pairs)} pairs)."
+        f"{len(pairs)} pairs, the machine's load being {min(loads):.1f} to {max(loads):.1f})."
     )
     fill_block("evaluation-cost", lines, ROOT / "docs" / "real.md")
     console.print(lines)
