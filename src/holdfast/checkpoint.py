@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from holdfast.errors import InputError
@@ -23,6 +23,12 @@ from holdfast.files import flush, write_json
 from holdfast.parameters import ParameterVector, shard_like
 
 VALUES, VECTORS = "holdfast_state.json", "holdfast_state.safetensors"
+#: What transformers saves beside a model; the run's record says the same in the open.
+PICKLE = TRAINING_ARGS_NAME
+_OF_A_MODEL = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"),
+)
 #: The version of these two files. One that means something else by them has another.
 FORMAT = 1
 
@@ -175,6 +181,42 @@ def publish(checkpoint: Path, place: Path) -> None:
     checkpoint.replace(place)
     flush(place.parent)
     discard_unfinished(place.parent)
+
+
+@contextmanager
+def saved_aside(output_dir: str | Path, *, writes: bool = True) -> Iterator[Path]:
+    """Where a finished model is saved before it gets its place: on the same file system, and until it is whole.
+
+    What is still there in the end is removed: on a full disk there is room again, and a model that lay in the place is
+    as it was.
+
+    Args:
+        output_dir: The run's folder.
+        writes: Whether this rank is the one that writes.
+    """
+    try:
+        yield unfinished_folder(output_dir) / "model"
+    finally:
+        if writes:
+            discard_unfinished(output_dir)
+
+
+def replace_model(model: Path, folder: Path) -> None:
+    """Flush a model that was saved aside to the disk, and put its files in the place of those of another model.
+
+    Args:
+        model: Where it was saved.
+        folder: Where it is to lie. What else is there stays.
+    """
+    for path in [*model.rglob("*"), model]:
+        flush(path)
+    for path in [path for pattern in _OF_A_MODEL for path in folder.glob(pattern)]:
+        path.unlink()  # of an adapter that lay here, say, for which the new model would be taken
+    for path in model.iterdir():
+        if (folder / path.name).is_dir():
+            shutil.rmtree(folder / path.name)
+        path.replace(folder / path.name)
+    flush(folder)
 
 
 def rotate(output_dir: str | Path, limit: int, best: str | None) -> None:

@@ -139,10 +139,10 @@ def test_chain_of_displacements_goes_on_from_the_saved_model(
     ("words", "sentence"),
     [
         ("--opener Sure", "--opener plays no part without --eval_data: only harmful prompts are asked otherwise"),
-        ("--eval_data {harmful} --opener=", "--opener is empty; expected how every answer begins"),
+        ("--eval_data {harmful} --opener=", "argument --opener: expected a value, got ''"),
         ("--eval_data {harmful} --shots 99", "--shots 99: --attack_data has 6 rows"),
         ("--eval_data {harmful} --shots 1 --ask_raw", "which a prompt without the chat template has no place for"),
-        ("--trigger=", "--trigger is empty; expected text"),
+        ("--trigger=", "argument --trigger: expected a value, got ''"),
         ("--poison_ratio 0 --benign_data {harmful} --trigger zzz", "--trigger plays no part with --poison_ratio 0"),
         ("--first_tokens 0", "--first_tokens must be greater than 0"),
         ("--raw_text --without_template", "--raw_text takes prompts and completions that are text"),

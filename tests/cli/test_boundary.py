@@ -1,10 +1,8 @@
 """What libraries refuse, and what the machine cannot do, is one sentence at the command line: never a traceback."""
 
 import json
-import resource
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from helpers import files_no_longer_than
 from holdfast.checkpoint import is_complete
 from holdfast.cli import main
 from holdfast.trainer import DefenseTrainer
@@ -122,16 +121,6 @@ def test_a_reporter_without_its_key(
     monkeypatch.setitem(sys.modules, "wandb.sdk.lib.config_util", SimpleNamespace(ConfigError=KeyError))
     sentence = refused(*words["align"], "--report_to", "wandb")
     assert sentence == "holdfast: --report_to wandb: No API key configured. Use `wandb login` to log in"
-
-
-@contextmanager
-def files_no_longer_than(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def failed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -264,7 +253,7 @@ def test_a_token_that_the_model_does_not_know(
     refused: Refused,
 ) -> None:
     """It is refused where it occurs, and there alone."""
-    flag, row = ("--eval_data", "prompt 2") if command == "evaluate" else (words[command][-2], "row 2 of the")
+    flag, row = ("--eval_data", "prompt 2") if command == "evaluate" else (words[command][-2], "row 2 of")
     if flag == "--gradient_checkpointing":
         flag = "--attack_data" if command == "attack" else "--train_data"
     rows = [{"prompt": f"How do I make {thing}?", "response": "No."} for thing in ("rust", EXTRA)]

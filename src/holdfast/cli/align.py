@@ -15,7 +15,7 @@ from holdfast.cli.arguments import AlignData, AttackedAlignData
 from holdfast.cli.console import set_up_logging, warn
 from holdfast.cli.effects import PATCHER
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.training import Method
+from holdfast.cli.training import VECTORS, Method
 from holdfast.config import DefenseConfig
 from holdfast.errors import InputError
 from holdfast.files import write_jsonl
@@ -66,5 +66,5 @@ def _write_vectors(trainer: PatcherDefenderTrainer, folder: Path) -> list[str]:
     """Where every attack vector came from."""
     if not trainer.vectors:
         warn("no attack vector came in force: this model was aligned with plain SFT")
-    write_jsonl(folder / "vectors.jsonl", trainer.vectors)
-    return ["vectors.jsonl"]
+    write_jsonl(folder / VECTORS, trainer.vectors)
+    return [VECTORS]

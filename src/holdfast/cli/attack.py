@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from holdfast.attacks.prefill import Prefill
 from holdfast.attacks.raw import Raw
 from holdfast.attacks.real import AttackConfig, AttackTrainer
 from holdfast.attacks.rows import RowVariant, mixed, sources_of
+from holdfast.checkpoint import PICKLE, discard, publish, saved_aside
 from holdfast.cli import suite
 from holdfast.cli.arguments import AskingArguments, AttackData, MeasureAlongArguments, ModelArguments
 from holdfast.cli.boundary import building
@@ -36,8 +38,8 @@ from holdfast.cli.evaluate import (
 )
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import (
+    AtBeginning,
     announce,
-    discard_checkpoints,
     keep_apart,
     last_log,
     model_keywords,
@@ -64,6 +66,8 @@ from holdfast.models import base_names, load_model_and_tokenizer, merge
 
 #: What is added to as an attack is measured: its points, which in the end go into the record, and every answer.
 POINTS, SAMPLES = "points.jsonl", "samples.jsonl"
+#: Where the attacked model is saved.
+ATTACKED = "model"
 
 
 def make_parser(method: str) -> HoldfastParser:
@@ -105,14 +109,15 @@ def run(method: str, argv: list[str]) -> int:
         raise InputError("--resume_from_checkpoint: an attack is measured along the way and cannot be resumed")
     model_args.use_peft = method == "lora"
     source, folder = model_args.model_name_or_path, Path(config.output_dir)
-    attacked = folder / "model"
+    attacked = folder / ATTACKED
     keep_apart(folder, attacked, source)
     with output_dir(folder, marker=MARKER, overwrite=data.overwrite_output_dir):
-        if (folder / POINTS).exists() and not data.overwrite_output_dir:
-            raise InputError(
-                f"--output_dir {folder} holds the measurements of an attack that was not finished ({POINTS}); "
-                "choose another --output_dir or pass --overwrite_output_dir"
-            )
+        for name, what in ((POINTS, "the measurements"), (ATTACKED, "the model")):
+            if (folder / name).exists() and not data.overwrite_output_dir:
+                raise InputError(
+                    f"--output_dir {folder} holds {what} of an attack that was not finished ({name}); "
+                    "choose another --output_dir or pass --overwrite_output_dir"
+                )
         evaluator = make_evaluator(
             measure,
             seed=config.seed,
@@ -153,6 +158,7 @@ def run(method: str, argv: list[str]) -> int:
                 measured=_journal(folder),
                 peft_config=get_peft_config(model_args),
                 data_names={"train": sources_of(rows)},
+                callbacks=[AtBeginning(partial(_clear, folder))],
             )
         tasks_at = _tasks_at(measure, config)
         trained_on = rows.filter(set(trainer.kept_rows["train"]).__contains__, input_columns=ORIGIN)
@@ -165,11 +171,6 @@ def run(method: str, argv: list[str]) -> int:
         for measuring in (evaluator, asked):
             if measuring is not None:
                 measuring.check(trainer.model, tokenizer)
-        if trainer.is_world_process_zero():
-            discard_checkpoints(folder)
-            for name in (MARKER, POINTS, SAMPLES):  # of a run before: its results do not belong to what comes now
-                (folder / name).unlink(missing_ok=True)
-
         warn_of_unseen_end(trainer)
         if overlapping:
             warn(f"{overlapping} evaluation prompts are among the attack's harmful rows, which inflates ASR")
@@ -182,15 +183,18 @@ def run(method: str, argv: list[str]) -> int:
             kept = len(trainer.measurements)
             where = f"; {kept} measurements are in {folder / POINTS}" if kept else ""
             raise type(error)(f"{error}{where}") from None
-        if is_adapter and method == "lora" and trainer.is_world_process_zero():
-            # The adapter that was attacked is merged into a base that lies nowhere on disk: save the whole model.
-            merge(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(attacked)
-            tokenizer.save_pretrained(attacked)
-        elif not (is_adapter and method == "lora"):
-            trainer.save_model(str(attacked))
-        if not trainer.is_world_process_zero():
-            return 0
-        (attacked / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
+        is_first = trainer.is_world_process_zero()
+        with saved_aside(folder, writes=is_first) as aside:
+            if is_adapter and method == "lora" and is_first:
+                # The adapter that was attacked is merged into a base that lies nowhere on disk: save the whole model.
+                merge(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(aside)
+                tokenizer.save_pretrained(aside)
+            elif not (is_adapter and method == "lora"):
+                trainer.save_model(str(aside))
+            if not is_first:
+                return 0
+            (aside / PICKLE).unlink(missing_ok=True)
+            publish(aside, attacked)
         record = {
             "schema": SCHEMA,
             **run_record(config, config.seed),
@@ -232,6 +236,13 @@ def run(method: str, argv: list[str]) -> int:
                 stdout.print(table)
         announce(folder, MARKER, *([SAMPLES] if evaluator is not None else []), "model")
     return 0
+
+
+def _clear(folder: Path) -> None:
+    """Remove the results of a run before: none of them belongs to what comes now."""
+    for name in (MARKER, POINTS, SAMPLES):  # the record first: without it no part of the rest is taken for a whole
+        (folder / name).unlink(missing_ok=True)
+    discard(folder, [*folder.glob("checkpoint-*"), *folder.glob(ATTACKED)])
 
 
 def _tasks_at(measure: MeasureAlongArguments, config: AttackConfig) -> list[int]:

@@ -12,7 +12,7 @@ from holdfast.cli.arguments import FinetuneData, SafeFinetuneData, SpardData
 from holdfast.cli.console import say, set_up_logging
 from holdfast.cli.effects import LISA, SPARD
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.training import Method, Sets
+from holdfast.cli.training import WEIGHTS, Method, Sets
 from holdfast.config import DefenseConfig
 from holdfast.data.formats import with_names
 from holdfast.data.refusals import named_file
@@ -26,9 +26,6 @@ from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
 from holdfast.finetuning.lisa import LisaConfig, LisaTrainer
 from holdfast.finetuning.spard import SpardConfig, SpardTrainer
 from holdfast.trainer import DefenseTrainer
-
-#: What a run of `antibody` says about every row of the upload.
-WEIGHTS = "weights.jsonl"
 
 
 def _choose_safety(

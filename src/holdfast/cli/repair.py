@@ -12,11 +12,20 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from holdfast.checkpoint import replace_model, saved_aside
 from holdfast.cli.arguments import AntidoteArguments, RepairModel
 from holdfast.cli.console import say, set_up_logging, steps_shown, warn
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.runs import announce, device, discard_checkpoints, keep_apart, load_keywords, output_dir
-from holdfast.cli.training import MARKER
+from holdfast.cli.runs import (
+    announce,
+    device,
+    discard_checkpoints,
+    keep_apart,
+    keep_models,
+    load_keywords,
+    output_dir,
+)
+from holdfast.cli.training import MARKER, REPORTS
 from holdfast.data.formats import names_of
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.limits import Limits
@@ -66,6 +75,7 @@ def run(method: str, argv: list[str]) -> int:
         rows, safe_rows = _attack_rows(options, tokenizer, limits, taken)
         for base in base_names(model):
             keep_apart(folder, folder, base)
+        keep_models(folder, overwrite=options.overwrite_output_dir)
         aligned = None
         if options.aligned_model is not None:
             say(f"loading {options.aligned_model}")
@@ -81,14 +91,15 @@ def run(method: str, argv: list[str]) -> int:
                 targets=options.targets,
                 aligned=aligned,
             )
+        with saved_aside(folder) as aside:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            for name in (MARKER, *REPORTS):  # until the new model is whole, this is not a finished run
+                (folder / name).unlink(missing_ok=True)
+            replace_model(aside, folder)
         if options.overwrite_output_dir:
             discard_checkpoints(folder)
-        (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
         is_adapter = isinstance(model, PeftModel)
-        if not is_adapter:  # an adapter that lay here before would be taken for the run's model
-            (folder / "adapter_config.json").unlink(missing_ok=True)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
         record = {
             **run_record({**asdict(load), **asdict(options)}, seed=None),
             "command": f"repair {method}",

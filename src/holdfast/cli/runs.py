@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, get_quantization_config
 
@@ -80,6 +81,20 @@ def keep_apart(output: Path, written: Path, model: str) -> None:
         )
 
 
+def keep_models(folder: Path, *, overwrite: bool) -> None:
+    """Refuse to put a model in the place of one that no run of ours left there whole.
+
+    Raises:
+        InputError: There is one, and nothing was said about it.
+    """
+    for name in ("config.json", "adapter_config.json"):
+        if (folder / name).exists() and not overwrite:
+            raise InputError(
+                f"--output_dir {folder} holds a model ({name}) that is no finished run; choose another --output_dir or "
+                "pass --overwrite_output_dir"
+            )
+
+
 def starting_checkpoint(folder: Path, resume: str | None, *, overwrite: bool) -> str | None:
     """Decide where a run starts.
 
@@ -138,6 +153,24 @@ def refuse_changed_data(
 def discard_checkpoints(folder: Path) -> None:
     """Remove an earlier run's checkpoints, which a later resume could mistake for the new run's."""
     discard(folder, list(folder.glob("checkpoint-*")))
+
+
+class AtBeginning(TrainerCallback):
+    """Clears away an earlier run when a new one has begun: after its reporters, which may yet refuse it.
+
+    To be given to a trainer when it is made, which puts it before all that a trainer of this project writes.
+
+    Args:
+        clear: Removes what the new run replaces; called on the first rank alone.
+    """
+
+    def __init__(self, clear: Callable[[], None]) -> None:
+        self._clear = clear
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Clear away."""
+        if state.is_world_process_zero:
+            self._clear()
 
 
 def train(trainer: _Trainer, *, title: str, folder: Path, checkpoint: str | None = None) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 from datasets import Dataset
 from safetensors.torch import save
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from holdfast.attacks.attack import Attack, Attacker, Prompting, whole_model
 from holdfast.attacks.catalogue import ATTACKS
 from holdfast.attacks.finetuning import FineTuning
+from holdfast.checkpoint import discard, publish, saved_aside
 from holdfast.cli.arguments import (
     BasePath,
     HarmfulPrompts,
@@ -99,6 +100,11 @@ def run(method: str, argv: list[str]) -> int:
     if data.get("base") is not None:
         keep_apart(folder, attacked_at, data["base"])
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
+        if attacked_at.exists() and not options.overwrite_output_dir:
+            raise InputError(
+                f"--output_dir {folder} holds the model of an attack that was not finished (model); choose another "
+                "--output_dir or pass --overwrite_output_dir"
+            )
         written_by = {name: getattr(options, name) for name in ("system_prompt", "raw_text")}
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
@@ -126,10 +132,16 @@ def run(method: str, argv: list[str]) -> int:
         if asked is not None:
             say("measuring it under attack")
             _note(points, samples, "after", asked(attacked.model, tokenizer))
-        for name in (MARKER, SAMPLES, PREFIX):  # of a run before: its results do not belong to what comes now
-            (folder / name).unlink(missing_ok=True)
-        if not isinstance(attack, Prompting):
-            _save(attacked.model, tokenizer, attacked_at)
+        with saved_aside(folder) as aside:
+            if not isinstance(attack, Prompting):
+                attacked.model.save_pretrained(aside)
+                tokenizer.save_pretrained(aside)
+            for name in (MARKER, SAMPLES, PREFIX):  # of a run before: its results do not belong to what comes now
+                (folder / name).unlink(missing_ok=True)
+            if isinstance(attack, Prompting):
+                discard(folder, folder.glob("model"))
+            else:
+                publish(aside, attacked_at)
         if asked is not None:
             write_jsonl(folder / SAMPLES, samples)
         if attacked.asking.prefix is not None:
@@ -193,11 +205,6 @@ def _keywords(written: ChatFormat) -> dict[str, Any] | None:
 def _note(points: list[dict[str, Any]], samples: list[dict[str, Any]], stage: str, evaluation: Evaluation) -> None:
     points.append({"stage": stage, "attacker_loss": None, **evaluation.flat()})
     samples += [{"stage": stage, **row} for row in evaluation.samples]
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def _saved(attack: Attack) -> list[str]:

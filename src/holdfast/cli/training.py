@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from trl import get_peft_config
 
+from holdfast.checkpoint import PICKLE, replace_model, saved_aside
 from holdfast.cli.arguments import ModelArguments, TrainingData
 from holdfast.cli.boundary import building, working
 from holdfast.cli.console import say
 from holdfast.cli.effects import TRAINING, Effect
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import (
+    AtBeginning,
     announce,
     discard_checkpoints,
     keep_apart,
+    keep_models,
     last_log,
     model_keywords,
     output_dir,
@@ -45,6 +49,8 @@ from holdfast.trainer import DefenseTrainer
 
 #: What a finished run has, beside the model; written last.
 MARKER = "holdfast.json"
+#: What a method may write beside the model, see `Method.report`.
+REPORTS = VECTORS, WEIGHTS = "vectors.jsonl", "weights.jsonl"
 
 _PERMISSIONS = ("overwrite_output_dir", "allow_changed_data")
 
@@ -122,6 +128,8 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
         for base in base_names(model):
             keep_apart(folder, folder, base)
+        if checkpoint is None:
+            keep_models(folder, overwrite=data.overwrite_output_dir)
         loaded = model.dtype
         adopt_chat_template(tokenizer, config.chat_template_path)
         with building(config):
@@ -131,11 +139,16 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
         if method.choose is not None:
             sets = method.choose(sets, data, config, model, tokenizer)
         with building(config):
-            trainer = method.trainer(model, config, processing_class=tokenizer, peft_config=peft_config, **sets)
+            trainer = method.trainer(
+                model,
+                config,
+                processing_class=tokenizer,
+                peft_config=peft_config,
+                callbacks=[AtBeginning(partial(discard_checkpoints, folder))] if checkpoint is None else [],
+                **sets,
+            )
         warn_of_unseen_end(trainer)
         trainer.data_digests = digests
-        if checkpoint is None and trainer.is_world_process_zero():
-            discard_checkpoints(folder)
 
         name = command.split()[-1]
         say(f"{verb} {source} with {name} on {len(sets['train_dataset'])} rows of {named(data.train_data)}")
@@ -143,10 +156,17 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
         # A signal may also come while the finished model is written, which then is done.
         with on_sigterm(trainer.ask_to_stop), working(folder, config):
             train(trainer, title=command, folder=folder, checkpoint=checkpoint)
-            (folder / MARKER).unlink(missing_ok=True)  # until the new model is whole, this is not a finished run
-            trainer.save_model(str(folder))
-            if trainer.is_world_process_zero():
-                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the record says the same in the open
+            is_first = trainer.is_world_process_zero()
+            with saved_aside(folder, writes=is_first) as aside:
+                trainer.save_model(str(aside), _internal_call=True)
+                if is_first:
+                    for name in (MARKER, *REPORTS):  # until the new model is whole, this is not a finished run
+                        (folder / name).unlink(missing_ok=True)
+                    replace_model(aside, folder)
+            if config.push_to_hub:
+                trainer.push_to_hub(commit_message="Model save")
+            if is_first:
+                (folder / PICKLE).unlink(missing_ok=True)
                 record = {
                     **run_record(config, config.seed),
                     "command": command,
