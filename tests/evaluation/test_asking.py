@@ -15,6 +15,7 @@ from holdfast.evaluation.decoding import Decoding
 from holdfast.evaluation.evaluate import Evaluator
 from holdfast.evaluation.generation import generate
 from holdfast.evaluation.prompts import PromptSet
+from holdfast.evaluation.scores import score
 from methods import gpt2, mixtral, qwen2, qwen2_moe
 
 TEMPLATE = (Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja").read_text()
@@ -185,3 +186,15 @@ def test_only_harmful_prompts_are_asked_otherwise():
     assert (evaluator.asking, evaluator.decoding) == (Asking(opener="t60"), SHORT)
     with pytest.raises(InputError, match="only harmful prompts are asked otherwise, and there are none"):
         Evaluator(SETS[1:]).asking_otherwise(PLAINLY)
+
+
+def test_an_adversarys_evaluation_takes_the_place_of_its_sets_alone():
+    """Also where nothing of it was judged, as by a judge that could not be reached."""
+    model = tiny_llama().eval()
+    plain = Evaluator(SETS, decoding=SHORT)(model, word_tokenizer())
+    asked = Evaluator(SETS[:1], decoding=SHORT, asking=Asking(opener="t60"))(model, word_tokenizer())
+    asked.scores["harmful"] = score([None] * 3)
+    both = plain.with_sets_of(asked)
+    assert both.samples == asked.samples
+    assert (both.flat()["asr"], both.flat()["capability"]) == (None, plain.flat()["capability"])
+    assert plain.flat()["asr"] == 0.0

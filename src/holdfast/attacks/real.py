@@ -199,18 +199,18 @@ class AttackTrainer(DefenseTrainer):
         """Evaluate the model as it stands, also as an adversary asks it, and note what came out."""
         with self.accelerator.autocast():  # an adapter in float32 may stand on a base in bf16
             evaluation = evaluator(self.model, self.processing_class)
-            otherwise = None if asked is None else asked(self.model, self.processing_class)
         loss = None if self._last_loss is None else self.accelerator.gather(self._last_loss.reshape(1)).mean().item()
         steps = self.state.global_step
         self.evaluations[steps] = evaluation
-        moved = {"attacker_loss": loss, "weights_moved": self._share_moved()}
-        plain = {"steps": steps, "asked_by": "anyone", **moved, **evaluation.flat()}
-        self._note(plain, evaluation)
-        if otherwise is not None:
-            figures = {name: figure for name, figure in otherwise.flat().items() if figure is not None}
-            self._note({**plain, "asked_by": "adversary", **figures}, otherwise)
+        told = {"steps": steps, "asked_by": "anyone", "attacker_loss": loss, "weights_moved": self._share_moved()}
+        self._note(told, evaluation)
+        if asked is not None:
+            with self.accelerator.autocast():
+                otherwise = evaluation.with_sets_of(asked(self.model, self.processing_class))
+            self._note({**told, "asked_by": "adversary"}, otherwise)
 
-    def _note(self, point: dict[str, Any], evaluation: Evaluation) -> None:
+    def _note(self, told: dict[str, Any], evaluation: Evaluation) -> None:
+        point = {**told, **evaluation.flat()}
         if self._measured is not None and self.is_world_process_zero():
             self._measured(point, evaluation)
         self.measurements.append(point)

@@ -101,6 +101,19 @@ class Evaluation:
         for row, judged, answer in zip(rows, said, answers, strict=True):
             self.samples.append({**row, **judged, **answer.marks})
 
+    def with_sets_of(self, other: "Evaluation") -> "Evaluation":
+        """This one, with the sets of another in the place of its own, and that one's answers alone."""
+        return replace(
+            self,
+            scores={**self.scores, **other.scores},
+            counts={**self.counts, **other.counts},
+            samples=other.samples,
+            judges={**self.judges, **other.judges},
+            sources={**self.sources, **other.sources},
+            judge_scores={**self.judge_scores, **other.judge_scores},
+            seconds={**self.seconds, **other.seconds},
+        )
+
     @property
     def results(self) -> dict[Role, dict[str, Any]]:
         """The results by role, ready for JSON; each rate with `value`, `low`, `high`, `count` and `n`.
