@@ -88,7 +88,12 @@ def test_nobody_asks_about_what_another_has_seen_and_answers_are_the_models_own(
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_files(
-    model_dir: Path, topic: str, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path,
+    topic: str,
+    asked: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     few = ["--batch_size", "3", "--seed", "5"]
@@ -103,7 +108,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_files(
         return answer(*arguments, **keywords)
 
     monkeypatch.setattr(build, "generate", interrupted)
+    capsys.readouterr()
     assert main(words(stopped, model_dir, topic, *few)) == 130
+    assert f"the same command goes on from the answers in {stopped / 'answers.jsonl'}" in capsys.readouterr().err
     assert not (stopped / "proxy.json").exists()
     with (stopped / "answers.jsonl").open("a") as file:
         file.write('{"question": "half a li')  # as SIGKILL leaves it

@@ -90,9 +90,14 @@ def run(argv: list[str]) -> int:
                 (directory / name).unlink(missing_ok=True)
         say(f"{load.model_name_or_path} answers questions on {topic.about}, and others")
         started = time.monotonic()
-        with steps_shown("proxy") as progress:
-            known = {name: value for name, value in identity.items() if name != "source"}
-            found = proxy.write(directory, model.to(device()), tokenizer, identity=known, progress=progress)
+        known = {name: value for name, value in identity.items() if name != "source"}
+        try:
+            with steps_shown("proxy") as progress:
+                found = proxy.write(directory, model.to(device()), tokenizer, identity=known, progress=progress)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; the same command goes on from the answers in {directory / ANSWERS}"
+            ) from None
         record = {
             **run_record({**asdict(load), **asdict(options)}, options.seed),
             "command": "proxy",
