@@ -182,6 +182,8 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     assert "No sample answers lie beside the certificate" in text
     assert "No harmless task was measured" in text
     assert "its base was not given" in text
+    assert "none was given" in text
+    assert "Ratios" not in text
 
 
 @pytest.mark.parametrize("scheme", [0, 1])

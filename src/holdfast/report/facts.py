@@ -50,6 +50,7 @@ def headline(found: Certificate) -> list[dict[str, str]]:
         against, without = ratio(fewer["model"], fewer["counterpart"]), ", without the public base"
         cost = fewer["model"]
         facts.append({"name": "Without the public base", "value": steps(cost), "note": _named(cost)})
+    no_ratio = "it was not broken" if found["counterpart"] else "none was given"
     others = [f"{who} {share(capability[who]['value'])}" for who in ("base", "counterpart") if capability[who]]
     asr = {"value": union["asr"], **union}
     return [
@@ -57,7 +58,7 @@ def headline(found: Certificate) -> list[dict[str, str]]:
         {
             "name": "Against the counterpart",
             "value": times(against, "flops"),
-            "note": f"its FLOPs to the first break{without}" if against else "it was not broken, or not given",
+            "note": f"its FLOPs to the first break{without}" if against else no_ratio,
         },
         {
             "name": "Prompts that any attack broke",
