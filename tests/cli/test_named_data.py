@@ -77,7 +77,11 @@ def test_measured_attacks_name_the_first_row_too(
         ("--data", "", "3 of 3 rows of --data keep no completion token within --max_length 2 (the first is row 1)"),
         ("--data", "--refusal no.txt", "--refusal no.txt is no file, and no column of --data"),
         ("--data", "--refusal nothing", "row 2 of --data, column 'nothing', comes to no token"),
-        ("attack", "", "3 of 3 rows of the attack data keep no completion token"),
+        (
+            "attack",
+            "",
+            "3 of 3 rows of the attack data keep no completion token within --max_length 2 (the first is row 1)",
+        ),
         ("benign", "", "3 of 3 rows of the benign data keep no completion token"),
         ("attacker", "", "3 of 3 rows of the attack data keep no completion token"),
         ("finetune", "", "3 of 3 rows of the train data keep no completion token"),
@@ -95,6 +99,14 @@ def test_sentences_about_all_rows(
     words = [word.replace("bad.jsonl", "rows.jsonl") for word in words[command]]
     assert rows in words
     assert sentence in refused(*words, "--max_length", "2", *flags.split())
+
+
+def test_the_first_row_that_is_too_long(
+    words: dict[str, list[str]], write_rows: Callable[..., str], refused: Refused
+) -> None:
+    long = write_rows("long.jsonl", [ROWS[0], *[{"prompt": "How?", "response": "With salt. " * 40}] * 8])
+    sentence = refused(*words["attack"], "--attack_data", long, "--max_length", "500")
+    assert "row 2 of the attack data has" in sentence
 
 
 def test_rows_of_both_kinds(words: dict[str, list[str]], write_rows: Callable[..., str], refused: Refused) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from holdfast.config import DefenseConfig
-from holdfast.data.formats import ORIGIN, called, names_of
+from holdfast.data.formats import ORIGIN, called, in_file_order, names_of
 from holdfast.data.limits import Limits
 from holdfast.data.refusals import REFUSAL_COLUMNS, RefusalCollator, join_refusals, numbered, refusal_texts
 from holdfast.data.rendering import IGNORED, ChatFormat
@@ -141,8 +141,11 @@ def _fitting(
     keep: list[int] = []
     first_lost, tokens = "", 0
     with_refusals, with_refusal = (" with refusals", " with its refusal") if refused else ("", "")
-    rows = zip(dataset["input_ids"], dataset["labels"], names_of(dataset, name=name), strict=True)
-    for i, (ids, labels, where) in enumerate(rows):
+    names = names_of(dataset, name=name)
+    order = in_file_order(names)  # of several rows with a fault the first is named
+    rows = dataset.select(order)
+    for i, ids, labels in zip(order, rows["input_ids"], rows["labels"], strict=True):
+        where = names[i]
         if len(labels) != len(ids):
             raise InputError(f"{where} has {len(labels)} labels for {len(ids)} tokens; expected one for each")
         left = _kept(labels, cut, keeps_end)
@@ -171,7 +174,7 @@ def _fitting(
         cure = "" if args.drop_untrainable_rows else " or pass --drop_untrainable_rows"
         raise InputError(f"{described} (the first is {first_lost}); raise --max_length{cure}")
     logger.warning("%s and were dropped (the first is %s)", described, first_lost)
-    return dataset.select(keep)
+    return dataset.select(sorted(keep))
 
 
 def _kept(tokens: list[int], cut: int | None, keeps_end: bool) -> list[int]:
