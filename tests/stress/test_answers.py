@@ -5,6 +5,8 @@ from types import SimpleNamespace
 from helpers import read_lines
 from holdfast.files import write_jsonl
 from holdfast.stress.answers import write_answers
+from holdfast.stress.costs import cost
+from stress import examples
 from stress.made import point, record, schedule
 
 
@@ -26,3 +28,25 @@ def test_of_every_kind_the_answers_of_its_best_attack_stay_where_it_first_broke_
     (file,) = (tmp_path / "samples").iterdir()
     assert file.name == "training-free-model.jsonl"
     assert read_lines(file) == [{"answer": f"1, 1: {odd}"}]
+
+
+def test_of_attacks_that_cost_the_same_the_answers_of_the_one_that_the_certificate_tells_of(tmp_path):
+    records = [
+        examples.trial(
+            "prompting",
+            "model",
+            number,
+            "prefill",
+            [examples.point(0, harm, harm / 2)],
+            stage="confirm",
+            setting={"prefill": {"opener": opener}},
+        )
+        for number, (opener, harm) in enumerate((("A:", 0.6), ("B:", 0.9), ("C:", 0.7)))
+    ]
+    for one in records:
+        name = f"prompting-model-{one['number']:04d}.jsonl"
+        write_jsonl(tmp_path / "samples" / name, [{"point": 0, "answer": one["setting"]["prefill"]["opener"]}])
+    assert cost(records)["setting"] == {"prefill": {"opener": "B:"}}
+    plan = SimpleNamespace(folder=tmp_path, schedules=lambda: [schedule(kind="prompting")])
+    write_answers(plan, records)
+    assert read_lines(tmp_path / "samples" / "prompting-model.jsonl") == [{"answer": "B:"}]
