@@ -1,13 +1,14 @@
 """Our ablation beside heretic-llm's on the same models, with as many trials, all graded by the exact judge.
 
-    python benchmarks/heretic.py --heretic_python /path/to/python OUT MODEL …    # benchmarks/results/heretic.json
+    pip install --no-deps heretic-llm pydantic-settings questionary tomli-w py-cpuinfo bitsandbytes …   # elsewhere
+    python benchmarks/heretic.py --heretic_python /elsewhere/bin/python OUT ORGANISM:MODEL …
 
-heretic-llm (1.4.0) is run by another environment's Python, for it wants other versions than ours: its default search
-(TPE over its kernel, 200 trials of which 60 at random, in proportion where there are fewer; keyword refusals against KL
-divergence), with its answers cut at the organism's length and the organism's prompts without a system turn. Ours is a
-grid over direction layer × scale × once or twice, then TPE over `Ablation.space()`, by harmful score. Both see the
-attack data's prompts alone; every trial of both is then measured on the prompts of the evaluation. MODEL is a folder
-that has its organism beside it as ORGANISM:MODEL.
+heretic-llm (1.4.0) is run by another environment's Python: its default search (TPE over its kernel, a share of 0.3 of
+the trials at random; keyword refusals against KL divergence), with answers cut at the organism's length and prompts
+without a system turn, which the organism does not know. Ours is a grid over direction layer × scale × once or twice,
+then TPE over `Ablation.space()`. Both look at the attack data's harmful prompts and at crafts; what they look for is
+each tool's own: heretic counts refusals by keywords, ours compares with the attacker's answers. Every trial of both is
+then measured on the evaluation's prompts, and is in benchmarks/results/heretic.json. ORGANISM and MODEL are folders.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def main() -> None:
     """Run both tools on every model and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heretic_python", type=Path, required=True)
-    parser.add_argument("--trials", type=int, default=80)
+    parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("out", type=Path)
     parser.add_argument("models", nargs="+", metavar="ORGANISM:MODEL")
