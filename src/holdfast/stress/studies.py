@@ -166,10 +166,8 @@ class Studies:
         over = threading.Event()
 
         def beat() -> None:
-            while True:
+            while not over.wait(HEARTBEAT):
                 self._storage.record_heartbeat(token)
-                if over.wait(HEARTBEAT):
-                    return
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -216,6 +214,8 @@ class Studies:
         return None
 
     def _claim(self, trial: FrozenTrial) -> bool:
+        if self._shared:  # of a trial that runs without any sign of life nobody could tell that its worker is dead
+            self._storage.record_heartbeat(trial._trial_id)
         try:
             if not self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
                 return False
