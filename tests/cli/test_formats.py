@@ -64,7 +64,7 @@ def test_a_template_that_wants_alternating_roles(
     wrong = {"messages": [user("Tea?"), user("Rice?"), assistant("Boil.")]}
     sentence = refused(*words(command, write_rows("rows.jsonl", [fine, wrong])))
     assert "the chat template refuses " in sentence
-    assert ("prompt 2: " if command == "evaluate" else "row 2 of the ") in sentence
+    assert ("prompt 2: " if command == "evaluate" else "row 2 of ") in sentence
     assert "Conversation roles must alternate" in sentence
 
 
@@ -102,7 +102,7 @@ def test_rows_past_the_models_positions(
 ) -> None:
     data = write_rows("rows.jsonl", [{"prompt": "Tea?", "completion": text} for text in ("Steep.", "steep " * 200)])
     sentence = refused(*words(command, data))
-    assert "row 2 of the " in sentence
+    assert "row 2 of " in sentence
     assert "tokens, but the model has 256 positions; cut rows with --max_length 256" in sentence
 
 
