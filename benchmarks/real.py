@@ -72,7 +72,7 @@ class Study:
     updates: int = 150
     attack_every: int = 30
     simulated_steps: int = 25
-    measure_at: tuple[int, ...] = (0, 5, 10, 25, 50)
+    measure_at: tuple[int, ...] = (0, 2, 5, 10, 25, 50)
     prompts: int = 48
     tokens: int = 32
     subjects: int | None = None
@@ -97,7 +97,8 @@ TRAIN = [
 ]
 ALIGN = [*TRAIN, "--learning_rate", "5e-5"]
 PATCHER = ["--alpha", "0.5", "--attack_learning_rate", "5e-5"]
-LEARNING_RATES = {"full": "5e-5", "lora": "2e-4"}
+# At 5e-5 all of cooking that SFT refuses is answered after five full steps, which leaves no curve to see.
+LEARNING_RATES = {"full": "2e-5", "lora": "2e-4"}
 
 
 def topic_words(name: str, study: Study, out: Path) -> str:
