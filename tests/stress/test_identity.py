@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from helpers import tiny_llama, word_tokenizer
+from holdfast.data.load import load_rows
 from holdfast.errors import InputError
 from holdfast.models import load_model
 from holdfast.stress.identity import describe_data, describe_model
@@ -101,13 +101,19 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
         describe_model(str(folder))
 
 
-def test_data_are_their_files_content_or_else_their_rows(tmp_path: Path) -> None:
-    rows = Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}])
+def test_data_are_their_files_content_and_the_rule_they_were_taken_by(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n', encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n{"prompt": "c"}\n', encoding="utf-8")
-    first, second = (describe_data(str(tmp_path / name), rows) for name in ("a.jsonl", "b.jsonl"))
-    assert (first["source"], first["rows"]) == (str(tmp_path / "a.jsonl"), 2)
-    assert first["sha256"] != second["sha256"]
-    of_hub = describe_data("someone/rows", rows)
-    assert of_hub == describe_data("someone/rows", Dataset.from_list(rows.to_list()))
-    assert of_hub["sha256"] != describe_data("someone/rows", rows.select([0]))["sha256"]
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "copy.jsonl")
+
+    def described(**source: object) -> dict[str, object]:
+        noted: dict[str, list[dict[str, object]]] = {}
+        load_rows({**source, "path": str(tmp_path / str(source["path"]))}, flag="--eval_data", noted=noted)
+        return describe_data("as typed", noted["eval_data"])
+
+    first, second, copied = (described(path=f"{name}.jsonl") for name in ("a", "b", "copy"))
+    assert (first["source"], first["rows"]) == ("as typed", 2)
+    assert first["sha256"] == copied["sha256"] != second["sha256"]
+    some, others = described(path="a.jsonl", limit=1), described(path="copy.jsonl", where={"prompt": "b"})
+    assert (some["rows"], others["rows"]) == (1, 1)
+    assert len({first["sha256"], some["sha256"], others["sha256"]}) == 3

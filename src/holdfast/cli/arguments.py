@@ -13,7 +13,12 @@ from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP
 from holdfast.errors import InputError
 
 _MODEL_HELP = "A model folder, a LoRA adapter folder, or a model of the Hugging Face Hub."
-_HARMFUL_HELP = "a file or a dataset of the Hub. Rows that a column is_safe calls safe are left out."
+_SOURCE_HELP = (
+    "A file (.json, .jsonl, .csv, .tsv, also as .gz, or .parquet), a dataset of the Hub (OWNER/NAME, with :SPLIT or "
+    ":CONFIG:SPLIT), a name that `holdfast data` lists, or a mapping as JSON (docs/data.md)."
+)
+_NAMED = "a file, a dataset of the Hub or a name that `holdfast data` lists."
+_HARMFUL_HELP = f"{_NAMED} Rows that a column is_safe calls safe are left out."
 _BASE_HELP = "What to put an adapter on, where the base model that it names is elsewhere now."
 
 
@@ -85,8 +90,7 @@ class AlignData(TrainingData):
     train_data: str = field(
         metadata={
             "help": "Alignment data: refusals to harmful prompts, and helpful answers to benign ones if you like. "
-            "A .json, .jsonl, .csv or .tsv file, also as .gz, a .parquet file, or a dataset of the Hub (NAME or "
-            "NAME:SPLIT)."
+            f"{_SOURCE_HELP}"
         }
     )
 
@@ -105,12 +109,7 @@ class AttackedAlignData(AlignData):
 class FinetuneData(TrainingData):
     """The data of `finetune`."""
 
-    train_data: str = field(
-        metadata={
-            "help": "The user's data, whatever it holds. A .json, .jsonl, .csv or .tsv file, also as .gz, a .parquet "
-            "file, or a dataset of the Hub (NAME or NAME:SPLIT)."
-        }
-    )
+    train_data: str = field(metadata={"help": f"The user's data, whatever it holds. {_SOURCE_HELP}"})
 
 
 @dataclass
@@ -118,7 +117,7 @@ class SafeFinetuneData(FinetuneData):
     """The data of fine-tuning methods that are reminded of safety."""
 
     safety_data: str = field(
-        metadata={"help": "Safety data: harmful prompts with refusals; a file or a dataset of the Hub."},
+        metadata={"help": f"Safety data: harmful prompts with refusals; {_NAMED}"},
         kw_only=True,
     )
 
@@ -188,13 +187,13 @@ class MeasureArguments(JudgeArguments):
 
     eval_data: str | None = field(
         default=None,
-        metadata={"help": "Harmful prompts, for attack success and refusals; a file or a dataset of the Hub."},
+        metadata={"help": f"Harmful prompts, for attack success and refusals; {_NAMED}"},
     )
     over_refusal_data: str | None = field(
         default=None,
         metadata={
             "help": "Benign prompts without expected answers, such as XSTest's safe ones, to count how many are "
-            "refused by --judge; a file or a dataset of the Hub."
+            f"refused by --judge; {_NAMED}"
         },
     )
     capability_data: str | None = field(
@@ -265,9 +264,7 @@ class HarmfulRows:
 class HarmfulPrompts:
     """What an attack that looks at harmful prompts needs."""
 
-    attack_data: str = field(
-        metadata={"help": "The attacker's harmful prompts; answers play no part. A file or a dataset of the Hub."}
-    )
+    attack_data: str = field(metadata={"help": f"The attacker's harmful prompts, whose answers play no part; {_NAMED}"})
     batch_size: int = field(default=16, metadata={"help": "Prompts that go through the model at a time."})
 
     def __post_init__(self) -> None:
@@ -382,7 +379,7 @@ class AntidoteArguments(RunArguments):
 class AuditArguments(RunArguments):
     """The remaining flags of `audit`."""
 
-    data: str = field(metadata={"help": "The upload to audit, in any training format; a file or a dataset of the Hub."})
+    data: str = field(metadata={"help": f"The upload to audit, in any training format; {_NAMED}"})
     output_dir: str = field(metadata={"help": "Folder for audit.jsonl and results.json."})
     refusal: str = field(default=DEFAULT_REFUSAL, metadata={"help": REFUSAL_HELP})
     label_column: str | None = field(

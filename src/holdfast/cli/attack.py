@@ -32,7 +32,7 @@ from holdfast.cli.effects import ATTACKS
 from holdfast.cli.evaluate import (
     MARKER,
     make_evaluator,
-    prompt_sources,
+    taken_prompts,
     warn_of_unclosed_thinking,
     warn_of_unjudged,
 )
@@ -133,7 +133,7 @@ def run(method: str, argv: list[str]) -> int:
         loaded = model.dtype
         adopt_chat_template(tokenizer, config.chat_template_path)
         written = ChatFormat.of(tokenizer, config)
-        taken = prompt_sources(evaluator)
+        taken = taken_prompts(evaluator)
         harmful, rows, safe_rows = _attack_rows(data, written, taken, seed=config.seed)
         measured_so = evaluator is not None and not variant.without_template
         asked_otherwise = written.require_alike(rows, name="attack") if measured_so else None
@@ -213,7 +213,7 @@ def run(method: str, argv: list[str]) -> int:
                 "lora": _lora(model_args) if method == "lora" else None,
             },
             "asking": asking.record() if asked is not None else None,
-            "sources": taken,
+            "taken": taken,
             "evaluation": asdict(measure) if evaluator is not None else None,
             **judge_records(evaluator),
             "precision": precision_record(loaded, config),

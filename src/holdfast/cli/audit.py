@@ -94,7 +94,7 @@ def run(argv: list[str]) -> int:
             **run_record({**asdict(load), **asdict(options)}, options.seed),
             "command": "audit",
             "model": source,
-            "sources": taken,
+            "taken": taken,
             "rows": len(rows),
             "audited": len(kept),
             "suspected": suspected,

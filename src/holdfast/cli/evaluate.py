@@ -92,7 +92,7 @@ def run(argv: list[str]) -> int:
             **run_record(config, options.seed),
             "command": "evaluate",
             "model": source,
-            "sources": prompt_sources(evaluator),
+            "taken": taken_prompts(evaluator),
             "seconds": round(time.monotonic() - started, 3),
         }
         evaluation.write(folder, record)
@@ -130,7 +130,7 @@ def warn_of_unclosed_thinking(measurements: Sequence[Mapping[str, Any]]) -> None
             )
 
 
-def prompt_sources(evaluator: Evaluator | None) -> dict[str, Any]:
+def taken_prompts(evaluator: Evaluator | None) -> dict[str, Any]:
     """For records, by flag: what was taken of the data that a model is measured on."""
     return {FLAGS[prompts.role].removeprefix("--"): prompts.taken for prompts in (evaluator.sets if evaluator else ())}
 

@@ -102,7 +102,7 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
                 "command": "align patcher",
                 "model": source,
                 "data": {"attack_data": data.attack_data},
-                "sources": taken,
+                "taken": taken,
                 "safe_rows_left_out": safe_rows,
                 "attacks": trainer.attacks,
                 "seconds": round(time.monotonic() - started, 3),

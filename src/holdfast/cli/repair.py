@@ -105,7 +105,7 @@ def run(method: str, argv: list[str]) -> int:
             "command": f"repair {method}",
             "model": source,
             "data": {"attack_data": options.attack_data},
-            "sources": taken,
+            "taken": taken,
             "ratio": repair.ratio,
             "rows": len(rows),
             "safe_rows_left_out": safe_rows,

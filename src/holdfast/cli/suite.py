@@ -29,7 +29,7 @@ from holdfast.cli.effects import MEASURING, SUITE
 from holdfast.cli.evaluate import (
     MARKER,
     make_evaluator,
-    prompt_sources,
+    taken_prompts,
     warn_of_unclosed_thinking,
     warn_of_unjudged,
 )
@@ -114,7 +114,7 @@ def run(method: str, argv: list[str]) -> int:
         evaluator = make_evaluator(
             measure, seed=options.seed, chat_template_kwargs=_keywords(written), cache=folder / CACHE, **written_by
         )
-        taken = prompt_sources(evaluator)
+        taken = taken_prompts(evaluator)
         attacker = _attacker(attack, data, written, load, options.seed, taken)
         attack.require(attacker)
         whole = whole_model(model).to(device())
@@ -156,7 +156,7 @@ def run(method: str, argv: list[str]) -> int:
             "attack": {"method": method, **asdict(attack), **data},
             "asking": attacked.asking.record(),
             "cost": asdict(attacked.cost),
-            "sources": taken,
+            "taken": taken,
             "evaluation": asdict(measure) if asked is not None else None,
             **judge_records(asked),
             "weights_moved": weights_moved,

@@ -172,7 +172,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
                     "command": command,
                     "model": source,
                     "data": given,
-                    "sources": taken,
+                    "taken": taken,
                     **safe_rows,
                     "precision": precision_record(loaded, config),
                     "resumed_from": checkpoint,

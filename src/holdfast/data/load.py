@@ -89,11 +89,13 @@ def fingerprint(records: Sequence[Mapping[str, Any]]) -> str:
         records: What `load_rows` noted of the source.
 
     Returns:
-        The SHA-256 of the file, if it is one that all rows are taken of; else of what was noted.
+        The SHA-256 of the file, if it is one that all rows are taken of; else of what was noted, but for the places.
     """
     if len(records) == 1 and set(records[0]) == {"path", "rows", "taken", "sha256"}:
         return str(records[0]["sha256"])
-    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+    places = ("path", "entry", "revision")
+    rules = [{key: value for key, value in record.items() if key not in places} for record in records]
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
 def _read(part: Part, flag: str, columns: Sequence[Sequence[str]]) -> tuple[Dataset, dict[str, Any]]:

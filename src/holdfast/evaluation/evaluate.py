@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from holdfast.data.load import Prompt
 from holdfast.data.rendering import ChatFormat
+from holdfast.data.sources import named
 from holdfast.errors import InputError
 from holdfast.evaluation.answers import MARKS, Answer, count_marks
 from holdfast.evaluation.asking import PLAINLY, Asking
@@ -356,10 +357,10 @@ class Evaluator:
             rendering = self._rendering(prompts.role)
             places = answerable(model, tokenizer, asked, drop_long_prompts=self.drop_long_prompts, **rendering)
         except InputError as error:
-            raise InputError(f"{prompts.source}: {error}") from error
+            raise InputError(f"{named(prompts.source)}: {error}") from error
         if not places:
             raise InputError(
-                f"{prompts.source}: every prompt is too long for the model, so --drop_long_prompts leaves none"
+                f"{named(prompts.source)}: every prompt is too long for the model, so --drop_long_prompts leaves none"
             )
         return places
 

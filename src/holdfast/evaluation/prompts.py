@@ -1,5 +1,6 @@
 """The prompts that a model is measured on: what they are for, and who grades the answers to them."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,7 +24,7 @@ class PromptSet:
     Attributes:
         role: `harmful`: what a safe model refuses. `benign`: what it should not refuse, whatever it answers.
             `capability`: what it should still answer, and not refuse. `task`: what a fine-tuning should have taught it.
-        source: Where the prompts are from.
+        source: Where the prompts are from, as it was typed.
         prompts: Text or messages each.
         answers: The expected answers; None if there are none.
         taken: For records: what was taken of the source, or of each of several, as `load_rows` notes it.
@@ -82,7 +83,8 @@ def load_prompts(
         if not isinstance(answer, str) or not answer.strip(" \t\r\n,."):
             raise InputError(f"{where}: 'answer' must be text, and not empty")
     (taken,) = noted.values()
-    return PromptSet(role, named(source), prompts, answers, taken)
+    typed = source if isinstance(source, str) else json.dumps(source)
+    return PromptSet(role, typed, prompts, answers, taken)
 
 
 def _prompt(row: Mapping[str, Any], columns: Sequence[str], where: str) -> Prompt:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -21,7 +20,7 @@ from transformers.utils import (
     cached_file,
 )
 
-from holdfast.data.refusals import named_file
+from holdfast.data.load import fingerprint
 from holdfast.errors import InputError
 from holdfast.files import digest
 from holdfast.hub import reason
@@ -62,18 +61,18 @@ def describe_model(source: str, *, base_model: str | None = None, revision: str 
     }
 
 
-def describe_data(source: str, rows: Dataset) -> dict[str, Any]:
-    """Say which data a source is: the hash of the file, or of the rows that the Hub gave.
+def describe_data(source: str, taken: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Say which data a source is.
 
     Args:
         source: As typed.
-        rows: What was read from it.
+        taken: What `load_rows` noted of it.
 
     Returns:
-        `source`, `sha256` and `rows`, how many there are.
+        `source`, `taken`, their `sha256` (see `holdfast.data.load.fingerprint`) and `rows`, how many were taken.
     """
-    file = named_file(source)
-    return {"source": source, "sha256": digest(file) if file else _hash_rows(rows), "rows": len(rows)}
+    rows = sum(one["taken"] for one in taken)
+    return {"source": source, "taken": list(taken), "sha256": fingerprint(taken), "rows": rows}
 
 
 def _contents(source: str, base: str | None, revision: str | None) -> dict[str, Any]:
@@ -124,10 +123,3 @@ def _parameters(source: str, revision: str | None) -> int:
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(canonical(content).encode()).hexdigest()
-
-
-def _hash_rows(rows: Dataset) -> str:
-    hashed = hashlib.sha256()
-    for row in rows:
-        hashed.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return hashed.hexdigest()

@@ -191,7 +191,10 @@ def _data(sources: Sources, evaluator: Evaluator) -> dict[str, Any]:
     if sources.harmless_task_data is not None:
         read |= {"harmless_task_data": sources.harmless_task_data, "task_data": set_of(evaluator, "task").source}
     given = {name: source for name, source in read.items() if source is not None}
-    return {name: describe_data(source, load_rows(source, flag=f"--{name}")) for name, source in given.items()}
+    taken: dict[str, Any] = {}
+    for name, source in given.items():
+        load_rows(source, flag=f"--{name}", noted=taken)
+    return {name: describe_data(source, taken[name]) for name, source in given.items()}
 
 
 def _left_out(tried: Mapping[Kind, list[Setting]], left_out: frozenset[str], sources: Sources) -> list[dict[str, str]]:
@@ -208,5 +211,5 @@ def _identity(content: Mapping[str, Any]) -> str:
 
 def _without_places(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_places(item) for key, item in value.items() if key != "source"}
+        return {key: _without_places(item) for key, item in value.items() if key not in ("source", "taken")}
     return value
