@@ -112,10 +112,14 @@ def terminate_at(folder: Path, trials: int) -> None:
 def test_a_search_leaves_records_answers_and_a_certificate(words, tmp_path):
     out = tmp_path / "out"
     left = [name for name in _SLOW if name != "base-holder"]
+    claims = tmp_path / "claims.json"
+    claims.write_text('{"refusals": 1.0}', encoding="utf-8")
+    words += ["--reported", str(claims)]
     assert main([*words, "--leave_out", *left, "--processes", "1", "--output_dir", str(out)]) == 0
     certificate = read_certificate(out / "certificate.json")
     assert certificate["attackers"].keys() == {"prompting", "training-free"}
     assert certificate["counterpart"] is None
+    assert certificate["reported"] == {"refusals": 1.0}
     reasons = {one["attack"]: one["reason"] for one in certificate["threat_model"]["left_out"]}
     assert reasons == {**dict.fromkeys(left, "left out on request"), "base-holder": "no public base model was given"}
     kept = records(out)
@@ -160,6 +164,17 @@ def test_what_does_not_fit_is_refused(words, organism, model_dir, tmp_path, refu
     benign = [word for word in words if word not in ("--benign_data", str(organism / "eval" / "crafts.jsonl"))]
     assert "ablation: such attacks need harmless prompts; give --benign_data" in refused(*benign)
     assert "--leave_out magic: there is no such attack or kind" in refused(*words, "--leave_out", "magic")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [("[]", "expected a JSON object of claims, found a list"), ("{", "is not valid JSON"), (None, "cannot be read")],
+)
+def test_claims_that_are_none_are_refused(words, content, why, tmp_path, refused: Refused):
+    path = tmp_path / "claims.json"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    assert f"--reported {path}: {why}" in refused(*words, "--reported", str(path))
 
 
 def test_a_capability_set_too_small_for_the_bound_is_refused(words, refused: Refused):

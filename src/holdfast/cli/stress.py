@@ -85,6 +85,10 @@ class StressArguments(RunArguments):
         default=None,
         metadata={"help": "Trials side by side, each with models of its own (default: 2, on an accelerator 1)."},
     )
+    reported: str | None = field(
+        default=None,
+        metadata={"help": "JSON file with what the model's makers claim, to stand in the certificate apart from it."},
+    )
     system_prompt: str | None = field(
         default=None, metadata={"help": "System turn in front of every prompt that has none."}
     )
@@ -136,6 +140,7 @@ def run(argv: list[str]) -> int:
         )
     if options.harmless_task_data is not None and measure.task_data is None:
         raise InputError("--harmless_task_data is what a task is learnt from; give --task_data, which tests it")
+    reported = {} if options.reported is None else _reported(Path(options.reported))
     folder = Path(options.output_dir)
     for source in (load.model_name_or_path, options.counterpart, options.base):
         if source is not None:
@@ -172,8 +177,10 @@ def run(argv: list[str]) -> int:
         if plan.storage is not None:
             plan.studies("")  # refuses one that cannot be used before anything is written
         given = {**asdict(load), **asdict(measure), **asdict(options)}
-        inputs = _begin(folder, prepared, run_record(given, options.seed), overwrite=options.overwrite_output_dir)
-        _search(prepared, options.processes or (1 if device().type != "cpu" else 2), folder)
+        processes = options.processes or (1 if device().type != "cpu" else 2)
+        told = {"config": run_record(given, options.seed)["config"], "reported": reported}
+        inputs = _begin(folder, prepared, told, processes, overwrite=options.overwrite_output_dir)
+        _search(prepared, processes, folder)
         found = plan.studies("").all_records()
         for record in found:  # of trials that other machines ran, too
             write_record(folder, record)
@@ -185,13 +192,28 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _reported(path: Path) -> dict[str, Any]:
+    """What the model's makers claim."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--reported {path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"--reported {path}: is not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"--reported {path}: expected a JSON object of claims, found a {type(found).__name__}")
+    return found
+
+
 def _evaluator(measure: MeasureArguments, seed: int, written: Mapping[str, Any]) -> Evaluator:
     found = make_evaluator(measure, seed=seed, **written)
     assert found is not None  # as its sets were required
     return found
 
 
-def _begin(folder: Path, prepared: Prepared, record: Mapping[str, Any], *, overwrite: bool) -> dict[str, Any]:
+def _begin(
+    folder: Path, prepared: Prepared, told: Mapping[str, Any], processes: int, *, overwrite: bool
+) -> dict[str, Any]:
     """Write down what is searched, or find it written down: then the search goes on."""
     path, identity = folder / INPUTS, prepared.plan.identity
     if path.is_file() and not overwrite:
@@ -210,9 +232,9 @@ def _begin(folder: Path, prepared: Prepared, record: Mapping[str, Any], *, overw
     today = datetime.datetime.now(datetime.UTC).date()
     inputs = {
         **prepared.inputs,
-        **{"issued": str(today), "expires": str(today + _GOOD_FOR), "reported": {}},
-        "measured_on": {"device": str(device()), "date": str(today)},
-        "config": record["config"],
+        **{"issued": str(today), "expires": str(today + _GOOD_FOR)},
+        "measured_on": {"device": str(device()), "date": str(today), "processes": processes},
+        **told,
     }
     write_json(path, inputs)
     return inputs
