@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow.json
 import pyarrow.parquet
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from holdfast.files import versions, write_json
 from readme import ROOT, fill_block
@@ -156,7 +156,7 @@ def measure(source: Any, folder: Path) -> dict[str, Any]:
 
 def table(found: list[dict[str, Any]], caption: str) -> Table:
     """The record, to look at."""
-    shown = Table("source", caption=caption)
+    shown = Table(Column("source", no_wrap=True), caption=caption)
     for heading in ("rows taken", "CPU seconds", "wall seconds", "MB at most", "of them imports"):
         shown.add_column(heading, justify="right")
     for one in found:
