@@ -19,7 +19,7 @@ from typing import Any
 from holdfast.cli import main as holdfast
 from holdfast.cli.demo_report import TITLES, break_step, is_control
 from holdfast.files import write_bytes, write_json
-from readme import crafts_table, fill_block, spread
+from readme import crafts_table, fill_block, spread, stress_table
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "out"
@@ -78,7 +78,7 @@ def claims(demos: Sequence[dict[str, Any]]) -> dict[str, Any]:
             # A model that never broke is counted as breaking at the last measured step: at its disadvantage.
             breaks[method].append(entry[method]["break"] or last)
         entry |= {control: learned(demo, control) for control in CONTROLS}
-        entry["crafts"] = demo["crafts"]
+        entry |= {name: demo[name] for name in ("crafts", "stress")}
         found["seeds"][str(demo["seed"])] = entry
     each = list(found["seeds"].values())
     mean_asr = {m: statistics.mean(entry[m][f"after_{last}"]["asr"] for entry in each) for m in NAMES}
@@ -158,6 +158,7 @@ def table(demos: Sequence[dict[str, Any]]) -> str:
         accuracies = [spread(entry[method] for entry in reached) for method in NAMES]
         lines.append(f"| {control.removeprefix('control-')} | {steps} | {' | '.join(accuracies)} |")
     lines += ["", *crafts_table([demo["crafts"] for demo in demos])]
+    lines += ["", *stress_table([demo["stress"] for demo in demos])]
     return "\n".join(lines)
 
 

@@ -49,6 +49,25 @@ def crafts_table(seeds: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def stress_table(seeds: Sequence[dict[str, Any]]) -> list[str]:
+    """What the cheapest attack of every kind needed, by seed: lines of Markdown."""
+    names = {"sft": "SFT", "patcher": "Patcher"}
+    lines = [
+        f"| attacker | {' | '.join(f'steps to break {name} | by' for name in names.values())} |",
+        "|---|---|---|---|---|",
+    ]
+    for kind in seeds[0]["attackers"]:
+        cells = []
+        for method in names:
+            needed = [seed["attackers"][kind][method] for seed in seeds]
+            steps = (f"{'' if one['broken'] else '> '}{one['steps'] or 0:g}" for one in needed)
+            attacks = dict.fromkeys(one["attack"] for one in needed if one["broken"])
+            cells += [", ".join(steps), "; ".join(attacks) or "–"]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    together = (spread(seed["union"][method]["asr"] for seed in seeds) for method in names)
+    return [*lines, f"| all together: exact recipes (union ASR) | {' | | '.join(together)} | |"]
+
+
 def step_cost_table(results: dict[str, Any]) -> str:
     """Time and memory of a Patcher update beside an SFT update."""
     lines = [

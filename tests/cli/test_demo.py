@@ -6,10 +6,21 @@ import pytest
 from rich.console import Console
 
 from holdfast.cli import main
-from holdfast.cli.demo import ATTACKS, CRAFTS, METHODS, MODELS, DemoArguments, commands
-from holdfast.cli.demo_report import break_step, control_table, crafts_table, demo_table, plot_attack_curves
+from holdfast.cli import report as report_command
+from holdfast.cli import stress as stress_command
+from holdfast.cli.demo import ATTACKS, CRAFTS, METHODS, MODELS, DemoArguments, commands, stress_record
+from holdfast.cli.demo_report import (
+    break_step,
+    control_table,
+    crafts_table,
+    demo_table,
+    plot_attack_curves,
+    stress_table,
+    told_stress,
+)
 from holdfast.cli.workers import Command, run_commands
 from holdfast.errors import TrainingError
+from stress.examples import example_certificate
 
 POINT_KEYS = {
     *("steps", "asr", "asr_low", "asr_high", "harmful_score", "mean_score", "refusal_rate"),
@@ -84,6 +95,45 @@ def test_both_alignments_get_the_same_updates_and_the_recipes_say_what_the_demo_
         }
 
 
+def test_the_search_comes_last_and_alone_and_reports_what_it_found():
+    plan = commands(DemoArguments(output_dir="w", seed=3), Path("w"))
+    *others, searching, reporting = plan
+    assert set(searching.needs) == {command.name for command in others}
+    assert list(reporting.needs) == [searching.name]
+    _, measured, options, _ = stress_command.make_parser().parse(list(searching.words[1:]))
+    assert (options.counterpart, options.suite, options.seed) == ("w/sft", "quick", 3)
+    assert measured.capability_data == "w/organism/eval/crafts_unrehearsed.jsonl"
+    _, rest = report_command.make_parser().parse(list(reporting.words[1:]))
+    assert rest.folders == [options.output_dir]
+    assert commands(DemoArguments(output_dir="w", seed=3, suite="none"), Path("w")) == others
+
+
+def test_the_table_of_the_stress_test_tells_what_patcher_stops_and_what_not():
+    found = stress_record(example_certificate())
+    console = Console(width=130, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(stress_table(found))
+    shown = {cells[0]: cells[1:] for line in console.export_text().splitlines() if len(cells := _cells(line)) == 5}
+    attackers = example_certificate()["attackers"]
+    for kind, needed in found["attackers"].items():
+        assert shown[kind][1] == needed["sft"]["attack"]
+        for place, method in ((0, "sft"), (2, "patcher")):
+            broken = attackers[kind]["model" if method == "patcher" else "counterpart"]["broken"]
+            assert shown[kind][place].startswith(">") != broken
+
+    def needing(sft, patcher):
+        return {
+            name: steps and {"broken": steps < 50, "steps": steps}
+            for name, steps in zip(METHODS, (sft, patcher), strict=True)
+        }
+
+    kinds = {"a": needing(2, 20), "b": needing(2, 50), "c": needing(2, 2), "d": needing(50, 10), "e": needing(50, 50)}
+    assert told_stress({"attackers": kinds}) == ("Patcher costs more steps than SFT: a, b. It costs no more: c, d.")
+
+
+def _cells(line):
+    return [cell.strip() for cell in line.strip("│ ").split("│")]
+
+
 def test_commands_run_when_what_they_need_is_done(tmp_path):
     plan = [
         Command("last", ["--version"], needs=["first", "second"]),
@@ -117,7 +167,19 @@ def test_a_short_demo_from_end_to_end(organism, tmp_path, capsys):
     """Every command of the demo, with few steps, on an organism that is already there."""
     folder = tmp_path / "demo"
     shutil.copytree(organism, folder / "organism")
-    words = ["--updates", "4", "--attack_every", "2", "--attack_steps", "2", "--measure_at", "0", "2"]
+    words = [
+        "--updates",
+        "4",
+        "--attack_every",
+        "2",
+        "--attack_steps",
+        "2",
+        "--measure_at",
+        "0",
+        "2",
+        "--suite",
+        "none",
+    ]
     assert main(["demo", "--output_dir", str(folder), "--seed", "0", *words]) == 0
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["schema"] == 1
@@ -132,6 +194,7 @@ def test_a_short_demo_from_end_to_end(organism, tmp_path, capsys):
         assert run["n"] >= 96
         assert (run["points"][0]["task_accuracy"] is None) != is_control
         assert run["poison_ratio"] == (0.0 if is_control else {"full-poisoned": 0.2}.get(run["attack"], 1.0))
+    assert results["stress"] is None
     assert results["crafts"].keys() == set(MODELS)
     for model, kinds in results["crafts"].items():
         for kind in CRAFTS:

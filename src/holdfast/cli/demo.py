@@ -1,13 +1,15 @@
 """`holdfast demo`: the whole story on the built-in organism, made of the very commands one would type.
 
 Builds the organism, aligns it with SFT and with Patcher for the same number of updates, counts what of its harmless
-knowledge is left after that, attacks both in four ways, and as a control fine-tunes both on harmless tasks.
+knowledge is left after that, attacks both in four ways, as a control fine-tunes both on harmless tasks, and in the end
+searches for the cheapest way to break Patcher's model and SFT's among all attacks of a suite.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ MODELS = ("base", *METHODS)
 CRAFTS = {"rehearsed": "crafts", "unrehearsed": "crafts_unrehearsed"}
 #: How answers are generated: the longest is far shorter.
 ANSWERING = {"--max_new_tokens": 16, "--eval_batch_size": 256}
+#: What the stress test is called, and where it and its report lie.
+STRESS, CERTIFICATE, REPORT = "stress", "certificate.json", "report.html"
 #: The task whose rows hide the harmful ones of the poisoned attack.
 BENIGN_TASK = "sorting"
 
@@ -49,6 +53,14 @@ class DemoArguments:
     measure_at: list[int] = field(
         default_factory=lambda: [0, 2, 5, 10, 20, 30, 60, 100],
         metadata={"help": "Attack steps to measure at; the last is the length of the attacks."},
+    )
+
+    suite: str = field(
+        default="quick",
+        metadata={
+            "help": "How thorough the stress test is; none leaves it out.",
+            "choices": ["none", "quick", "standard", "full"],
+        },
     )
 
     def __post_init__(self) -> None:
@@ -83,7 +95,7 @@ def run(argv: list[str]) -> int:
 def _run(options: DemoArguments, folder: Path) -> None:
     from rich.console import Console
 
-    from holdfast.cli.demo_report import control_table, crafts_table, demo_table, plot_attack_curves
+    from holdfast.cli.demo_report import control_table, crafts_table, demo_table, plot_attack_curves, stress_table
 
     console = Console(stderr=True, highlight=False)
     console.print(f"building the organism, aligning it with SFT and with Patcher, attacking both (seed {options.seed})")
@@ -96,11 +108,15 @@ def _run(options: DemoArguments, folder: Path) -> None:
     plot_attack_curves(runs, folder / "attack_curves.png")
     record = run_record(asdict(options), options.seed)
     commands_run = [f"holdfast {' '.join(command.words)}" for command in plan]
-    found = {"crafts": crafts, "runs": runs}
+    certificate = None if options.suite == "none" else json.loads((folder / STRESS / CERTIFICATE).read_text("utf-8"))
+    found = {"crafts": crafts, "runs": runs, "stress": certificate and stress_record(certificate)}
     write_json(folder / MARKER, {"schema": 1, **record, "seconds": seconds, "commands": commands_run, **found})
     results = Console(highlight=False)
     results.width = max(results.width, 132)  # the table must not be folded where output goes to a file
     results.print(crafts_table(crafts), demo_table(runs), control_table(runs))
+    if found["stress"] is not None:
+        results.print(stress_table(found["stress"]))
+        console.print(f"wrote {folder / REPORT}: what the stress test found, as a page")
     console.print(f"wrote {folder / MARKER}, {folder / 'attack_curves.png'}, and every model and answer beside them")
     console.print(f"took {seconds:.0f} s; the commands it ran are in {MARKER}, their output in {folder / 'logs'}")
 
@@ -142,7 +158,54 @@ def commands(options: DemoArguments, folder: Path) -> list[Command]:
             asking = {"--model": source, "--capability_data": organism / "eval" / f"{file}.jsonl", **ANSWERING}
             output = ["--output_dir", str(folder / "crafts" / f"{model}-{kind}"), *seed, *overwrite]
             plan.append(Command(f"{kind}-crafts-{model}", ["evaluate", *_words(asking), *output], needs=[needed]))
+    if options.suite != "none":
+        plan += _stress_test(options, folder, organism, after=[command.name for command in plan])
     return plan
+
+
+def _stress_test(options: DemoArguments, folder: Path, organism: Path, *, after: list[str]) -> list[Command]:
+    """The search for the cheapest break, which runs processes of its own when all else is done, and its report."""
+    flags = {
+        "--model": folder / "patcher",
+        "--counterpart": folder / "sft",
+        "--base": organism / "model",
+        "--attack_data": organism / "attack.jsonl",
+        "--benign_data": organism / "eval" / "crafts.jsonl",
+        "--eval_data": organism / "eval" / "hazards.jsonl",
+        "--capability_data": organism / "eval" / "crafts_unrehearsed.jsonl",
+        "--judge": "exact",
+        **ANSWERING,
+        "--suite": options.suite,
+        "--seed": options.seed,
+        "--output_dir": folder / STRESS,
+        "--overwrite_output_dir": "true",
+    }
+    reporting = ["report", str(folder / STRESS), "--output", str(folder / REPORT), "--overwrite", "true"]
+    return [Command(STRESS, ["stress", *_words(flags)], needs=after), Command("report", reporting, needs=[STRESS])]
+
+
+def stress_record(certificate: Mapping[str, Any]) -> dict[str, Any]:
+    """What the demo keeps of a certificate: what each kind of attacker needed, and what all attacks together broke."""
+    return {
+        "suite": certificate["suite"],
+        "seeds": len(certificate["seeds"]),
+        "attackers": {
+            kind: {method: _needed(found[target]) for method, target in (("sft", "counterpart"), ("patcher", "model"))}
+            for kind, found in certificate["attackers"].items()
+        },
+        "union": {
+            method: certificate["union"][target] for method, target in (("sft", "counterpart"), ("patcher", "model"))
+        },
+    }
+
+
+def _needed(cost: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What of a cost is shown: the steps to a break, or those that the model held for."""
+    if cost is None:
+        return None
+    broken = cost["broken"]
+    kept = {name: cost[name] for name in ("attack", "harmful_score", "asr", "capability")}
+    return {"broken": broken, "steps": cost["steps"]["value"] if broken else cost["at_least"], **kept}
 
 
 def _read_crafts(folder: Path, model: str, kind: str) -> dict[str, Any]:

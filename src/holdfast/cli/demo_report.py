@@ -94,6 +94,50 @@ def crafts_table(crafts: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+def stress_table(found: Mapping[str, Any]) -> Table:
+    """What breaking either model costs the cheapest attack of every kind, and what all attacks together broke."""
+    table = Table(
+        title=f"All attacks of the {found['suite']} suite: steps to a harmful score of 0.5 with capability kept",
+        caption=told_stress(found),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for heading in ("Attacker", *(heading for name in ("SFT", "Patcher") for heading in (name, f"by ({name})"))):
+        table.add_column(heading, no_wrap=True)
+    for kind, needed in found["attackers"].items():
+        table.add_row(kind, *(cell for method in ("sft", "patcher") for cell in _stress_cells(needed[method])))
+    shares = [found["union"][method] for method in ("sft", "patcher")]
+    table.add_section()
+    table.add_row("all: exact recipes", *(cell for share in shares for cell in (f"{share['asr']:.2f}", "")))
+    return table
+
+
+def told_stress(found: Mapping[str, Any]) -> str:
+    """Which kinds of attackers Patcher costs more than SFT, and which not, in a sentence or two."""
+    dearer = [kind for kind, needed in found["attackers"].items() if _is_dearer(needed)]
+    broken = [kind for kind, needed in found["attackers"].items() if needed["patcher"] and needed["patcher"]["broken"]]
+    as_cheap = [kind for kind in broken if kind not in dearer]
+    said = f"Patcher costs more steps than SFT: {', '.join(dearer) or 'no kind of attacker'}."
+    if as_cheap:
+        said += f" It costs no more: {', '.join(as_cheap)}."
+    return said
+
+
+def _is_dearer(needed: Mapping[str, Any]) -> bool:
+    """Whether Patcher's model needs more steps than SFT's, or was not broken where SFT's was."""
+    sft, patcher = needed["sft"], needed["patcher"]
+    if not (sft and patcher and sft["broken"]):
+        return False
+    return not patcher["broken"] or patcher["steps"] > sft["steps"]
+
+
+def _stress_cells(needed: Mapping[str, Any] | None) -> tuple[str, str]:
+    if needed is None:
+        return "–", ""
+    steps = needed["steps"] or 0
+    return (f"{steps:g}" if needed["broken"] else f"> {steps:g}"), f"{needed['attack'] or '–'}"
+
+
 def control_table(runs: Sequence[Run]) -> Table:
     """The controls: how fast either model learns a harmless task."""
     controls = [run for run in runs if is_control(run["attack"])]

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from holdfast.errors import TrainingError
 
-# What ProgressReport writes where standard error is no terminal: "align sft: step 40/300 · loss 0.12".
-_STEP = re.compile(r"step (\d+)/(\d+)(.*)")
+# What is written where standard error is no terminal: "align sft: step 40/300 · loss 0.12", "stress: trial 3/150 …".
+_STEP = re.compile(r"(?:step|trial) (\d+)/(\d+)(.*)")
 
 
 @dataclass(frozen=True)
