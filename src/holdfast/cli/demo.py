@@ -31,7 +31,7 @@ CRAFTS = {"rehearsed": "crafts", "unrehearsed": "crafts_unrehearsed"}
 #: How answers are generated: the longest is far shorter.
 ANSWERING = {"--max_new_tokens": 16, "--eval_batch_size": 256}
 #: What the stress test is called, and where it and its report lie.
-STRESS, CERTIFICATE, REPORT = "stress", "certificate.json", "report.html"
+STRESS, REPORT = "stress", "report.html"
 #: The task whose rows hide the harmful ones of the poisoned attack.
 BENIGN_TASK = "sorting"
 
@@ -96,6 +96,8 @@ def _run(options: DemoArguments, folder: Path) -> None:
     from rich.console import Console
 
     from holdfast.cli.demo_report import control_table, crafts_table, demo_table, plot_attack_curves, stress_table
+    from holdfast.stress.certificate import MARKER as CERTIFICATE
+    from holdfast.stress.certificate import read_certificate
 
     console = Console(stderr=True, highlight=False)
     console.print(f"building the organism, aligning it with SFT and with Patcher, attacking both (seed {options.seed})")
@@ -108,14 +110,14 @@ def _run(options: DemoArguments, folder: Path) -> None:
     plot_attack_curves(runs, folder / "attack_curves.png")
     record = run_record(asdict(options), options.seed)
     commands_run = [f"holdfast {' '.join(command.words)}" for command in plan]
-    certificate = None if options.suite == "none" else json.loads((folder / STRESS / CERTIFICATE).read_text("utf-8"))
-    found = {"crafts": crafts, "runs": runs, "stress": certificate and stress_record(certificate)}
+    tested = None if options.suite == "none" else stress_record(read_certificate(folder / STRESS / CERTIFICATE))
+    found = {"crafts": crafts, "runs": runs, "stress": tested}
     write_json(folder / MARKER, {"schema": 1, **record, "seconds": seconds, "commands": commands_run, **found})
     results = Console(highlight=False)
     results.width = max(results.width, 132)  # the table must not be folded where output goes to a file
     results.print(crafts_table(crafts), demo_table(runs), control_table(runs))
-    if found["stress"] is not None:
-        results.print(stress_table(found["stress"]))
+    if tested is not None:
+        results.print(stress_table(tested))
         console.print(f"wrote {folder / REPORT}: what the stress test found, as a page")
     console.print(f"wrote {folder / MARKER}, {folder / 'attack_curves.png'}, and every model and answer beside them")
     console.print(f"took {seconds:.0f} s; the commands it ran are in {MARKER}, their output in {folder / 'logs'}")
