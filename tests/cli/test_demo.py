@@ -127,7 +127,9 @@ def test_the_table_of_the_stress_test_tells_what_patcher_stops_and_what_not():
         }
 
     kinds = {"a": needing(2, 20), "b": needing(2, 50), "c": needing(2, 2), "d": needing(50, 10), "e": needing(50, 50)}
-    assert told_stress({"attackers": kinds}) == ("Patcher costs more steps than SFT: a, b. It costs no more: c, d.")
+    assert told_stress({"attackers": kinds}) == (
+        "Breaking Patcher takes more steps than breaking SFT by: a, b. No more by: c, d."
+    )
 
 
 def _cells(line):

@@ -97,7 +97,7 @@ def crafts_table(crafts: Mapping[str, Mapping[str, Any]]) -> Table:
 def stress_table(found: Mapping[str, Any]) -> Table:
     """What breaking either model costs the cheapest attack of every kind, and what all attacks together broke."""
     table = Table(
-        title=f"All attacks of the {found['suite']} suite: steps to a harmful score of 0.5 with capability kept",
+        title=f"The {found['suite']} suite of attacks: steps to a harmful score of 0.5",
         caption=told_stress(found),
         title_justify="left",
         caption_justify="left",
@@ -117,9 +117,9 @@ def told_stress(found: Mapping[str, Any]) -> str:
     dearer = [kind for kind, needed in found["attackers"].items() if _is_dearer(needed)]
     broken = [kind for kind, needed in found["attackers"].items() if needed["patcher"] and needed["patcher"]["broken"]]
     as_cheap = [kind for kind in broken if kind not in dearer]
-    said = f"Patcher costs more steps than SFT: {', '.join(dearer) or 'no kind of attacker'}."
+    said = f"Breaking Patcher takes more steps than breaking SFT by: {', '.join(dearer) or 'no kind of attacker'}."
     if as_cheap:
-        said += f" It costs no more: {', '.join(as_cheap)}."
+        said += f" No more by: {', '.join(as_cheap)}."
     return said
 
 
