@@ -114,7 +114,7 @@ def stress_table(found: Mapping[str, Any]) -> Table:
 
 def told_stress(found: Mapping[str, Any]) -> str:
     """Which kinds of attackers Patcher costs more than SFT, and which not, in a sentence or two."""
-    dearer = [kind for kind, needed in found["attackers"].items() if _is_dearer(needed)]
+    dearer = [kind for kind, needed in found["attackers"].items() if is_dearer(needed)]
     broken = [kind for kind, needed in found["attackers"].items() if needed["patcher"] and needed["patcher"]["broken"]]
     as_cheap = [kind for kind in broken if kind not in dearer]
     said = f"Breaking Patcher takes more steps than breaking SFT by: {', '.join(dearer) or 'no kind of attacker'}."
@@ -123,7 +123,7 @@ def told_stress(found: Mapping[str, Any]) -> str:
     return said
 
 
-def _is_dearer(needed: Mapping[str, Any]) -> bool:
+def is_dearer(needed: Mapping[str, Any]) -> bool:
     """Whether Patcher's model needs more steps than SFT's, or was not broken where SFT's was."""
     sft, patcher = needed["sft"], needed["patcher"]
     if not (sft and patcher and sft["broken"]):
