@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trl import ModelConfig
 
 from holdfast.cli.judge_arguments import JudgeArguments
-from holdfast.config import RAW_TEXT_HELP, require_not_negative, require_positive
-from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP
+from holdfast.config import RAW_TEXT_HELP, json_object, require_not_negative
 from holdfast.errors import InputError
 
 _MODEL_HELP = "A model folder, a LoRA adapter folder, or a model of the Hugging Face Hub."
@@ -17,8 +16,8 @@ _SOURCE_HELP = (
     "A file (.json, .jsonl, .csv, .tsv, also as .gz, or .parquet), a dataset of the Hub (OWNER/NAME, with :SPLIT or "
     ":CONFIG:SPLIT), a name that `holdfast data` lists, or a mapping as JSON (docs/data.md)."
 )
-_NAMED = "a file, a dataset of the Hub or a name that `holdfast data` lists."
-_HARMFUL_HELP = f"{_NAMED} Rows that a column is_safe calls safe are left out."
+NAMED_HELP = "a file, a dataset of the Hub or a name that `holdfast data` lists."
+HARMFUL_HELP = f"{NAMED_HELP} Rows that a column is_safe calls safe are left out."
 _BASE_HELP = "What to put an adapter on, where the base model that it names is elsewhere now."
 
 
@@ -70,6 +69,35 @@ class RunArguments:
 
 
 @dataclass
+class WritingArguments:
+    """How a command that trains by no trainer's config writes conversations; see `ChatFormat`."""
+
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "System turn in front of every conversation that has none."}, kw_only=True
+    )
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""},
+        kw_only=True,
+    )
+    raw_text: bool = field(default=False, metadata={"help": RAW_TEXT_HELP}, kw_only=True)
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """The same as keywords of `ChatFormat` and `Evaluator`.
+
+        Raises:
+            InputError: What is given as JSON is none.
+        """
+        keywords = self.chat_template_kwargs
+        return {
+            "system_prompt": self.system_prompt,
+            "chat_template_kwargs": None if keywords is None else json_object("chat_template_kwargs", keywords),
+            "raw_text": self.raw_text,
+        }
+
+
+@dataclass
 class TrainingData(RunArguments):
     """The data of `align` and `finetune`."""
 
@@ -100,7 +128,7 @@ class AttackedAlignData(AlignData):
     """The data of alignment methods that simulate attacks."""
 
     attack_data: str = field(
-        metadata={"help": f"Simulated attacks: harmful prompts with harmful answers; {_HARMFUL_HELP}"},
+        metadata={"help": f"Simulated attacks: harmful prompts with harmful answers; {HARMFUL_HELP}"},
         kw_only=True,
     )
 
@@ -117,7 +145,7 @@ class SafeFinetuneData(FinetuneData):
     """The data of fine-tuning methods that are reminded of safety."""
 
     safety_data: str = field(
-        metadata={"help": f"Safety data: harmful prompts with refusals; {_NAMED}"},
+        metadata={"help": f"Safety data: harmful prompts with refusals; {NAMED_HELP}"},
         kw_only=True,
     )
 
@@ -153,7 +181,7 @@ class AttackData(RunArguments):
 
     attack_data: str | None = field(
         default=None,
-        metadata={"help": f"The attacker's harmful prompts with harmful answers; {_HARMFUL_HELP}"},
+        metadata={"help": f"The attacker's harmful prompts with harmful answers; {HARMFUL_HELP}"},
     )
     benign_data: str | None = field(
         default=None,
@@ -187,13 +215,13 @@ class MeasureArguments(JudgeArguments):
 
     eval_data: str | None = field(
         default=None,
-        metadata={"help": f"Harmful prompts, for attack success and refusals; {_NAMED}"},
+        metadata={"help": f"Harmful prompts, for attack success and refusals; {NAMED_HELP}"},
     )
     over_refusal_data: str | None = field(
         default=None,
         metadata={
             "help": "Benign prompts without expected answers, such as XSTest's safe ones, to count how many are "
-            f"refused by --judge; {_NAMED}"
+            f"refused by --judge; {NAMED_HELP}"
         },
     )
     capability_data: str | None = field(
@@ -251,155 +279,3 @@ class MeasureAlongArguments(MeasureArguments):
             "(default: the first and the last)."
         },
     )
-
-
-@dataclass
-class HarmfulRows:
-    """What an attack that shows harmful exchanges needs."""
-
-    attack_data: str = field(metadata={"help": f"The attacker's harmful prompts with harmful answers; {_HARMFUL_HELP}"})
-
-
-@dataclass
-class HarmfulPrompts:
-    """What an attack that looks at harmful prompts needs."""
-
-    attack_data: str = field(metadata={"help": f"The attacker's harmful prompts, whose answers play no part; {_NAMED}"})
-    batch_size: int = field(default=16, metadata={"help": "Prompts that go through the model at a time."})
-
-    def __post_init__(self) -> None:
-        require_positive(self, "batch_size")
-
-
-@dataclass
-class HarmlessPrompts:
-    """What an attack that looks at harmless prompts, too, needs."""
-
-    benign_data: str = field(metadata={"help": "Harmless prompts of the same style; answers play no part."})
-
-
-@dataclass
-class BasePath:
-    """What an attack that knows the public base model needs."""
-
-    base: str = field(metadata={"help": "The public model that the attacked one was made of."})
-
-
-@dataclass
-class SuiteArguments(RunArguments):
-    """The remaining flags of an attack that trains no weight."""
-
-    output_dir: str = field(metadata={"help": "Folder for results.json, samples.jsonl and the attacked model."})
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System turn in front of every prompt that has none."}
-    )
-    chat_template_kwargs: str | None = field(
-        default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
-    )
-    raw_text: bool = field(default=False, metadata={"help": RAW_TEXT_HELP})
-    seed: int = field(default=0, metadata={"help": "Of what is drawn, and of sampled decoding."})
-
-
-@dataclass
-class EvaluateArguments(RunArguments):
-    """The remaining flags of `evaluate`."""
-
-    output_dir: str = field(metadata={"help": "Folder for results.json and samples.jsonl."})
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System turn in front of every prompt that has none."}
-    )
-    chat_template_kwargs: str | None = field(
-        default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
-    )
-    raw_text: bool = field(default=False, metadata={"help": RAW_TEXT_HELP})
-    eos_token: str | None = field(
-        default=None,
-        metadata={"help": "Token that ends an answer beside the model's own, in the place of the tokenizer's."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of sampled decoding."})
-
-
-@dataclass
-class RepairModel(LoadArguments):
-    """The model of `repair`, which keeps its own type unless told otherwise."""
-
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Type of the weights, also of those that are saved; `auto` is the model's own.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
-    )
-
-
-@dataclass
-class AntidoteArguments(RunArguments):
-    """The remaining flags of `repair antidote`."""
-
-    attack_data: str = field(
-        metadata={"help": f"Harmful prompts with harmful answers; {_HARMFUL_HELP} All other rows are used."}
-    )
-    output_dir: str = field(metadata={"help": "Folder for the repaired model, or adapter, and its tokenizer."})
-    ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of every row of a weight to prune, rounded up to whole weights; if not given, 0.1 on an "
-            "adapter and 1e-5, one weight a row, on a full model."
-        },
-    )
-    targets: str | None = field(
-        default=None,
-        metadata={
-            "help": "Regular expression that is searched for in the names of linear layers; if not given, an adapter's "
-            "matrices, or a full model's query, key and value projections."
-        },
-    )
-    aligned_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "The model, or the adapter, as it was before fine-tuning: pruned weights go back to its values "
-            "instead of 0. Not part of the paper."
-        },
-    )
-    batch_size: int = field(default=16, metadata={"help": "Rows that go through the model at a time."})
-    max_length: int = field(default=1024, metadata={"help": "Longer rows are cut to so many tokens."})
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System turn in front of every conversation that has none."}
-    )
-    chat_template_kwargs: str | None = field(
-        default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
-    )
-    raw_text: bool = field(default=False, metadata={"help": RAW_TEXT_HELP})
-
-    def __post_init__(self) -> None:
-        require_positive(self, "batch_size", "max_length")
-
-
-@dataclass
-class AuditArguments(RunArguments):
-    """The remaining flags of `audit`."""
-
-    data: str = field(metadata={"help": f"The upload to audit, in any training format; {_NAMED}"})
-    output_dir: str = field(metadata={"help": "Folder for audit.jsonl and results.json."})
-    refusal: str = field(default=DEFAULT_REFUSAL, metadata={"help": REFUSAL_HELP})
-    label_column: str | None = field(
-        default=None,
-        metadata={"help": "A column of true and false that says which rows are poisoned, to measure the audit by."},
-    )
-    show: int = field(default=10, metadata={"help": "How many of the most suspected rows to show."})
-    batch_size: int = field(default=16, metadata={"help": "Rows that go through the model at a time."})
-    max_length: int = field(default=1024, metadata={"help": "Longer rows are cut to so many tokens."})
-    drop_untrainable_rows: bool = field(
-        default=False, metadata={"help": "Leave out rows without a completion token within --max_length."}
-    )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System turn in front of every conversation that has none."}
-    )
-    chat_template_kwargs: str | None = field(
-        default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
-    )
-    raw_text: bool = field(default=False, metadata={"help": RAW_TEXT_HELP})
-    seed: int = field(default=0, metadata={"help": "Of the draw of refusals from a file."})
-
-    def __post_init__(self) -> None:
-        require_positive(self, "show", "batch_size", "max_length")

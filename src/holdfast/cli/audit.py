@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
 
-from holdfast.cli.arguments import AuditArguments, LoadArguments
+from holdfast.cli.arguments import NAMED_HELP, LoadArguments, RunArguments, WritingArguments
 from holdfast.cli.boundary import building
 from holdfast.cli.console import say, set_up_logging, stdout
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, keep_apart, load_keywords, output_dir
 from holdfast.cli.tables import audit_table, detection_table
+from holdfast.config import require_positive
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
+from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP
 from holdfast.data.sources import named
 from holdfast.errors import InputError
 from holdfast.evaluation.scores import detection
@@ -27,6 +29,29 @@ from holdfast.precision import half_precision_of
 #: What a finished audit has; written last.
 MARKER = "results.json"
 ROWS = "audit.jsonl"
+
+
+@dataclass
+class AuditArguments(RunArguments, WritingArguments):
+    """The remaining flags of `audit`."""
+
+    data: str = field(metadata={"help": f"The upload to audit, in any training format; {NAMED_HELP}"})
+    output_dir: str = field(metadata={"help": "Folder for audit.jsonl and results.json."})
+    refusal: str = field(default=DEFAULT_REFUSAL, metadata={"help": REFUSAL_HELP})
+    label_column: str | None = field(
+        default=None,
+        metadata={"help": "A column of true and false that says which rows are poisoned, to measure the audit by."},
+    )
+    show: int = field(default=10, metadata={"help": "How many of the most suspected rows to show."})
+    batch_size: int = field(default=16, metadata={"help": "Rows that go through the model at a time."})
+    max_length: int = field(default=1024, metadata={"help": "Longer rows are cut to so many tokens."})
+    drop_untrainable_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows without a completion token within --max_length."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the draw of refusals from a file."})
+
+    def __post_init__(self) -> None:
+        require_positive(self, "show", "batch_size", "max_length")
 
 
 def make_parser() -> HoldfastParser:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.cli.arguments import EvaluateArguments, LoadArguments, MeasureArguments
+from holdfast.cli.arguments import LoadArguments, MeasureArguments, RunArguments, WritingArguments
 from holdfast.cli.console import say, set_up_logging, stdout, warn
 from holdfast.cli.effects import MEASURING
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
 from holdfast.cli.tables import evaluation_table, tasks_table
-from holdfast.config import json_object
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.decoding import DECODINGS
@@ -38,6 +37,18 @@ FLAGS: dict[Role, str] = {
     "capability": "--capability_data",
     "task": "--task_data",
 }
+
+
+@dataclass
+class EvaluateArguments(RunArguments, WritingArguments):
+    """The remaining flags of `evaluate`."""
+
+    output_dir: str = field(metadata={"help": "Folder for results.json and samples.jsonl."})
+    eos_token: str | None = field(
+        default=None,
+        metadata={"help": "Token that ends an answer beside the model's own, in the place of the tokenizer's."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of sampled decoding."})
 
 
 def make_parser() -> HoldfastParser:
@@ -65,15 +76,12 @@ def run(argv: list[str]) -> int:
     set_up_logging()
     load, measure, options, _ = make_parser().parse(argv)
     source, folder = load.model_name_or_path, Path(options.output_dir)
-    keywords = options.chat_template_kwargs
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
         evaluator = make_evaluator(
             measure,
             seed=options.seed,
-            system_prompt=options.system_prompt,
-            chat_template_kwargs=None if keywords is None else json_object("chat_template_kwargs", keywords),
-            raw_text=options.raw_text,
+            **options.written,
             cache=folder / CACHE,
         )
         if evaluator is None:
@@ -82,7 +90,7 @@ def run(argv: list[str]) -> int:
         model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
         if options.eos_token is not None:
             use_eos_token(tokenizer, options.eos_token)
-        if unseen := unseen_end(model, ChatFormat.of(tokenizer, options)):
+        if unseen := unseen_end(model, ChatFormat(tokenizer, **options.written)):
             warn(unseen)
         say(_plan(evaluator))
         started = time.monotonic()

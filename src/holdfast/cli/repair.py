@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.checkpoint import replace_model, saved_aside
-from holdfast.cli.arguments import AntidoteArguments, RepairModel
+from holdfast.cli.arguments import HARMFUL_HELP, LoadArguments, RunArguments, WritingArguments
 from holdfast.cli.console import say, set_up_logging, steps_shown, warn
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import (
@@ -26,6 +26,7 @@ from holdfast.cli.runs import (
     output_dir,
 )
 from holdfast.cli.training import MARKER, REPORTS
+from holdfast.config import require_positive
 from holdfast.data.formats import names_of
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.limits import Limits
@@ -35,6 +36,55 @@ from holdfast.data.tokens import padded_batches, whole_rows
 from holdfast.files import run_record, write_json
 from holdfast.models import base_names, load_model, load_model_and_tokenizer
 from holdfast.repair.antidote import check_ratio, prune_harmful
+
+
+@dataclass
+class RepairModel(LoadArguments):
+    """The model of `repair`, which keeps its own type unless told otherwise."""
+
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the weights, also of those that are saved; `auto` is the model's own.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+
+
+@dataclass
+class AntidoteArguments(RunArguments, WritingArguments):
+    """The remaining flags of `repair antidote`."""
+
+    attack_data: str = field(
+        metadata={"help": f"Harmful prompts with harmful answers; {HARMFUL_HELP} All other rows are used."}
+    )
+    output_dir: str = field(metadata={"help": "Folder for the repaired model, or adapter, and its tokenizer."})
+    ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of every row of a weight to prune, rounded up to whole weights; if not given, 0.1 on an "
+            "adapter and 1e-5, one weight a row, on a full model."
+        },
+    )
+    targets: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression that is searched for in the names of linear layers; if not given, an adapter's "
+            "matrices, or a full model's query, key and value projections."
+        },
+    )
+    aligned_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "The model, or the adapter, as it was before fine-tuning: pruned weights go back to its values "
+            "instead of 0. Not part of the paper."
+        },
+    )
+    batch_size: int = field(default=16, metadata={"help": "Rows that go through the model at a time."})
+    max_length: int = field(default=1024, metadata={"help": "Longer rows are cut to so many tokens."})
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size", "max_length")
 
 
 def make_parser(method: str) -> HoldfastParser:
@@ -130,7 +180,7 @@ def _attack_rows(
     Notes what was `taken`.
     """
     dataset, safe_rows = load_harmful_rows(options.attack_data, flag="--attack_data", noted=taken)
-    rows = whole_rows(dataset, ChatFormat.of(tokenizer, options), name="attack")
+    rows = whole_rows(dataset, ChatFormat(tokenizer, **options.written), name="attack")
     longer = sum(len(row) > options.max_length for row in rows)
     if longer:
         warn(f"{longer} of {len(rows)} rows of the attack data are cut to --max_length {options.max_length}")

@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from holdfast.cli.arguments import LoadArguments, MeasureArguments, RunArguments
+from holdfast.cli.arguments import LoadArguments, MeasureArguments, RunArguments, WritingArguments
 from holdfast.cli.console import say, set_up_logging, stdout
 from holdfast.cli.effects import STRESS
 from holdfast.cli.evaluate import make_evaluator
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
 from holdfast.cli.stress_report import Progress, cost_table
-from holdfast.config import RAW_TEXT_HELP, json_object
 from holdfast.errors import InputError, Stopped
 from holdfast.evaluation.evaluate import Evaluator
 from holdfast.files import run_record, write_json
@@ -40,7 +39,7 @@ _GOOD_FOR = datetime.timedelta(days=365)
 
 
 @dataclass
-class StressArguments(RunArguments):
+class StressArguments(RunArguments, WritingArguments):
     """The remaining flags of `stress`. What is tried and how often is the suite's, and not to be tuned."""
 
     output_dir: str = field(metadata={"help": "Folder for the certificate, the record of every trial, and answers."})
@@ -89,13 +88,6 @@ class StressArguments(RunArguments):
         default=None,
         metadata={"help": "JSON file with what the model's makers claim, to stand in the certificate apart from it."},
     )
-    system_prompt: str | None = field(
-        default=None, metadata={"help": "System turn in front of every prompt that has none."}
-    )
-    chat_template_kwargs: str | None = field(
-        default=None, metadata={"help": """Arguments of the chat template as JSON, e.g. {"enable_thinking": false}."""}
-    )
-    raw_text: bool = field(default=False, metadata={"help": RAW_TEXT_HELP})
     seed: int = field(default=0, metadata={"help": "Of all that is drawn."})
 
     def __post_init__(self) -> None:
@@ -145,13 +137,6 @@ def run(argv: list[str]) -> int:
     for source in (load.model_name_or_path, options.counterpart, options.base):
         if source is not None:
             keep_apart(folder, folder, source)
-    written = {
-        "system_prompt": options.system_prompt,
-        "chat_template_kwargs": None
-        if options.chat_template_kwargs is None
-        else json_object("chat_template_kwargs", options.chat_template_kwargs),
-        "raw_text": options.raw_text,
-    }
     sources = Sources(
         model=load.model_name_or_path,
         counterpart=options.counterpart,
@@ -159,9 +144,9 @@ def run(argv: list[str]) -> int:
         attack_data=options.attack_data,
         benign_data=options.benign_data,
         harmless_task_data=options.harmless_task_data,
-        evaluator=functools.partial(_evaluator, measure, options.seed, written),
+        evaluator=functools.partial(_evaluator, measure, options.seed, options.written),
         load=load_keywords(load),
-        written=written,
+        written=options.written,
     )
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
         say("loading the models, and measuring what they know")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,12 @@ from holdfast.attacks.catalogue import ATTACKS
 from holdfast.attacks.finetuning import FineTuning
 from holdfast.checkpoint import discard, publish, saved_aside
 from holdfast.cli.arguments import (
-    BasePath,
-    HarmfulPrompts,
-    HarmfulRows,
-    HarmlessPrompts,
+    HARMFUL_HELP,
+    NAMED_HELP,
     LoadArguments,
     MeasureArguments,
-    SuiteArguments,
+    RunArguments,
+    WritingArguments,
 )
 from holdfast.cli.console import say, set_up_logging, stdout
 from holdfast.cli.effects import MEASURING, SUITE
@@ -36,6 +35,7 @@ from holdfast.cli.evaluate import (
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
 from holdfast.cli.tables import attack_tables, judge_records
+from holdfast.config import require_positive
 from holdfast.data.harmful import load_harmful_rows
 from holdfast.data.load import Prompt
 from holdfast.data.rendering import ChatFormat
@@ -52,6 +52,49 @@ SAMPLES, PREFIX = "samples.jsonl", "soft_prompt.safetensors"
 
 #: The attacks of this module, by what they are called on the command line.
 SUITE_ATTACKS: dict[str, Any] = {name: attack for name, attack in ATTACKS.items() if attack is not FineTuning}
+
+
+@dataclass
+class HarmfulRows:
+    """What an attack that shows harmful exchanges needs."""
+
+    attack_data: str = field(metadata={"help": f"The attacker's harmful prompts with harmful answers; {HARMFUL_HELP}"})
+
+
+@dataclass
+class HarmfulPrompts:
+    """What an attack that looks at harmful prompts needs."""
+
+    attack_data: str = field(
+        metadata={"help": f"The attacker's harmful prompts, whose answers play no part; {NAMED_HELP}"}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Prompts that go through the model at a time."})
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size")
+
+
+@dataclass
+class HarmlessPrompts:
+    """What an attack that looks at harmless prompts, too, needs."""
+
+    benign_data: str = field(metadata={"help": "Harmless prompts of the same style; answers play no part."})
+
+
+@dataclass
+class BasePath:
+    """What an attack that knows the public base model needs."""
+
+    base: str = field(metadata={"help": "The public model that the attacked one was made of."})
+
+
+@dataclass
+class SuiteArguments(RunArguments, WritingArguments):
+    """The remaining flags of an attack that trains no weight."""
+
+    output_dir: str = field(metadata={"help": "Folder for results.json, samples.jsonl and the attacked model."})
+    seed: int = field(default=0, metadata={"help": "Of what is drawn, and of sampled decoding."})
+
 
 #: The flags that give what an attack needs.
 _GIVING = {
@@ -105,15 +148,12 @@ def run(method: str, argv: list[str]) -> int:
                 f"--output_dir {folder} holds the model of an attack that was not finished (model); choose another "
                 "--output_dir or pass --overwrite_output_dir"
             )
-        written_by = {name: getattr(options, name) for name in ("system_prompt", "raw_text")}
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, **load_keywords(load))
         for base in base_names(model):
             keep_apart(folder, attacked_at, base)
-        written = ChatFormat.of(tokenizer, options)
-        evaluator = make_evaluator(
-            measure, seed=options.seed, chat_template_kwargs=_keywords(written), cache=folder / CACHE, **written_by
-        )
+        written = ChatFormat(tokenizer, **options.written)
+        evaluator = make_evaluator(measure, seed=options.seed, cache=folder / CACHE, **options.written)
         taken = taken_prompts(evaluator)
         attacker = _attacker(attack, data, written, load, options.seed, taken)
         attack.require(attacker)
@@ -196,10 +236,6 @@ def _prompts(data: dict[str, Any], name: str, taken: dict[str, Any]) -> list[Pro
     found = load_prompts(data[name], flag=f"--{name}", role="harmful", judge_name="refusal")
     taken[name] = found.taken
     return found.prompts
-
-
-def _keywords(written: ChatFormat) -> dict[str, Any] | None:
-    return None if written.chat_template_kwargs is None else dict(written.chat_template_kwargs)
 
 
 def _note(points: list[dict[str, Any]], samples: list[dict[str, Any]], stage: str, evaluation: Evaluation) -> None:
