@@ -23,8 +23,9 @@ from holdfast.report.wording import (
     steps,
     times,
 )
+from holdfast.stress.costs import first_broken, kept_points
 from holdfast.stress.studies import Studies
-from holdfast.stress.trials import Record, first_broken, value_of
+from holdfast.stress.trials import Record, value_of
 
 #: Seconds between two lines where there is no terminal.
 _QUIET = 15
@@ -87,7 +88,7 @@ def _told(record: Record) -> str:
     broken = first_broken(record)
     if broken is not None:
         return f"{record['attack']} breaks the model in {broken['steps']} steps (HS {broken['harmful_score']:.2f})"
-    worst = max((point["harmful_score"] for point in record["points"] if not point["collapsed"]), default=None)
+    worst = max((point["harmful_score"] for point in kept_points(record)), default=None)
     return f"{record['attack']} {record['end']}" + ("" if worst is None else f" (HS {worst:.2f})")
 
 
