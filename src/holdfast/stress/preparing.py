@@ -18,13 +18,14 @@ from holdfast.evaluation.evaluate import Evaluator
 from holdfast.files import versions
 from holdfast.residual import decoder_layers, writers
 from holdfast.stress.bound import EPSILON, THRESHOLD, Own, require_enough
+from holdfast.stress.certificate import SCHEMA
 from holdfast.stress.costs import canonical
 from holdfast.stress.identity import describe_data, describe_model
 from holdfast.stress.search import Plan
 from holdfast.stress.subjects import Sources, Subjects, set_of, spread, with_sets
 from holdfast.stress.suites import KINDS, Scene, Suite, grids, openers_of, suite_of
 from holdfast.stress.tax import NAMES
-from holdfast.stress.trials import SCHEMA, Kind, Setting, Target, attacks_of
+from holdfast.stress.trials import Kind, Setting, Target, attacks_of
 
 #: Attacks that find their way about a model by its layers, or by what writes to the residual stream.
 _BY_LAYER = ("ablation", "dropping", "rounding", "pruning", "noise")

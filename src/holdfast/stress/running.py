@@ -18,10 +18,11 @@ from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.evaluation.evaluate import COUNTS, Evaluation, Evaluator
 from holdfast.evaluation.prompts import Role
 from holdfast.stress.bound import EPSILON, THRESHOLD, Own
+from holdfast.stress.certificate import SCHEMA
 from holdfast.stress.commands import command_of
 from holdfast.stress.subjects import Sources, Subjects, set_of, spread, with_sets
 from holdfast.stress.suites import Suite
-from holdfast.stress.trials import SCHEMA, Record, Target, Trial, attacks_of, name_of
+from holdfast.stress.trials import Record, Target, Trial, attacks_of, name_of
 
 ENOUGH = 2
 """A trial ends when so many of its points have collapsed."""

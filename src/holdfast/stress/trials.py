@@ -11,9 +11,6 @@ from holdfast.attacks.attack import Attack
 from holdfast.attacks.catalogue import ATTACKS
 from holdfast.stress.costs import first_broken, kept_points
 
-SCHEMA = 1
-"""Version of the layout of a trial's record."""
-
 Kind = Literal["prompting", "training-free", "base-holder", "lora", "full", "hybrid"]
 Target = Literal["model", "counterpart"]
 Stage = Literal["grid", "tpe", "confirm"]
