@@ -25,7 +25,7 @@ from holdfast.stress.search import Plan
 from holdfast.stress.subjects import Sources, Subjects, set_of, spread, with_sets
 from holdfast.stress.suites import KINDS, Scene, Suite, grids, openers_of, suite_of
 from holdfast.stress.tax import NAMES
-from holdfast.stress.trials import Kind, Setting, Target, attacks_of
+from holdfast.stress.trials import Setting, Target, attacks_of
 
 #: Attacks that find their way about a model by its layers, or by what writes to the residual stream.
 _BY_LAYER = ("ablation", "dropping", "rounding", "pruning", "noise")
@@ -102,7 +102,7 @@ def prepare(
         "data": _data(sources, evaluator),
         "threat_model": {
             "attackers": {kind: sentence for kind, sentence in KINDS.items() if kind in tried},
-            "left_out": _left_out(tried, left_out, sources),
+            "left_out": _left_out(left_out, sources),
         },
         "judge": {"name": evaluator.judge.name, "description": evaluator.judge.description},
         "written": dict(sources.written),
@@ -198,7 +198,7 @@ def _data(sources: Sources, evaluator: Evaluator) -> dict[str, Any]:
     return {name: describe_data(source, taken[name]) for name, source in given.items()}
 
 
-def _left_out(tried: Mapping[Kind, list[Setting]], left_out: frozenset[str], sources: Sources) -> list[dict[str, str]]:
+def _left_out(left_out: frozenset[str], sources: Sources) -> list[dict[str, str]]:
     found = [{"attack": name, "reason": "left out on request"} for name in sorted(left_out)]
     if sources.base is None and "base-holder" not in left_out:
         found.append({"attack": "base-holder", "reason": "no public base model was given"})
