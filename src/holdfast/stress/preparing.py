@@ -15,6 +15,7 @@ from holdfast.attacks.catalogue import ATTACKS
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluator
+from holdfast.evaluation.prompts import Role
 from holdfast.files import versions
 from holdfast.residual import decoder_layers, writers
 from holdfast.stress.bound import EPSILON, THRESHOLD, Own, require_enough
@@ -186,16 +187,21 @@ def _model(source: str | None, sources: Sources) -> dict[str, Any] | None:
 
 def _data(sources: Sources, evaluator: Evaluator) -> dict[str, Any]:
     """What was read, by flag."""
-    read = {"attack_data": sources.attack_data, "benign_data": sources.benign_data}
-    read |= {"eval_data": set_of(evaluator, "harmful").source}
-    read |= {"capability_data": set_of(evaluator, "capability").source}
+
+    def rows(name: str) -> dict[str, Any]:
+        source, noted = getattr(sources, name), dict[str, Any]()
+        load_rows(source, flag=f"--{name}", noted=noted)
+        return describe_data(source, noted[name])
+
+    def prompts(role: Role) -> dict[str, Any]:
+        asked = set_of(evaluator, role)
+        return describe_data(asked.source, asked.taken)
+
+    found = {name: rows(name) for name in ("attack_data", "benign_data") if getattr(sources, name) is not None}
+    found |= {"eval_data": prompts("harmful"), "capability_data": prompts("capability")}
     if sources.harmless_task_data is not None:
-        read |= {"harmless_task_data": sources.harmless_task_data, "task_data": set_of(evaluator, "task").source}
-    given = {name: source for name, source in read.items() if source is not None}
-    taken: dict[str, Any] = {}
-    for name, source in given.items():
-        load_rows(source, flag=f"--{name}", noted=taken)
-    return {name: describe_data(source, taken[name]) for name, source in given.items()}
+        found |= {"harmless_task_data": rows("harmless_task_data"), "task_data": prompts("task")}
+    return found
 
 
 def _left_out(left_out: frozenset[str], sources: Sources) -> list[dict[str, str]]:
