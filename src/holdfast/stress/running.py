@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from holdfast.attacks.attack import FREE, Attacker, Cost, Prompting
+from holdfast.attacks.attack import FREE, Attack, Attacker, Cost, Prompting
 from holdfast.attacks.finetuning import Along, FineTuning
 from holdfast.attacks.soft_prompt import SoftPrompt
 from holdfast.errors import InputError, TrainingError
@@ -81,7 +81,8 @@ class Runner:
         model = self.subjects.fresh(trial.target)
         try:
             attacks = attacks_of(trial.setting)
-            run.attack(model, self.subjects.attacker(trial.seed, base=any("base" in one.needed() for one in attacks)))
+            holds_base = any("base" in one.needed() for one in attacks)
+            run.attack(model, attacks, self.subjects.attacker(trial.seed, base=holds_base))
         except (InputError, TrainingError) as error:
             reason = str(error)
         except torch.OutOfMemoryError:
@@ -103,9 +104,9 @@ class _Run:
         self._began = time.monotonic()
         self._measuring_took = 0.0
 
-    def attack(self, model: PreTrainedModel, attacker: Attacker) -> None:
+    def attack(self, model: PreTrainedModel, chain: Sequence[Attack], attacker: Attacker) -> None:
         """Attack and measure."""
-        attacks = list(attacks_of(self.trial.setting))
+        attacks = list(chain)
         for attack in attacks:
             attack.require(attacker)
         prompting = attacks.pop() if attacks and isinstance(attacks[-1], Prompting) else None
