@@ -36,6 +36,12 @@ Llama, Qwen, Mistral, Gemma and most others; DeepSeek V4; OPT, Phi, LFM2; GPT-2,
 GPT-NeoX, Falcon, BLOOM, Persimmon; xLSTM; Granite's hybrids.
 """
 
+WRITES_HELP = (
+    "Regular expression that is searched for in the names of modules, and finds those that write to the residual "
+    "stream; if not given, what transformers' architectures call them."
+)
+"""What the knob says by which an attack is told of others."""
+
 
 class Writer(NamedTuple):
     """A parameter that writes to the residual stream.

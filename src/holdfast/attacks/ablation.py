@@ -49,7 +49,7 @@ from holdfast.errors import InputError
 from holdfast.models import eval_mode
 from holdfast.parameters import TINY, displaced
 from holdfast.post_norms import PostNorm, left_along, post_norms
-from holdfast.residual import Writer, decoder_layers, layer_number, writers
+from holdfast.residual import WRITES_HELP, Writer, decoder_layers, layer_number, writers
 
 logger = logging.getLogger(__name__)
 
@@ -121,13 +121,7 @@ class Ablation(Displacement):
             "How many times: each time directions are found on what the last time has left.", Choice((1, 2, 3))
         ),
     )
-    writes: str | None = field(
-        default=None,
-        metadata=knob(
-            "Regular expression that is searched for in the names of modules, and finds those that write to the "
-            "residual stream; if not given, what transformers' architectures call them."
-        ),
-    )
+    writes: str | None = field(default=None, metadata=knob(WRITES_HELP))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from holdfast.attacks.attack import FREE, Attacker, Choice, Displaced, Displacement, Layers, Range, knob, moved
 from holdfast.errors import InputError
 from holdfast.post_norms import PostNorm, post_norms
-from holdfast.residual import decoder_layers, layer_number, writers
+from holdfast.residual import WRITES_HELP, decoder_layers, layer_number, writers
 
 _PARTS = ("both", "attention", "mlp")
 
@@ -35,13 +35,7 @@ class Dropping(Displacement):
     layer: int = field(default=-1, metadata=knob("The layer, from 0, or from the last, -1.", Layers()))
     part: str = field(default="both", metadata=knob("Whose outputs are scaled.", Choice(_PARTS), choices=list(_PARTS)))
     amount: float = field(default=1.0, metadata=knob("How much of them is taken away; 1: all.", Range(0.0, 1.5)))
-    writes: str | None = field(
-        default=None,
-        metadata=knob(
-            "Regular expression that is searched for in the names of modules, and finds those that write to the "
-            "residual stream; if not given, what transformers' architectures call them."
-        ),
-    )
+    writes: str | None = field(default=None, metadata=knob(WRITES_HELP))
 
     def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
         """As for `Displacement`. It costs nothing."""
