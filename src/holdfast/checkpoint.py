@@ -14,13 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from holdfast.errors import InputError
 from holdfast.files import flush, write_json
-from holdfast.parameters import ParameterVector, shard_like
+from holdfast.parameters import ParameterVector, gathered, shard_like
 
 VALUES, VECTORS = "holdfast_state.json", "holdfast_state.safetensors"
 #: What transformers saves beside a model; the run's record says the same in the open.
@@ -242,4 +241,4 @@ def discard(output_dir: str | Path, checkpoints: Iterable[Path]) -> None:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().contiguous()
+    return gathered(tensor).detach().cpu().contiguous()

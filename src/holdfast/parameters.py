@@ -250,6 +250,12 @@ def local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a DTensor, gathered; a plain tensor as it is."""
+    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full
+
+
 def shard_like(parameter: Tensor, whole: Tensor) -> Tensor:
     """A whole tensor on its parameter's device and in its dtype, sharded as the parameter is."""
     whole = whole.to(parameter.device, parameter.dtype)

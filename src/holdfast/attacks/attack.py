@@ -26,7 +26,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from holdfast.data.load import Prompt
@@ -34,7 +33,7 @@ from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.models import merge
-from holdfast.parameters import ParameterVector, is_finite, shard_like, shift, trainable_parameters
+from holdfast.parameters import ParameterVector, gathered, is_finite, shard_like, shift, trainable_parameters
 
 HOLDINGS = {
     "harmful_prompts": ("harmful prompts", "--attack_data"),
@@ -292,10 +291,9 @@ def moved(model: PreTrainedModel | PeftModel, changes: Mapping[str, Callable[[Te
         if name not in changes:
             vector[name] = torch.zeros_like(parameter)
             continue
-        held = parameter.detach()
-        whole = held.full_tensor() if isinstance(held, DTensor) else held
-        whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
-        vector[name] = shard_like(parameter, changes[name](whole) - whole)
+        old = gathered(parameter.detach())
+        old = old.to(torch.promote_types(old.dtype, torch.float32))
+        vector[name] = shard_like(parameter, changes[name](old) - old)
     return vector
 
 

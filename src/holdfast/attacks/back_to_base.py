@@ -17,12 +17,12 @@ from typing import ClassVar
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from holdfast.attacks.attack import FREE, Attacker, Choice, Displaced, Displacement, Range, knob, moved
 from holdfast.config import require_not_negative
 from holdfast.errors import InputError
+from holdfast.parameters import gathered
 from holdfast.residual import decoder_layers, layer_number, places
 
 _PARTS = ("all", "attention", "mlp", "outside")
@@ -93,7 +93,7 @@ def towards(weight: Tensor, *, base: Tensor, kept: float, rank: int = 0) -> Tens
     Returns:
         The new weight, of the same shape.
     """
-    start = _whole(base).to(weight)
+    start = gathered(base).to(weight)
     difference = weight - start
     if rank and weight.dim() > 1:
         u, s, v = torch.linalg.svd(difference, full_matrices=False)
@@ -104,11 +104,7 @@ def towards(weight: Tensor, *, base: Tensor, kept: float, rank: int = 0) -> Tens
 def _as_in_base(model: PreTrainedModel, base: Mapping[str, Tensor]) -> set[str]:
     """The parameters that are never trained, as positions that are computed, and so are the base's."""
     frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-    return {name for name, held in frozen.items() if torch.equal(_whole(held), _whole(base[name]).to(held))}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return {name for name, held in frozen.items() if torch.equal(gathered(held), gathered(base[name]).to(held))}
 
 
 def fitting(model: PreTrainedModel, base: PreTrainedModel) -> dict[str, Tensor]:
