@@ -28,7 +28,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
-# As in cli/workers.py: otherwise a tenth of the time goes into page faults.
+# As in allocation.py: otherwise a tenth of the time goes into page faults.
 os.environ.update({f"MALLOC_{name}_": str(2**30) for name in ("MMAP_THRESHOLD", "TRIM_THRESHOLD")})
 
 import torch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from holdfast.allocation import keep_freed_memory
 from holdfast.errors import TrainingError
 
 # What is written where standard error is no terminal: "align sft: step 40/300 · loss 0.12", "stress: trial 3/150 …".
@@ -55,9 +55,7 @@ def run_commands(commands: Sequence[Command], logs: Path, *, console: Console, p
         TrainingError: A command failed; the message quotes its last line and names its log.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    # glibc would hand large blocks back to the system and fault them in again at every update, a tenth of its time.
-    for name, value in {"MMAP_THRESHOLD": 2**30, "TRIM_THRESHOLD": 2**30, "TOP_PAD": 2**26}.items():
-        os.environ.setdefault(f"MALLOC_{name}_", str(value))
+    keep_freed_memory()
     seconds: dict[str, float] = {}
     waiting = list(commands)
     running: dict[Future[tuple[int, float]], Command] = {}

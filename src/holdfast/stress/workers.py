@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from tqdm import tqdm
 
+from holdfast.allocation import keep_freed_memory
 from holdfast.errors import InputError, TrainingError
 from holdfast.stress.search import Plan
 from holdfast.stress.studies import Studies
@@ -39,9 +40,7 @@ def run(plan: Plan, *, processes: int, watch: Callable[[Studies], None]) -> None
         InputError: From a process.
         TrainingError: A process was killed.
     """
-    # glibc would hand large blocks back to the system and fault them in again at every update, a tenth of its time.
-    for name, value in {"MMAP_THRESHOLD": 2**30, "TRIM_THRESHOLD": 2**30, "TOP_PAD": 2**26}.items():
-        os.environ.setdefault(f"MALLOC_{name}_", str(value))
+    keep_freed_memory()
     worker = uuid4().hex
     studies = plan.studies(worker)
     studies.release(everyone=plan.storage is None)  # of a run that was killed
