@@ -24,6 +24,7 @@ from holdfast.files import (
     digest,
     run_record,
     versions,
+    whole_lines,
     write_json,
     write_jsonl,
     write_text,
@@ -229,3 +230,16 @@ def test_what_does_not_fit_is_not_added_in_part(tmp_path):
     assert path.read_bytes() == before
     append_jsonl(path, [{"steps": 1}])
     assert path.read_text() == '{"steps": 0}\n{"steps": 1}\n'
+
+
+def test_half_a_line_is_taken_off_the_lines_that_were_added(tmp_path):
+    path = tmp_path / "points.jsonl"
+    assert whole_lines(path) == []
+    append_jsonl(path, [{"said": "one\u2028line"}, {"said": "2"}])
+    before = path.read_bytes()
+    path.write_bytes(before + b'{"said": "hal')
+    assert [json.loads(line)["said"] for line in whole_lines(path)] == ["one\u2028line", "2"]
+    assert path.read_bytes() == before
+    path.write_bytes(b'{"said": "hal')
+    assert whole_lines(path) == []
+    assert path.read_bytes() == b""

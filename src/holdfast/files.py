@@ -116,6 +116,26 @@ def append_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
             raise
 
 
+def whole_lines(path: Path | str) -> list[bytes]:
+    """Read the lines that `append_jsonl` added; half a line, as a killed run leaves it, is taken off the file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The lines, as bytes: text would part at more than line ends. None where there is no file.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.open("r+b") as stream:
+            stream.truncate(end)
+    return content[:end].splitlines()
+
+
 def flush(path: Path | str) -> None:
     """Make a file, or the names in a folder, last through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -21,7 +21,7 @@ from holdfast.evaluation.answers import Answer, count_marks
 from holdfast.evaluation.decoding import Decoding
 from holdfast.evaluation.generation import generate
 from holdfast.evaluation.judges import is_refusal
-from holdfast.files import append_jsonl, digest, write_jsonl
+from holdfast.files import append_jsonl, digest, whole_lines, write_jsonl
 from holdfast.proxy.topics import Questions, Topic
 
 ANSWERS = "answers.jsonl"
@@ -137,9 +137,7 @@ class Proxy:
             "chat_template_kwargs": keywords,
         }
         path = directory / ANSWERS
-        said = _read(path, how)
-        if not path.exists():
-            append_jsonl(path, [how])
+        said = _begun(path, how)
         missing = [question for question in questions if question not in said]
         # Neighbours in length need little padding, and are the same ones in a run that goes on.
         missing.sort(key=len)
@@ -186,23 +184,17 @@ def _line(question: str, answer: Answer) -> dict[str, Any]:
     return {"question": question, "answer": answer.text, **thinking, "truncated": answer.truncated}
 
 
-def _read(path: Path, how: Mapping[str, Any]) -> dict[str, Answer]:
-    """Answers that were written down before; half a line, as a killed run leaves it, is taken away."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    lines = [json.loads(line) for line in whole.splitlines()]  # of bytes: text would part at more than line feeds
-    if lines and lines[0] != how:
+def _begun(path: Path, how: Mapping[str, Any]) -> dict[str, Answer]:
+    """Answers that were written down before; a file without any is begun."""
+    lines = [json.loads(line) for line in whole_lines(path)]
+    if not lines:
+        append_jsonl(path, [how])
+    elif lines[0] != how:
         changed = next(name for name in how if lines[0].get(name) != how[name])
         raise InputError(
             f"{path} holds answers to other settings ({changed}: {lines[0].get(changed)!r}, now {how[changed]!r}); "
             "choose another folder, or pass --overwrite_output_dir to ask anew"
         )
-    if not lines:
-        path.unlink()
     return {
         line["question"]: Answer(line["answer"], line["thoughts"], line["thinking_unclosed"], line["truncated"])
         for line in lines[1:]

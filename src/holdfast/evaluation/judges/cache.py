@@ -6,7 +6,7 @@ from pathlib import Path
 
 from holdfast.errors import InputError
 from holdfast.evaluation.judges.template import text_digest
-from holdfast.files import append_jsonl
+from holdfast.files import append_jsonl, whole_lines
 
 CACHE = "judged.jsonl"
 """What the file is called in the folder of a run."""
@@ -41,7 +41,7 @@ class Cache:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self._replies = {} if path is None or not path.exists() else _read(path)
+        self._replies = {} if path is None else _read(path)
 
     def get(self, key: str) -> Reply | None:
         """Return what a judge said when it was asked this; None if it was not."""
@@ -60,13 +60,8 @@ def key_of(**asked: object) -> str:
 
 
 def _read(path: Path) -> dict[str, Reply]:
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):  # the beginning of a line that a killed run did not come to end
-        with path.open("r+b") as stream:
-            stream.truncate(len(whole))
     found = {}
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole_lines(path), 1):
         try:
             row = json.loads(line)
             key = row.pop("asked")
