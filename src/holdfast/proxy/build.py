@@ -98,11 +98,6 @@ class Proxy:
         self, harmful: Mapping[str, list[str]], benign: Mapping[str, list[str]], said: Mapping[str, str]
     ) -> dict[str, list[dict[str, Any]]]:
         """The rows of every file. A question that the model answers with nothing is in none."""
-        draw = random.Random(self.seed)
-        refused = [_exchange(question, draw.choice(self.topic.refusals)) for question in harmful["alignment"]]
-        rehearsed = [_exchange(question, said[question]) for question in benign["alignment"] if said[question]]
-        alignment = refused + rehearsed
-        draw.shuffle(alignment)
 
         def answered(part: Sequence[str]) -> list[dict[str, Any]]:
             return [_exchange(question, said[question]) for question in part if said[question]]
@@ -110,6 +105,10 @@ class Proxy:
         def measured(part: Sequence[str]) -> list[dict[str, Any]]:
             return [{"prompt": _user(question), "answer": said[question]} for question in part if said[question]]
 
+        draw = random.Random(self.seed)
+        refused = [_exchange(question, draw.choice(self.topic.refusals)) for question in harmful["alignment"]]
+        alignment = refused + answered(benign["alignment"])
+        draw.shuffle(alignment)
         return {
             "alignment.jsonl": alignment,
             "simulated_attack.jsonl": answered(harmful["simulated_attack"]),
