@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from holdfast.data.formats import ORIGIN
+from holdfast.data.formats import ORIGIN, names_of
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.data.readers import in_memory
 from holdfast.data.shapes import SAFE_COLUMNS, arrow, truth, values_of, with_columns
@@ -36,26 +36,24 @@ def load_harmful_rows(source: Source, *, flag: str, noted: dict[str, Any] | None
         InputError: As from `load_rows`; a label is neither true nor false (the row is named), or all are safe.
     """
     rows = load_rows(source, flag=flag, columns=TRAIN_COLUMNS, noted=noted)
-    label = f"{flag} {named(source)}"
     column = next((name for name in SAFE_COLUMNS if name in rows.column_names), None)
     if column is None:
         return rows, 0
+    typed = named(source)
+    label = f"{flag} {typed}"
     name = flag.removeprefix("--").removesuffix("_data")
     codes, values = values_of(rows, column, f"{label}: expected true or false in the column {column!r}")
     safe = [truth(value) for value in values]
     if None in safe:
         code = safe.index(None)
-        index = pc.index(codes, code).as_py()
-        row = rows[ORIGIN][index].partition(" of ")[0] if ORIGIN in rows.column_names else f"row {index + 1}"
+        row = names_of(rows, name=name)[pc.index(codes, code).as_py()].partition(" of ")[0]
         raise InputError(f"{label}, {row}: {column!r} is {values[code]!r}; expected true or false")
     harmful = pc.is_in(codes, value_set=pa.array([code for code, one in enumerate(safe) if not one], codes.type))
     safe_rows = len(rows) - pc.sum(harmful).as_py()
     if safe_rows == len(rows):
         raise InputError(f"{label} has no harmful row: {column!r} is true in all of them")
     if safe_rows:
-        logger.info(
-            "%d of %d rows of %s are safe by their %r and are left out", safe_rows, len(rows), named(source), column
-        )
+        logger.info("%d of %d rows of %s are safe by their %r and are left out", safe_rows, len(rows), typed, column)
         places = pc.indices_nonzero(harmful).to_pylist()
         rows = in_memory(arrow(rows).filter(harmful), rows.features)
         if ORIGIN not in rows.column_names:
