@@ -40,6 +40,7 @@ _SHAPES: tuple[Mapping[str, str], ...] = (
 _PAIR = ("chosen", "rejected")
 # PKU-SafeRLHF: two answers, each with its label.
 _JUDGED = {f"response_{number}": f"is_response_{number}_safe" for number in range(2)}
+_JUDGED_COLUMNS = (*_JUDGED, *_JUDGED.values())
 
 
 def truth(value: Any) -> bool | None:
@@ -138,10 +139,12 @@ def values_of(rows: Dataset, column: str, where: str) -> tuple[pa.Array, list[An
     """
     cells = arrow(rows)[column]
     if isinstance(rows.features[column], Json):  # values of several kinds
-        values = {json.dumps(value): value for value in rows[column]}
+        found = list(rows[column])
+        written = [json.dumps(value) for value in found]
+        values = dict(zip(written, found, strict=True))
         if not any(isinstance(value, dict | list) for value in values.values()):
-            places = {written: place for place, written in enumerate(values)}
-            return pa.array([places[json.dumps(value)] for value in rows[column]]), list(values.values())
+            places = {text: place for place, text in enumerate(values)}
+            return pa.array([places[text] for text in written]), list(values.values())
     elif not pa.types.is_nested(cells.type):
         coded = cells.dictionary_encode(null_encoding="encode").combine_chunks()
         return coded.indices, coded.dictionary.to_pylist()
@@ -232,7 +235,7 @@ def _texts(cells: Any, make: Callable[[Any], Any], expected: str, where: str) ->
 
 def _side(rows: Dataset, part: Part, flag: str) -> tuple[Dataset, pa.Array | None]:
     """The rows with the answers of one side; and the place of each in `rows`, unless they are all of them."""
-    needed = [part.take] if part.take in _PAIR else [*_JUDGED, *_JUDGED.values()]
+    needed = [part.take] if part.take in _PAIR else _JUDGED_COLUMNS
     if lacking := [name for name in needed if name not in rows.column_names]:
         raise InputError(
             f"{flag} {part.label}: take {part.take} asks for the column {lacking[0]!r}, but {_columns(rows)}"
@@ -253,7 +256,7 @@ def _side(rows: Dataset, part: Part, flag: str) -> tuple[Dataset, pa.Array | Non
     if not places:
         raise InputError(f"{flag} {part.label}: take {part.take} leaves no row")
     where = pa.array(places)
-    rows = with_columns(in_memory(arrow(rows).take(where), rows.features), {_COMPLETION: answers}, without={*needed})
+    rows = with_columns(in_memory(arrow(rows).take(where), rows.features), {_COMPLETION: answers}, without=needed)
     return rows, where
 
 
@@ -273,8 +276,8 @@ def _shaped(rows: Dataset, part: Part, groups: Groups, flag: str) -> Dataset:
     columns = set(rows.column_names)
     if any(set(group) <= columns for group in groups):
         return rows
-    for side, pair in (("chosen", {*_PAIR}), ("unsafe", {*_JUDGED, *_JUDGED.values()})):
-        if pair <= columns:
+    for side, pair in (("chosen", _PAIR), ("unsafe", _JUDGED_COLUMNS)):
+        if columns.issuperset(pair):
             raise InputError(
                 f"{flag} {part.label} has pairs of answers, and nothing says which of the two are meant; say it, as in "
                 f"{asking(flag, part, take=side)}"
