@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,33 +163,31 @@ def _from_mapping(given: Mapping[str, Any], flag: str) -> Part:
             f"{flag}: a source needs a path, a file or the name of a data set; got {json.dumps(given, default=str)}"
         )
     part = replace(_from_text(given["path"]), **{key: value for key, value in given.items() if key != "path"})
-    for key in ("name", "split", "revision"):
-        _require(part, key, isinstance(getattr(part, key), str), "a text", flag)
-    for key in ("where", "columns"):
-        _require(
-            part,
-            key,
-            isinstance(getattr(part, key), Mapping),
-            "a mapping from names to columns" if key == "columns" else "a mapping from columns to values",
-            flag,
-        )
-    _require(part, "take", part.take in SIDES, f"one of {', '.join(SIDES)}", flag)
-    _require(part, "limit", _is_number(part.limit, int) and (part.limit or 0) > 0, "a number of rows", flag)
-    _require(
-        part,
-        "fraction",
-        _is_number(part.fraction, (int, float)) and (part.fraction or 0) > 0,
-        "a positive number",
-        flag,
-    )
+    for key, (fits, expected) in _VALUES.items():
+        value = getattr(part, key)
+        if value is not None and not fits(value):
+            raise InputError(f"{flag}: {key} of {part.path} must be {expected}, got {json.dumps(value, default=str)}")
     return part
 
 
-def _is_number(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
-def _require(part: Part, key: str, fits: bool, expected: str, flag: str) -> None:
-    value = getattr(part, key)
-    if value is not None and not fits:
-        raise InputError(f"{flag}: {key} of {part.path} must be {expected}, got {json.dumps(value, default=str)}")
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_above_zero(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
+
+
+# What the values of a mapping must be, and what messages say of that.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("name", "split", "revision"), (_is_text, "a text")),
+    "where": (_is_mapping, "a mapping from columns to values"),
+    "columns": (_is_mapping, "a mapping from names to columns"),
+    "take": (SIDES.__contains__, f"one of {', '.join(SIDES)}"),
+    "limit": (partial(_is_above_zero, kind=int), "a number of rows"),
+    "fraction": (partial(_is_above_zero, kind=int | float), "a positive number"),
+}
