@@ -8,6 +8,8 @@ import datasets
 import pytest
 import torch
 
+from hub import Hub, go_online
+
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
 
@@ -27,6 +29,15 @@ def settings(tmp_path):
         "gradient_checkpointing": False,
         "seed": 3,
     }
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on loopback, asked by the libraries themselves."""
+    served = Hub(tmp_path / "hub")
+    go_online(monkeypatch, served.address, tmp_path / "cache")
+    yield served
+    served.close()
 
 
 @pytest.fixture(scope="session")

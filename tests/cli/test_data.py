@@ -1,7 +1,7 @@
 """`holdfast data`, and what every command's data flags take and refuse."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,13 @@ from helpers import read_json
 from holdfast.cli import main
 from holdfast.data.catalogue import catalogue
 from holdfast.data.sources import parse
-from hub import COMMIT, Hub, go_online
+from hub import COMMIT, Hub
 
 ROOT = Path(__file__).parents[2]
 Refused = Callable[..., str]
 Write = Callable[[str, list[dict[str, Any]]], str]
 TRAINED = ["--max_steps", "1", "--batch_size", "2", "--save_strategy", "no", "--gradient_checkpointing", "false"]
 PAIRS = [{"prompt": "Tea?", "chosen": "Steep.", "rejected": "No."}] * 4
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    served = Hub(tmp_path / "hub")
-    go_online(monkeypatch, served.address, tmp_path / "cache")
-    yield served
-    served.close()
 
 
 @pytest.fixture

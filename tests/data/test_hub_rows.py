@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from data.reading import refused
 from holdfast.data import hub_rows
 from holdfast.data.load import PROMPT_COLUMNS, TRAIN_COLUMNS, load_rows
-from holdfast.errors import InputError
 from hub import COMMIT
 
 ROWS = "".join(json.dumps({"prompt": f"p{i}", "completion": f"c{i}"}) + "\n" for i in range(3))
@@ -36,13 +36,6 @@ def read(source, **more):
     noted = {}
     rows = load_rows(source, flag="--train_data", columns=TRAIN_COLUMNS, noted=noted, **more)
     return list(rows["prompt"]), noted["train_data"][0]
-
-
-def refused(source, columns=TRAIN_COLUMNS):
-    with pytest.raises(InputError) as caught:
-        load_rows(source, flag="--train_data", columns=columns)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.reading import refused
 from holdfast.data import readers
 from holdfast.data.load import PROMPT_COLUMNS, TRAIN_COLUMNS, load_rows
-from holdfast.errors import InputError
 
 ROWS = [{"prompt": "p1", "completion": "c1"}, {"prompt": "p2", "completion": "c2"}]
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -24,15 +24,6 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 def jsonl(path, *lines):
     path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
     return str(path)
-
-
-def refused(source, columns=TRAIN_COLUMNS):
-    with pytest.raises(InputError) as caught:
-        load_rows(str(source), flag="--train_data", columns=columns)
-    message = str(caught.value)
-    assert "--train_data" in message
-    assert "\n" not in message
-    return message
 
 
 def test_jsonl(tmp_path):
@@ -103,13 +94,13 @@ def test_a_path_that_is_neither_a_file_nor_a_hub_id_is_refused(source):
 
 def test_an_unknown_extension_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    assert "unknown extension; expected one of .json, .jsonl, .parquet, .csv, .tsv" in refused(tmp_path / "a.txt")
+    assert "unknown extension; expected one of .json, .jsonl, .parquet, .csv, .tsv" in refused(str(tmp_path / "a.txt"))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.parquet"])
 def test_an_empty_file_is_refused(tmp_path, name):
     (tmp_path / name).write_text("")
-    assert f"{name} is empty" in refused(tmp_path / name)
+    assert f"{name} is empty" in refused(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -117,13 +108,13 @@ def test_an_empty_file_is_refused(tmp_path, name):
 )
 def test_a_file_without_rows_is_refused(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    assert "is empty" in refused(tmp_path / name)
+    assert "is empty" in refused(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_invalid_utf8_is_refused_with_its_place(tmp_path, name):
     (tmp_path / name).write_bytes(b'{"prompt": "x", "completion": "y"}\n{"prompt": "\xff"}\n')
-    assert "not valid UTF-8 (byte 0xff at offset 47, line 2)" in refused(tmp_path / name)
+    assert "not valid UTF-8 (byte 0xff at offset 47, line 2)" in refused(str(tmp_path / name))
 
 
 def test_an_invalid_line_is_refused_by_number(tmp_path):
@@ -132,7 +123,7 @@ def test_an_invalid_line_is_refused_by_number(tmp_path):
 
 def test_invalid_json_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('[{"prompt": "x"},')
-    assert "a.json is not valid JSON" in refused(tmp_path / "a.json")
+    assert "a.json is not valid JSON" in refused(str(tmp_path / "a.json"))
 
 
 @pytest.mark.parametrize(
@@ -185,20 +176,20 @@ def test_malformed_messages_are_refused(tmp_path, messages, problem):
 
 def test_a_ragged_csv_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,completion\nx,y\nx,y,z\n")
-    message = refused(tmp_path / "a.csv")
+    message = refused(str(tmp_path / "a.csv"))
     assert "not a valid CSV file" in message
     assert "#3" in message
 
 
 def test_garbage_for_parquet_is_refused(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 this is not parquet")
-    assert "not a valid Parquet file" in refused(tmp_path / "a.parquet")
+    assert "not a valid Parquet file" in refused(str(tmp_path / "a.parquet"))
 
 
 def test_a_null_in_parquet_is_refused_by_number(tmp_path):
     table = pa.table({"prompt": ["x", "y"], "completion": ["x", None]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert "row 2: 'completion' is missing" in refused(tmp_path / "a.parquet")
+    assert "row 2: 'completion' is missing" in refused(str(tmp_path / "a.parquet"))
 
 
 # ---------------------------------------------------------------------- one row, in every way it may lie in a file
@@ -255,7 +246,7 @@ def test_one_object_is_one_row(tmp_path, row):
 )
 def test_what_cannot_be_read_is_refused(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
-    assert expected in refused(tmp_path / name)
+    assert expected in refused(str(tmp_path / name))
 
 
 def test_blanks_around_names_that_are_asked_for_or_mean_nothing(tmp_path):

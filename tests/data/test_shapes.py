@@ -5,8 +5,8 @@ import json
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
+from data.reading import refused
 from holdfast.data.load import PROMPT_COLUMNS, TRAIN_COLUMNS, load_rows
-from holdfast.errors import InputError
 
 ANSWERED = [(*group, "answer") for group in PROMPT_COLUMNS]
 
@@ -22,13 +22,6 @@ def write(tmp_path):
 
 def read(source, columns=TRAIN_COLUMNS):
     return load_rows(source, flag="--train_data", columns=columns).to_list()
-
-
-def refused(source, columns=TRAIN_COLUMNS):
-    with pytest.raises(InputError) as caught:
-        load_rows(source, flag="--train_data", columns=columns)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---------------------------------------------------------------------- shapes

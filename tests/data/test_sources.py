@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from data.reading import refused
 from holdfast.data.load import TRAIN_COLUMNS, fingerprint, load_rows
 from holdfast.data.sources import Part, named, parse
 from holdfast.errors import InputError
@@ -19,13 +20,6 @@ def jsonl(path, rows=ROWS):
 def read(source, columns=TRAIN_COLUMNS):
     noted = {}
     return load_rows(source, flag="--train_data", columns=columns, noted=noted), noted["train_data"]
-
-
-def refused(source, columns=TRAIN_COLUMNS):
-    with pytest.raises(InputError) as caught:
-        load_rows(source, flag="--train_data", columns=columns)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
