@@ -1,4 +1,4 @@
-"""YAML files with settings in them: recipes and policies."""
+"""YAML files that hold one mapping: recipes, policies and topics."""
 
 from __future__ import annotations
 
