@@ -173,8 +173,7 @@ def publish(checkpoint: Path, place: Path) -> None:
     An older one of that name gives way. Should the process be killed in between, the name is missing, but not the
     checkpoint that the run went on from.
     """
-    for path in [*checkpoint.rglob("*"), checkpoint]:
-        flush(path)
+    _flush_all(checkpoint)
     if place.exists():
         place.replace(checkpoint.with_name("replaced"))
     checkpoint.replace(place)
@@ -207,8 +206,7 @@ def replace_model(model: Path, folder: Path) -> None:
         model: Where it was saved.
         folder: Where it is to lie. What else is there stays.
     """
-    for path in [*model.rglob("*"), model]:
-        flush(path)
+    _flush_all(model)
     for path in [path for pattern in _OF_A_MODEL for path in folder.glob(pattern)]:
         path.unlink()  # of an adapter that lay here, say, for which the new model would be taken
     for path in model.iterdir():
@@ -238,6 +236,11 @@ def discard(output_dir: str | Path, checkpoints: Iterable[Path]) -> None:
     for checkpoint in checkpoints:
         checkpoint.replace(unfinished_folder(output_dir) / checkpoint.name)
     discard_unfinished(output_dir)
+
+
+def _flush_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
 
 
 def _whole(tensor: Tensor) -> Tensor:
