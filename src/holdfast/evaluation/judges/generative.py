@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from holdfast.data.load import Prompt
 from holdfast.evaluation.judges.cache import Cache
 from holdfast.evaluation.judges.local import LocalJudge
 from holdfast.evaluation.judges.reading import by_pattern
 from holdfast.evaluation.judges.server import pattern_finds_nothing
 from holdfast.evaluation.judges.settings import JudgeSettings
-from holdfast.evaluation.judges.template import fill, read_template, text_digest
-from holdfast.evaluation.judges.text import as_text, defused
+from holdfast.evaluation.judges.template import read_template, text_digest
 from holdfast.evaluation.judges.verdict import Verdict
 
 
@@ -53,10 +51,6 @@ class GenerativeJudge(LocalJudge):
             "pattern": self.settings.pattern,
             "usage": self.usage,
         }
-
-    def text(self, prompt: Prompt, answer: str) -> str:
-        """The exchange in the template."""
-        return fill(self.form, defused(as_text(prompt)), defused(answer))
 
     def without_verdict(self, said: str) -> str:
         """The pattern finds nothing."""

@@ -17,7 +17,8 @@ from holdfast.evaluation.generation import answerable, generate
 from holdfast.evaluation.judges.asking import AskedJudge, Question
 from holdfast.evaluation.judges.cache import Reply, key_of
 from holdfast.evaluation.judges.server import TRIAL
-from holdfast.evaluation.judges.text import as_text, cut
+from holdfast.evaluation.judges.template import fill
+from holdfast.evaluation.judges.text import as_text, cut, defused
 from holdfast.models import load_model_and_tokenizer
 
 TOO_LONG = "too long for the judge"
@@ -33,13 +34,13 @@ class LocalJudge(AskedJudge):
     usual_model: str | None = None
     form = ""  # the text around prompt and answer, where it is not the tokenizer's
 
-    @abstractmethod
     def text(self, prompt: Prompt, answer: str) -> str:
-        """What it is asked, up to where it begins to write.
+        """What it is asked, up to where it begins to write: the exchange in its form.
 
         Raises:
             InputError: Its form has no place for this.
         """
+        return fill(self.form, defused(as_text(prompt)), defused(answer))
 
     @property
     @abstractmethod
