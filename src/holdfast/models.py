@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -231,6 +232,11 @@ def below_adapter(model: PeftModel) -> dict[str, nn.Parameter]:
     own = f".{model.base_model.prefix}"  # ".lora_"
     parameters = model.get_base_model().named_parameters()
     return {name.replace(".base_layer.", "."): parameter for name, parameter in parameters if own not in name}
+
+
+def accelerator() -> torch.device:
+    """Where models run that are not trained: on the accelerator, if there is one."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError, Stopped
 from holdfast.evaluation.stopping import unseen_end
 from holdfast.files import alone_in, claim_output_dir
+from holdfast.models import accelerator
 
 
 class _Trainer(Protocol):
@@ -268,7 +269,7 @@ def precision_record(loaded: torch.dtype, config: DefenseConfig) -> dict[str, st
 
 def device() -> torch.device:
     """Where a command that does not train runs a model: on the accelerator, if there is one."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return accelerator()
 
 
 def announce(folder: Path, *names: str) -> None:

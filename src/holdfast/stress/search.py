@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from holdfast.attacks.attack import whole_model
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.files import write_json, write_jsonl
-from holdfast.models import load_model_and_tokenizer
+from holdfast.models import accelerator, load_model_and_tokenizer
 from holdfast.stress.bound import Own
 from holdfast.stress.running import Runner
 from holdfast.stress.schedule import Schedule
 from holdfast.stress.spaces import families
 from holdfast.stress.studies import Studies
-from holdfast.stress.subjects import Sources, Subjects, device_of_runs, with_sets
+from holdfast.stress.subjects import Sources, Subjects, with_sets
 from holdfast.stress.suites import Scene, Suite, along, grids
 from holdfast.stress.tax import HarmlessTask, measure_taxes
 from holdfast.stress.trials import Record, Target
@@ -115,7 +115,7 @@ def tax_of(plan: Plan, names: Iterable[str], tell: Callable[[str], None]) -> dic
 
     def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = load_model_and_tokenizer(source, **sources.load)
-        return whole_model(model).requires_grad_(True).to(device_of_runs()), tokenizer
+        return whole_model(model).requires_grad_(True).to(accelerator()), tokenizer
 
     return measure_taxes(
         {name: functools.partial(load, getattr(sources, name)) for name in names},

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +19,7 @@ from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluator
 from holdfast.evaluation.prompts import PromptSet, Role, load_prompts
 from holdfast.exchange.fingerprint import fingerprint_of
-from holdfast.models import load_model, load_model_and_tokenizer
+from holdfast.models import accelerator, load_model, load_model_and_tokenizer
 from holdfast.stress.trials import Target
 
 
@@ -63,7 +62,7 @@ class Subjects:
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
         model, self.tokenizer = load_model_and_tokenizer(sources.model, **sources.load)
-        self._model = whole_model(model).requires_grad_(True).to(device_of_runs())
+        self._model = whole_model(model).requires_grad_(True).to(accelerator())
         self._saved: dict[Target, dict[str, Tensor]] = {"model": _on_host(self._model)}
         self._base: PreTrainedModel | None = None
         if sources.counterpart is not None:
@@ -124,11 +123,6 @@ class Subjects:
                     f"--counterpart {sources.counterpart} has another {what} than --model {sources.model}; expected "
                     "the same base model, aligned without the defense"
                 )
-
-
-def device_of_runs() -> torch.device:
-    """Where models are run: on the accelerator, if there is one."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _on_host(model: PreTrainedModel) -> dict[str, Tensor]:

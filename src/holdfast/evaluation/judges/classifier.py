@@ -15,13 +15,13 @@ from holdfast.data.load import Prompt
 from holdfast.errors import InputError
 from holdfast.evaluation.judges.asking import AskedJudge, Question
 from holdfast.evaluation.judges.cache import Cache, Reply, key_of
-from holdfast.evaluation.judges.local import TOO_LONG, accelerator
+from holdfast.evaluation.judges.local import TOO_LONG
 from holdfast.evaluation.judges.reading import HARMLESS_GRADE
 from holdfast.evaluation.judges.settings import JudgeSettings
 from holdfast.evaluation.judges.template import fill, read_template, text_digest
 from holdfast.evaluation.judges.text import as_text, defused
 from holdfast.evaluation.judges.verdict import Verdict
-from holdfast.models import load_model_and_tokenizer
+from holdfast.models import accelerator, load_model_and_tokenizer
 
 ANY = "any"
 """Instead of a label: the most probable one of labels that do not exclude each other."""

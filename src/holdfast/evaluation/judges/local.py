@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from holdfast.data.load import Prompt
@@ -19,7 +18,7 @@ from holdfast.evaluation.judges.cache import Reply, key_of
 from holdfast.evaluation.judges.server import TRIAL
 from holdfast.evaluation.judges.template import fill
 from holdfast.evaluation.judges.text import as_text, cut, defused
-from holdfast.models import load_model_and_tokenizer
+from holdfast.models import accelerator, load_model_and_tokenizer
 
 TOO_LONG = "too long for the judge"
 """Why an answer is unjudged that does not fit into the judge's positions."""
@@ -113,11 +112,6 @@ class LocalJudge(AskedJudge):
         """The model, on the accelerator if there is one, and its tokenizer."""
         model, tokenizer = load_model_and_tokenizer(self.source, dtype="auto")
         return model.to(accelerator()), tokenizer
-
-
-def accelerator() -> torch.device:
-    """Where a judge runs."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def turns(prompt: Prompt, answer: str) -> list[dict[str, Any]]:
