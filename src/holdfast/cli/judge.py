@@ -16,11 +16,11 @@ from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import announce, output_dir
 from holdfast.cli.tables import evaluation_table
 from holdfast.errors import InputError
-from holdfast.evaluation.evaluate import SCHEMA, Evaluation
+from holdfast.evaluation.evaluate import SCHEMA
 from holdfast.evaluation.judges import Cache, make_judge
 from holdfast.evaluation.judges.cache import CACHE
 from holdfast.evaluation.judging import judge_record
-from holdfast.evaluation.rejudging import WHEN, judge_samples, read_samples
+from holdfast.evaluation.rejudging import judge_samples, measurement_of, read_samples
 from holdfast.files import digest, run_record, write_json, write_jsonl
 
 
@@ -71,8 +71,9 @@ def run(argv: list[str]) -> int:
         started = time.monotonic()
         evaluations = judge_samples(saved, str(source), judge, second)
         write_jsonl(folder / "samples.jsonl", [row for one in evaluations for row in one.samples])
-        points = [{**_when(one), **one.flat()} for one in evaluations]
-        found: dict[str, Any] = {"points": points} if _when(evaluations[0]) else {"results": evaluations[0].results}
+        when = [measurement_of(one.samples[0]) for one in evaluations]
+        points = [{**told, **one.flat()} for told, one in zip(when, evaluations, strict=True)]
+        found: dict[str, Any] = {"points": points} if when[0] else {"results": evaluations[0].results}
         record = {
             "schema": SCHEMA,
             **run_record({**asdict(judges), **asdict(options)}, None),
@@ -84,16 +85,10 @@ def run(argv: list[str]) -> int:
         }
         write_json(folder / MARKER, {**record, **found})
         warn_of_unjudged((judge, second))
-        for one in evaluations:
-            stdout.print(evaluation_table(one, title=" · ".join([str(source), *map(_named, _when(one).items())])))
+        for told, one in zip(when, evaluations, strict=True):
+            stdout.print(evaluation_table(one, title=" · ".join([str(source), *map(_named, told.items())])))
         announce(folder, MARKER, "samples.jsonl")
     return 0
-
-
-def _when(evaluation: Evaluation) -> dict[str, Any]:
-    """Which measurement of an attack this is of; empty if of none."""
-    first = evaluation.samples[0]
-    return {name: first[name] for name in WHEN if name in first}
 
 
 def _named(when: tuple[str, Any]) -> str:

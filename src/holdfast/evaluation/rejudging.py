@@ -1,7 +1,7 @@
 """Saved answers → verdicts: the rows of a `samples.jsonl`, judged again."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from holdfast.evaluation.judges import Judge
 from holdfast.evaluation.judging import judge_answers
 from holdfast.evaluation.prompts import JUDGED
 
-WHEN = ("stage", "steps", "asked_by")
-"""What tells the measurements of an attack from one another, in its samples."""
-
+# What tells the measurements of an attack from one another, in its samples.
+_WHEN = ("stage", "steps", "asked_by")
 # What files call an answer.
 _ANSWERS = ("answer", "response", "completion")
 # Columns of earlier verdicts, which new ones replace.
@@ -36,10 +35,10 @@ class Saved:
     row: dict[str, Any]
     answer: Answer
 
-    @property
-    def when(self) -> dict[str, Any]:
-        """Which measurement of an attack it is from; empty if of none."""
-        return {name: self.row[name] for name in WHEN if name in self.row}
+
+def measurement_of(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Which measurement of an attack a row of `samples.jsonl` is from; empty if from none."""
+    return {name: sample[name] for name in _WHEN if name in sample}
 
 
 def read_samples(path: Path, *, expected: bool = False) -> list[Saved]:
@@ -94,7 +93,7 @@ def judge_samples(saved: Sequence[Saved], source: str, judge: Judge, second: Jud
     verdicts = {who: judge_answers(who, asked, answers, expected) for who in (judge, second) if who is not None}
     groups: dict[tuple[Any, ...], list[int]] = {}
     for place, one in enumerate(saved):
-        groups.setdefault(tuple(one.when.items()), []).append(place)
+        groups.setdefault(tuple(measurement_of(one.row).items()), []).append(place)
     found = []
     for group in groups.values():
         evaluation = Evaluation({}, {}, [], {}, {}, None)
