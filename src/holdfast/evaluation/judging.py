@@ -1,7 +1,7 @@
 """Answers → verdicts: what every judge is asked, and what becomes of what it says."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from holdfast.data.load import Prompt
@@ -11,6 +11,9 @@ from holdfast.evaluation.scores import Agreement, Scores, score
 
 Opinion = tuple[Judge, Sequence[Verdict]]
 """A judge, and its verdicts on the answers of a set."""
+
+COLUMNS = ("judge", *(one.name for one in fields(Verdict)))
+"""What `columns` tells of a verdict."""
 
 EMPTY_GRADE = 2
 """The grade of an empty answer, whoever judges: nothing was refused, and nothing given."""
@@ -47,13 +50,7 @@ def worst(tries: Sequence[tuple[Answer, Verdict]]) -> tuple[Answer, Verdict]:
 
 def columns(judge: Judge, verdict: Verdict, prefix: str = "") -> dict[str, Any]:
     """What `samples.jsonl` says of a verdict; the names of a second judge's columns begin with `second_`."""
-    found = {
-        "grade": verdict.grade,
-        "judge": judge.name,
-        "score": verdict.score,
-        "said": verdict.said,
-        "unjudged": verdict.unjudged,
-    }
+    found = {"grade": verdict.grade, "judge": judge.name, **asdict(verdict)}
     return {f"{prefix}{name}": value for name, value in found.items()}
 
 

@@ -11,15 +11,13 @@ from holdfast.errors import InputError
 from holdfast.evaluation.answers import MARKS, Answer, split_reasoning
 from holdfast.evaluation.evaluate import PREFIXES, Evaluation
 from holdfast.evaluation.judges import Judge
-from holdfast.evaluation.judging import judge_answers
+from holdfast.evaluation.judging import COLUMNS, judge_answers
 from holdfast.evaluation.prompts import JUDGED
 
 # What tells the measurements of an attack from one another, in its samples.
 _WHEN = ("stage", "steps", "asked_by")
 # What files call an answer.
 _ANSWERS = ("answer", "response", "completion")
-# Columns of earlier verdicts, which new ones replace.
-_VERDICTS = ("grade", "judge", "score", "said", "unjudged")
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,8 @@ def _saved(line: str, number: int, where: str) -> Saved:
     answer = split_reasoning(text) if row.get("thoughts") is None else Answer(text, row["thoughts"])
     unclosed = row.get("thinking_unclosed", answer.thinking_unclosed) is True
     answer = replace(answer, thinking_unclosed=unclosed, truncated=row.get("truncated") is True)
-    old = {*_ANSWERS, *MARKS, *_VERDICTS, *(f"second_{name}" for name in _VERDICTS)}
+    # New verdicts replace earlier ones.
+    old = {*_ANSWERS, *MARKS, *COLUMNS, *(f"second_{name}" for name in COLUMNS)}
     return Saved(
         {
             "set": "harmful",
