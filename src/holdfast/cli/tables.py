@@ -135,14 +135,7 @@ def attack_table(
         asking: How the adversary asked, where some measurements were asked by one.
     """
     how = "" if asking == PLAINLY else f"; adversary: the same model where {asking}"
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption=_caption(measurements, evaluator) + how,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-    )
+    table = _narrow(title, _caption(measurements, evaluator) + how)
     table.add_column(by, justify="right", no_wrap=True)
     shown = [name for name in _ATTACK_COLUMNS if any(point.get(name) is not None for point in measurements)]
     for name in shown:
@@ -162,13 +155,9 @@ def counts_table(measurements: Sequence[Mapping[str, Any]], *, by: str = "steps"
     ]
     if not columns:
         return None
-    table = Table(
-        title="answers that are no whole ones",
-        title_justify="left",
-        caption="how many; degenerate: one phrase over and over; thinking unclosed: no answer after the thoughts",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
+    table = _narrow(
+        "answers that are no whole ones",
+        "how many; degenerate: one phrase over and over; thinking unclosed: no answer after the thoughts",
     )
     table.add_column(by, justify="right")
     for _, heading in columns:
@@ -190,14 +179,7 @@ def tasks_table(measurements: Sequence[Mapping[str, Any]], evaluator: Evaluator,
     found = [{(row["task"], row["metric"]): row for row in point["capability_tasks"]} for point in measured]
     asked, known = evaluator.tasks.names, {task for task, _ in found[0]}
     shown = [key for key in found[0] if key[0] in asked or not known.issuperset(asked)]
-    table = Table(
-        title="tasks of lm_eval",
-        title_justify="left",
-        caption="± standard error",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-    )
+    table = _narrow("tasks of lm_eval", "± standard error")
     for heading in ("task", "metric", "shots", "n"):
         table.add_column(heading, justify="right" if heading in ("shots", "n") else "left")
     for point in measured:
@@ -216,14 +198,9 @@ def _task_cell(figure: Mapping[str, Any]) -> str:
 
 def audit_table(rows: Sequence[Mapping[str, Any]], suspected: int, audited: int) -> Table:
     """Return the most suspected rows of an upload, which are given in that order."""
-    table = Table(
-        title=f"{suspected} of {audited} rows suspected; the {len(rows)} most suspected",
-        title_justify="left",
-        caption="r: how much rather the model gives the row's answer than a refusal, in nats per token; "
-        "suspected: r < 0",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
+    table = _narrow(
+        f"{suspected} of {audited} rows suspected; the {len(rows)} most suspected",
+        "r: how much rather the model gives the row's answer than a refusal, in nats per token; suspected: r < 0",
         expand=True,
     )
     table.add_column("row", justify="right", no_wrap=True)
@@ -258,6 +235,19 @@ def judge_records(evaluator: Evaluator | None) -> dict[str, Any]:
     judges = (None, None) if evaluator is None else (evaluator.judge, evaluator.second_judge)
     names = ("judge", "second_judge")
     return {name: None if one is None else judge_record(one) for name, one in zip(names, judges, strict=True)}
+
+
+def _narrow(title: str, caption: str, *, expand: bool = False) -> Table:
+    """A table without lines between its columns."""
+    return Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        expand=expand,
+    )
 
 
 def _talk(row: Mapping[str, Any]) -> str:
