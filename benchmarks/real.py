@@ -287,12 +287,11 @@ def main() -> None:
     remaining = unfinished(commands, out)
     console.print(f"{len(commands)} commands, of which {len(commands) - len(remaining)} are finished already")
     # The second judge is made of the proxies' data, and measures with all that comes after them.
-    stages = [[c for c in remaining if (c.words[0] == "proxy") == first] for first in (True, False)]
-    spent = _remember(out / "spent.json", run_commands(stages[0], out / "logs", console=console))
+    proxies = [command for command in remaining if command.words[0] == "proxy"]
+    _remember(out / "spent.json", run_commands(proxies, out / "logs", console=console))
     for folder in (out / name / f"seed{seed}" for name in TOPICS for seed in args.seeds):
         make_second_judge(model, folder / "data", folder / "judge", rows=study.judged, seed=0)
-    later = [replace(command, needs=[n for n in command.needs if not n.endswith("-proxy")]) for command in stages[1]]
-    spent = _remember(out / "spent.json", run_commands(later, out / "logs", console=console))
+    spent = _remember(out / "spent.json", run_commands(unfinished(commands, out), out / "logs", console=console))
     for attacked in out.glob("*/*/*-on-*/model"):
         shutil.rmtree(attacked)  # half a gigabyte each; answers and figures stay
     found = collect(study, args.seeds, out)
