@@ -191,7 +191,7 @@ def collect(study: Study, seeds: Sequence[int], out: Path) -> list[dict[str, Any
 
 def agreement(folder: Path) -> dict[str, Any]:
     """How far the two judges agree on all answers to a topic's questions under attack."""
-    lines = [line for path in sorted(folder.glob("*-on-*/samples.jsonl")) for line in path.read_text().splitlines()]
+    lines = [line for path in sorted(folder.glob("*-on-*/samples.jsonl")) for line in path.read_bytes().splitlines()]
     samples = [sample for sample in map(json.loads, lines) if sample["set"] == "harmful"]
     grades = [[sample[name] for sample in samples] for name in ("grade", "second_grade")]
     return Agreement.of(*grades).as_dict()

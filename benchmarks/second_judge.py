@@ -42,7 +42,7 @@ def make(model: Path, data: Path, folder: Path, *, rows: int, seed: int) -> None
         seed: Of the draw of rows.
     """
     source = {"data": digest(data / "alignment.jsonl"), "rows": rows, "seed": seed}
-    if (folder / RECORD).is_file() and _same(json.loads((folder / RECORD).read_text()), source):
+    if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text()).items() >= source.items():
         return
     said = [row["completion"][0]["content"] for row in _read(data / "alignment.jsonl")]
     said += [row["completion"][0]["content"] for row in _read(data / "simulated_attack.jsonl")]
@@ -67,10 +67,6 @@ def make(model: Path, data: Path, folder: Path, *, rows: int, seed: int) -> None
     write_json(folder / RECORD, {**source, "fitted_to": fitted_to, "right_on_those": right})
 
 
-def _same(record: dict[str, Any], source: dict[str, Any]) -> bool:
-    return all(record.get(name) == value for name, value in source.items())
-
-
 def _state(judge: Any, tokenizer: Any, text: str) -> torch.Tensor:
     """The hidden state of the last token, which the linear layer reads."""
     with torch.no_grad():
@@ -93,4 +89,4 @@ def _fit(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]  # text would part at more than line feeds
