@@ -91,6 +91,15 @@ def test_an_attacks_answers_are_judged_again_measurement_by_measurement(
     assert not any("second_grade" in row for row in again)
 
 
+def test_steps_of_another_tool_that_are_no_number_are_no_measurement(
+    write_rows: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "How?", "response": "Rust.", "steps": ["think", "say"]}]
+    assert main(["judge", write_rows("s.jsonl", rows), "--output_dir", str(tmp_path / "out")]) == 0
+    assert read_lines(tmp_path / "out" / "samples.jsonl")[0]["steps"] == ["think", "say"]
+    assert "results" in json.loads((tmp_path / "out" / "results.json").read_text())
+
+
 def test_answers_of_other_tools_are_judged_without_their_thoughts(
     write_rows: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -36,7 +36,8 @@ class Saved:
 
 def measurement_of(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Which measurement of an attack a row of `samples.jsonl` is from; empty if from none."""
-    return {name: sample[name] for name in _WHEN if name in sample}
+    # Other tools' files may have such columns of another kind.
+    return {name: sample[name] for name in _WHEN if isinstance(sample.get(name), str | int)}
 
 
 def read_samples(path: Path, *, expected: bool = False) -> list[Saved]:
