@@ -110,6 +110,8 @@ def test_a_pattern_finds_what_bears_another_name():
         del layer.mlp.down_proj
     with pytest.raises(InputError, match=r"no matrix in model\.layers\.0 is known to write .* with --writes$"):
         writers(model)
+    with pytest.raises(InputError, match=r"is one of \d+ in it\)$"):
+        writers(model, nameable=False)
     found = [w.name for w in writers(model, r"o_proj|shrink")]
     assert "model.layers.1.mlp.shrink.weight" in found
     with pytest.raises(InputError, match=r"^--writes '\(' is not a regular expression"):

@@ -94,7 +94,7 @@ def layer_matrices(model: PreTrainedModel | PeftModel) -> list[str]:
     ]
 
 
-def writers(model: PreTrainedModel | PeftModel, pattern: str | None = None) -> list[Writer]:
+def writers(model: PreTrainedModel | PeftModel, pattern: str | None = None, *, nameable: bool = True) -> list[Writer]:
     """Everything that writes to the residual stream, layer by layer and then the embeddings.
 
     Args:
@@ -102,6 +102,7 @@ def writers(model: PreTrainedModel | PeftModel, pattern: str | None = None) -> l
             it adds itself is found.
         pattern: A regular expression, searched for in the names of modules and of experts' parameters in the decoder
             layers; by default `WRITING`.
+        nameable: Whether who reads an error could have given a pattern, with --writes.
 
     Returns:
         The writers. A matrix counts if one of its dimensions is as wide as the stream where it should be.
@@ -125,7 +126,8 @@ def writers(model: PreTrainedModel | PeftModel, pattern: str | None = None) -> l
             if inside and not writing and not isinstance(model, PeftModel):
                 raise InputError(
                     f"no matrix in {block} is known to write to the residual stream ({inside[-1].path} is one of "
-                    f"{len(inside)} in it); name those that do by a regular expression with --writes"
+                    f"{len(inside)} in it)"
+                    + ("; name those that do by a regular expression with --writes" if nameable else "")
                 )
             for one in writing:
                 found += _as_writers(one, kind, number, names)

@@ -131,7 +131,7 @@ def _layers(subjects: Subjects, left_out: frozenset[str]) -> int:
     try:
         layers = len(decoder_layers(model))
         if not {"ablation", "dropping"} <= left_out:
-            writers(model)
+            writers(model, nameable=False)
         return layers
     except InputError as error:
         if set(_BY_LAYER) <= left_out:
