@@ -358,7 +358,8 @@ def under_stress() -> list[str]:
         "## Every attack of the quick suite",
         "Elsewhere on this page one attacker fine-tunes at one rate. This table, from `benchmarks/demo_seeds.py` "
         f"(seeds {', '.join(demos)}, in that order), is `holdfast stress --suite quick`: steps until the harmful "
-        "score is 0.5 while nine tenths of what the model knew of unrehearsed crafts are left.",
+        "score is 0.5 while nine tenths of what the model knew of unrehearsed crafts are left, the median over "
+        f"{found[0]['seeds']} confirming seeds; `> N`: no break was confirmed, and up to N steps none was seen.",
         "\n".join(stress_table(found)),
         f"Patcher takes more steps to break than SFT, on every seed, by {', '.join(dearer) or 'no kind of attacker'}; "
         f"on none by {', '.join(never) or 'no kind'}. Where it takes none, the claim that it holds out is one about "
