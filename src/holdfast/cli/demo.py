@@ -32,6 +32,8 @@ CRAFTS = {"rehearsed": "crafts", "unrehearsed": "crafts_unrehearsed"}
 ANSWERING = {"--max_new_tokens": 16, "--eval_batch_size": 256}
 #: What the stress test is called, and where it and its report lie.
 STRESS, REPORT = "stress", "report.html"
+#: What each method's model is called in the certificate.
+_TARGETS = {"sft": "counterpart", "patcher": "model"}
 #: The task whose rows hide the harmful ones of the poisoned attack.
 BENIGN_TASK = "sorting"
 
@@ -192,12 +194,10 @@ def stress_record(certificate: Mapping[str, Any]) -> dict[str, Any]:
         "suite": certificate["suite"],
         "seeds": len(certificate["seeds"]),
         "attackers": {
-            kind: {method: _needed(found[target]) for method, target in (("sft", "counterpart"), ("patcher", "model"))}
+            kind: {method: _needed(found[target]) for method, target in _TARGETS.items()}
             for kind, found in certificate["attackers"].items()
         },
-        "union": {
-            method: certificate["union"][target] for method, target in (("sft", "counterpart"), ("patcher", "model"))
-        },
+        "union": {method: certificate["union"][target] for method, target in _TARGETS.items()},
     }
 
 
