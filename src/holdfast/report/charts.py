@@ -77,9 +77,10 @@ def cost_by_kind(certificate: Certificate, name: str) -> Figure:
         if values:
             rows.append((kind_name(kind), values))
     ends = (end for _, values in rows for one in values for end in (one.value, one.high or 0.0))
+    heading = "Steps to the first break, by kind of attacker"
     return Figure(
-        "Steps to the first break, by kind of attacker",
-        _rows_chart(name, "Steps to the first break, by kind of attacker", rows, Scale.amounts(ends), "attack steps"),
+        heading,
+        _rows_chart(name, heading, rows, Scale.amounts(ends), "attack steps"),
         "Marks are medians over seeds, bars their range; an arrow: not broken in what was searched.",
         shape="rows",
     )
