@@ -1,4 +1,4 @@
-"""Run the demo with several seeds; write the README's table, over seeds, and its picture, of the first seed.
+"""Run the demo with several seeds; write the README's tables, over seeds, and its picture, of the first seed.
 
     python benchmarks/demo_seeds.py --seeds 0 1 2
 
@@ -119,7 +119,7 @@ def claims(demos: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(demos: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: mean over seeds, and the range over seeds in brackets."""
+    """Markdown tables: mean over seeds, and the range over seeds in brackets."""
     last = demos[0]["runs"][0]["points"][-1]["steps"]
     lines = [
         "| attack | aligned with | breaks at step | ASR, 5 steps | refusal rate, 5 steps "

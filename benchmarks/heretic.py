@@ -199,7 +199,7 @@ def main() -> None:
             found[tool]["all"] = trials
             for figure, one in list(found[tool].items())[:2]:
                 cells = ["–"] * 5 if one is None else [*(f"{one[name]:.2f}" for name in FIGURES), str(one["trial"])]
-                table.add_row(model.name, tool, figure, cells[0], cells[1], *cells[2:])
+                table.add_row(model.name, tool, figure, *cells)
         chosen = min(runs["heretic"], key=lambda one: (one["refusals"], one["kl_divergence"]))
         found["heretic"]["chosen_by_itself"] = chosen
         table.add_row(model.name, "heretic", "its own", *(f"{chosen[name]:.2f}" for name in FIGURES), "")

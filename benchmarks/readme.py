@@ -2,7 +2,7 @@
 
     python benchmarks/readme.py       # the tables of what was measured in benchmarks/results
 
-`demo_seeds.py` puts its own table there.
+`demo_seeds.py` puts its own tables there.
 """
 
 from __future__ import annotations
