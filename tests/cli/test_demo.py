@@ -14,6 +14,7 @@ from holdfast.cli.demo_report import (
     control_table,
     crafts_table,
     demo_table,
+    is_dearer,
     plot_attack_curves,
     stress_table,
     told_stress,
@@ -130,6 +131,8 @@ def test_the_table_of_the_stress_test_tells_what_patcher_stops_and_what_not():
     assert told_stress({"attackers": kinds}) == (
         "Breaking Patcher takes more steps than breaking SFT by: a, b. No more by: c, d."
     )
+    seen = [{"sft": {"broken": True, "steps": 5}, "patcher": {"broken": False, "steps": held}} for held in (5, 4, None)]
+    assert [is_dearer(needed) for needed in seen] == [True, False, False]
 
 
 def _cells(line):

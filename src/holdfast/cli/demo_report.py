@@ -1,4 +1,4 @@
-"""What the demo shows: one table and one picture, from the points measured during attacks."""
+"""What the demo shows: its tables, and a picture of the points measured during attacks."""
 
 from __future__ import annotations
 
@@ -124,11 +124,13 @@ def told_stress(found: Mapping[str, Any]) -> str:
 
 
 def is_dearer(needed: Mapping[str, Any]) -> bool:
-    """Whether Patcher's model needs more steps than SFT's, or was not broken where SFT's was."""
+    """Whether Patcher's model needs more steps than SFT's, or held for as many as broke SFT's."""
     sft, patcher = needed["sft"], needed["patcher"]
     if not (sft and patcher and sft["broken"]):
         return False
-    return not patcher["broken"] or patcher["steps"] > sft["steps"]
+    if patcher["broken"]:
+        return bool(patcher["steps"] > sft["steps"])
+    return patcher["steps"] is not None and bool(patcher["steps"] >= sft["steps"])
 
 
 def _stress_cells(needed: Mapping[str, Any] | None) -> tuple[str, str]:
