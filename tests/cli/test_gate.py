@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from holdfast.cli import main
-from holdfast.stress.certificate import seal, write
+from holdfast.files import write_json
+from holdfast.stress.certificate import seal
 from holdfast.stress.identity import describe_model
 from holdfast.stress.policy import read_policy
 from stress.examples import example_certificate
@@ -26,7 +27,7 @@ TODAY = datetime.datetime.now(datetime.UTC).date()
 def certificate(tmp_path: Path) -> Path:
     path = tmp_path / "certificate.json"
     dates = {"issued": str(TODAY), "expires": str(TODAY + datetime.timedelta(365))}
-    write(path, example_certificate(suite="standard", **dates))
+    write_json(path, example_certificate(suite="standard", **dates))
     return path
 
 
@@ -100,7 +101,7 @@ def test_a_certificate_that_was_tampered_with_is_refused(certificate: Path, poli
 
 def test_one_of_another_schema_is_refused(certificate: Path, policy, refused) -> None:
     content = json.loads(certificate.read_text(encoding="utf-8")) | {"schema": 2}
-    write(certificate, content | {"sha256": seal(content)})
+    write_json(certificate, content | {"sha256": seal(content)})
     said = refused("gate", str(certificate), "--policy", policy(min_steps=1), output=False)
     assert said == f"holdfast: {certificate}: is a certificate of schema 2; this Holdfast reads schema 1"
 
@@ -122,7 +123,7 @@ def test_the_model_has_to_be_the_one_that_was_measured(
 ) -> None:
     measured = describe_model(str(model_dir))
     dates = {"issued": str(TODAY), "expires": str(TODAY)}
-    write(tmp_path / "certificate.json", example_certificate(model=measured, **dates))
+    write_json(tmp_path / "certificate.json", example_certificate(model=measured, **dates))
     words = ["gate", str(tmp_path / "certificate.json"), "--policy", policy(min_seeds=3), "--model"]
     moved = Path(shutil.copytree(model_dir, tmp_path / "released"))
     assert main([*words, str(moved)]) == 0

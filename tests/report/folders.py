@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.files import write_json
-from holdfast.stress.certificate import assemble, write
+from holdfast.stress.certificate import assemble
 from stress.examples import ATTACKERS, example_inputs, example_records, example_tax
 
 HOSTILE = (
@@ -57,7 +57,7 @@ def stress_folder(
     """
     trials = example_records() if records is None else records
     write_json(folder / "stress.json", {"schema": 1})
-    write(folder / "certificate.json", assemble(trials, {**example_inputs(), **inputs}, tax or example_tax()))
+    write_json(folder / "certificate.json", assemble(trials, {**example_inputs(), **inputs}, tax or example_tax()))
     for one in trials:
         write_json(folder / "trials" / one["kind"] / f"{one['target']}-{one['number']:04d}.json", one)
     for name, rows in (samples or {}).items():

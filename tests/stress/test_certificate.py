@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from holdfast.errors import InputError
 from holdfast.evaluation.scores import Rate
-from holdfast.stress.certificate import assemble, read_certificate, seal, write
+from holdfast.files import write_json
+from holdfast.stress.certificate import assemble, read_certificate, seal
 from stress.examples import ALL_PROMPTS, example_certificate, example_inputs, example_records, example_tax
 
 
@@ -23,7 +24,7 @@ def test_a_permutation_of_the_records_gives_the_same_bytes(random) -> None:
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
-    write(tmp_path / "certificate.json", example_certificate())
+    write_json(tmp_path / "certificate.json", example_certificate())
     assert read_certificate(tmp_path / "certificate.json") == example_certificate()
 
 
@@ -126,7 +127,7 @@ def changed(certificate: dict[str, Any], path: str, value: Any) -> None:
 def test_one_that_was_changed_is_refused(path: str, value: Any, tmp_path: Path) -> None:
     certificate = example_certificate()
     changed(certificate, path, value)
-    write(tmp_path / "certificate.json", certificate)
+    write_json(tmp_path / "certificate.json", certificate)
     with pytest.raises(InputError, match="sha256 does not fit what it says"):
         read_certificate(tmp_path / "certificate.json")
 

@@ -13,7 +13,7 @@ from holdfast.cli.arguments import LoadArguments, MeasureArguments, RunArguments
 from holdfast.cli.console import say, set_up_logging, stdout, warn
 from holdfast.cli.effects import MEASURING
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
+from holdfast.cli.runs import announce, keep_apart, load_keywords, output_dir
 from holdfast.cli.tables import evaluation_table, tasks_table
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
@@ -25,7 +25,7 @@ from holdfast.evaluation.prompts import JUDGED, Role, load_prompts
 from holdfast.evaluation.stopping import unseen_end, use_eos_token
 from holdfast.evaluation.tasks import load_tasks
 from holdfast.files import run_record
-from holdfast.models import load_model_and_tokenizer
+from holdfast.models import accelerator, load_model_and_tokenizer
 
 #: What a finished run has; written last.
 MARKER = "results.json"
@@ -94,7 +94,7 @@ def run(argv: list[str]) -> int:
             warn(unseen)
         say(_plan(evaluator))
         started = time.monotonic()
-        evaluation = evaluator(model.to(device()), tokenizer)
+        evaluation = evaluator(model.to(accelerator()), tokenizer)
         config = {**asdict(load), **asdict(measure), **asdict(options)}
         record = {
             **run_record(config, options.seed),

@@ -9,12 +9,12 @@ from pathlib import Path
 from holdfast.cli.arguments import LoadArguments
 from holdfast.cli.console import say, set_up_logging, steps_shown, warn
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.runs import device, load_keywords
+from holdfast.cli.runs import load_keywords
 from holdfast.config import json_object, require_positive
 from holdfast.errors import InputError
 from holdfast.evaluation.judges import is_refusal
 from holdfast.files import alone_in, claim_output_dir, digest, run_record, write_json
-from holdfast.models import load_model_and_tokenizer, require_chat_template
+from holdfast.models import accelerator, load_model_and_tokenizer, require_chat_template
 from holdfast.proxy.build import ANSWERS, BENIGN_PARTS, PARTS, Proxy
 from holdfast.proxy.topics import SHIPPED, load_topic
 from holdfast.stress.identity import describe_model
@@ -93,7 +93,7 @@ def run(argv: list[str]) -> int:
         known = {name: value for name, value in identity.items() if name != "source"}
         try:
             with steps_shown("proxy") as progress:
-                found = proxy.write(directory, model.to(device()), tokenizer, identity=known, progress=progress)
+                found = proxy.write(directory, model.to(accelerator()), tokenizer, identity=known, progress=progress)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted; the same command goes on from the answers in {directory / ANSWERS}"

@@ -18,7 +18,6 @@ from holdfast.cli.console import say, set_up_logging, steps_shown, warn
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.runs import (
     announce,
-    device,
     discard_checkpoints,
     keep_apart,
     keep_models,
@@ -34,7 +33,7 @@ from holdfast.data.rendering import ChatFormat
 from holdfast.data.sources import named
 from holdfast.data.tokens import padded_batches, whole_rows
 from holdfast.files import run_record, write_json
-from holdfast.models import base_names, load_model, load_model_and_tokenizer
+from holdfast.models import accelerator, base_names, load_model, load_model_and_tokenizer
 from holdfast.repair.antidote import check_ratio, prune_harmful
 
 
@@ -135,7 +134,7 @@ def run(method: str, argv: list[str]) -> int:
         started = time.monotonic()
         with steps_shown(f"repair {method}") as show:
             repair = prune_harmful(
-                model.to(device()),
+                model.to(accelerator()),
                 _batches(rows, options.batch_size, pad, show),
                 ratio=options.ratio,
                 targets=options.targets,

@@ -22,7 +22,6 @@ from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError, Stopped
 from holdfast.evaluation.stopping import unseen_end
 from holdfast.files import alone_in, claim_output_dir
-from holdfast.models import accelerator
 
 
 class _Trainer(Protocol):
@@ -265,11 +264,6 @@ def precision_record(loaded: torch.dtype, config: DefenseConfig) -> dict[str, st
     """Say in which precision a model came, and was trained (and is saved) and computed on; see `holdfast.precision`."""
     computed = "bfloat16" if config.bf16 else "float32"
     return {"loaded": str(loaded).removeprefix("torch."), "trained": "float32", "computed": computed}
-
-
-def device() -> torch.device:
-    """Where a command that does not train runs a model: on the accelerator, if there is one."""
-    return accelerator()
 
 
 def announce(folder: Path, *names: str) -> None:

@@ -16,23 +16,21 @@ from holdfast.cli.console import say, set_up_logging, stdout
 from holdfast.cli.effects import STRESS
 from holdfast.cli.evaluate import make_evaluator
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
+from holdfast.cli.runs import announce, keep_apart, load_keywords, output_dir
 from holdfast.cli.stress_report import Progress, cost_table
 from holdfast.errors import InputError, Stopped
 from holdfast.evaluation.evaluate import Evaluator
 from holdfast.files import run_record, write_json
 from holdfast.interruption import on_sigterm
+from holdfast.models import accelerator
 from holdfast.report.facts import told_verdict
 from holdfast.stress.answers import write_answers
-from holdfast.stress.certificate import MARKER, assemble, write
+from holdfast.stress.certificate import MARKER, SAMPLES, STARTED, TAX, TRIALS, assemble
 from holdfast.stress.preparing import Prepared, prepare
-from holdfast.stress.search import SAMPLES, TAX, TRIALS, tax_of, write_record
+from holdfast.stress.search import tax_of, write_record
 from holdfast.stress.studies import Studies
 from holdfast.stress.subjects import Sources
 from holdfast.stress.workers import run as run_workers
-
-#: What is searched; written first.
-INPUTS = "stress.json"
 
 #: A certificate is good for a year: attacks get better.
 _GOOD_FOR = datetime.timedelta(days=365)
@@ -162,7 +160,7 @@ def run(argv: list[str]) -> int:
         if plan.storage is not None:
             plan.studies("")  # refuses one that cannot be used before anything is written
         given = {**asdict(load), **asdict(measure), **asdict(options)}
-        processes = options.processes or (1 if device().type != "cpu" else 2)
+        processes = options.processes or (1 if accelerator().type != "cpu" else 2)
         told = {"config": run_record(given, options.seed)["config"], "reported": reported}
         inputs = _begin(folder, prepared, told, processes, overwrite=options.overwrite_output_dir)
         _search(prepared, processes, folder)
@@ -171,7 +169,7 @@ def run(argv: list[str]) -> int:
             write_record(folder, record)
         certificate = assemble(found, inputs, tax_of(plan, plan.taxed, say))
         write_answers(plan, found)
-        write(folder / MARKER, certificate)
+        write_json(folder / MARKER, certificate)
         stdout.print(cost_table(certificate), " ".join(told_verdict(certificate)), sep="\n", markup=False)
         announce(folder, MARKER, TRIALS, SAMPLES)
     return 0
@@ -200,25 +198,25 @@ def _begin(
     folder: Path, prepared: Prepared, told: Mapping[str, Any], processes: int, *, overwrite: bool
 ) -> dict[str, Any]:
     """Write down what is searched, or find it written down: then the search goes on."""
-    path, identity = folder / INPUTS, prepared.plan.identity
+    path, identity = folder / STARTED, prepared.plan.identity
     if path.is_file() and not overwrite:
         found = _read(path)
         if found.get("identity") != identity:
             raise InputError(
-                f"--output_dir {folder} holds a search of other models, data or settings ({INPUTS}); choose another "
+                f"--output_dir {folder} holds a search of other models, data or settings ({STARTED}); choose another "
                 "folder or pass --overwrite_output_dir"
             )
         if (folder / TRIALS).is_dir():
             say(f"going on with the search in {folder}")
         return found
-    for name in (MARKER, INPUTS, "study.db", TRIALS, SAMPLES, TAX):  # of a search before
+    for name in (MARKER, STARTED, "study.db", TRIALS, SAMPLES, TAX):  # of a search before
         place = folder / name
         shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
     today = datetime.datetime.now(datetime.UTC).date()
     inputs = {
         **prepared.inputs,
         **{"issued": str(today), "expires": str(today + _GOOD_FOR)},
-        "measured_on": {"device": str(device()), "date": str(today), "processes": processes},
+        "measured_on": {"device": str(accelerator()), "date": str(today), "processes": processes},
         **told,
     }
     write_json(path, inputs)

@@ -33,7 +33,7 @@ from holdfast.cli.evaluate import (
     warn_of_unjudged,
 )
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.runs import announce, device, keep_apart, load_keywords, output_dir
+from holdfast.cli.runs import announce, keep_apart, load_keywords, output_dir
 from holdfast.cli.tables import attack_tables, judge_records
 from holdfast.config import require_positive
 from holdfast.data.harmful import load_harmful_rows
@@ -44,7 +44,7 @@ from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
 from holdfast.evaluation.judges.cache import CACHE
 from holdfast.evaluation.prompts import load_prompts
 from holdfast.files import run_record, write_bytes, write_json, write_jsonl
-from holdfast.models import base_names, load_model, load_model_and_tokenizer
+from holdfast.models import accelerator, base_names, load_model, load_model_and_tokenizer
 from holdfast.parameters import share_moved, snapshot_on_host, trainable_parameters
 
 #: What is written beside the record: every answer, and the vectors of a soft prompt.
@@ -157,7 +157,7 @@ def run(method: str, argv: list[str]) -> int:
         taken = taken_prompts(evaluator)
         attacker = _attacker(attack, data, written, load, options.seed, taken)
         attack.require(attacker)
-        whole = whole_model(model).to(device())
+        whole = whole_model(model).to(accelerator())
         started = time.monotonic()
         points: list[dict[str, Any]] = []
         samples: list[dict[str, Any]] = []
@@ -228,7 +228,7 @@ def _attacker(
         harmless = _prompts(data, "benign_data", taken)
     if "base" in attack.needs:
         say(f"loading {data['base']}")
-        base = whole_model(load_model(data["base"], dtype=load.dtype)).to(device())
+        base = whole_model(load_model(data["base"], dtype=load.dtype)).to(accelerator())
     return Attacker(written, harmful, rows, harmless, base, data.get("batch_size", 16), seed)
 
 

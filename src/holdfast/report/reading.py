@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import InputError
-from holdfast.stress.certificate import KINDS, MARKER, SCHEMA, TARGETS, read_certificate
-
-#: What a stress test writes first into its folder: what is to be searched.
-STARTED = "stress.json"
+from holdfast.stress.certificate import (
+    KINDS,
+    MARKER,
+    SAMPLES,
+    SCHEMA,
+    STARTED,
+    TARGETS,
+    TRIALS,
+    read_certificate,
+)
 
 #: What is told of a trial, and of an answer.
 _RECORD = frozenset(
@@ -60,8 +66,8 @@ def read_findings(folder: Path | str) -> Findings:
             )
         raise InputError(f"{folder}: holds no {MARKER}; expected the --output_dir of holdfast stress")
     certificate = read_certificate(folder / MARKER)
-    trials = [_trial(path) for path in sorted(folder.glob("trials/*/*.json"))]
-    files = {(kind, target): folder / "samples" / f"{kind}-{target}.jsonl" for kind in KINDS for target in TARGETS}
+    trials = [_trial(path) for path in sorted(folder.glob(f"{TRIALS}/*/*.json"))]
+    files = {(kind, target): folder / SAMPLES / f"{kind}-{target}.jsonl" for kind in KINDS for target in TARGETS}
     samples = {of: _rows(path) for of, path in files.items() if path.exists()}
     return Findings(folder, certificate, trials, samples)
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.files import write_jsonl
+from holdfast.stress.certificate import SAMPLES
 from holdfast.stress.costs import shown
-from holdfast.stress.search import SAMPLES, Plan, samples_of
+from holdfast.stress.search import Plan, samples_of
 from holdfast.stress.trials import Record, Trial
 
 

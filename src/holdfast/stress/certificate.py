@@ -15,7 +15,6 @@ from typing import Any
 
 from holdfast.errors import InputError
 from holdfast.evaluation.scores import Rate, wilson
-from holdfast.files import write_json
 from holdfast.stress.costs import (
     Point,
     Record,
@@ -33,6 +32,9 @@ SCHEMA = 1
 
 MARKER = "certificate.json"
 """What a finished stress test has in its folder; written last."""
+
+STARTED, TRIALS, SAMPLES, TAX = "stress.json", "trials", "samples", "tax"
+"""What else lies there: what is searched, and folders of the records of trials, of answers and of the tax."""
 
 TARGETS = ("model", "counterpart")
 """What is attacked."""
@@ -104,11 +106,6 @@ def seal(certificate: Mapping[str, Any]) -> str:
     """
     timeless = _without_clocks({name: value for name, value in certificate.items() if name not in _UNHASHED})
     return hashlib.sha256(canonical(timeless).encode(errors="surrogatepass")).hexdigest()
-
-
-def write(path: Path | str, certificate: Mapping[str, Any]) -> None:
-    """Write a certificate, whole or not at all."""
-    write_json(path, certificate)
 
 
 def read_certificate(path: Path | str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.files import write_json, write_jsonl
 from holdfast.models import accelerator, load_model_and_tokenizer
 from holdfast.stress.bound import Own
+from holdfast.stress.certificate import SAMPLES, TAX, TRIALS
 from holdfast.stress.running import Runner
 from holdfast.stress.schedule import Schedule
 from holdfast.stress.spaces import families
@@ -24,9 +25,6 @@ from holdfast.stress.subjects import Sources, Subjects, with_sets
 from holdfast.stress.suites import Scene, Suite, along, grids
 from holdfast.stress.tax import HarmlessTask, measure_taxes
 from holdfast.stress.trials import Record, Target
-
-TRIALS, SAMPLES, TAX = "trials", "samples", "tax"
-"""Folders of the records of trials, of answers, and of what is measured for the tax."""
 
 
 @dataclass(frozen=True)
