@@ -39,7 +39,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/method_cost.py
 
-# A real chat model, installed from its Python package, hardened and attacked: about 90 minutes on two cores.
+# A real chat model, installed from its Python package, hardened and attacked; long, and goes on where it was.
 real: $(READY)
 	$(BIN)/python benchmarks/real.py
 

@@ -6,7 +6,7 @@ full fine-tuning and with LoRA on the topic's answers. Answers to held-out quest
 graded by the keyword judge and, the former, by the classifier of `second_judge.py`. Settings were chosen on the first
 topic; the second is the report.
 
-    make real                                # installs the model, then about 90 minutes on two cores
+    make real                                # installs the model, and runs it all
     python benchmarks/real.py --smoke        # tiny numbers that prove nothing but that everything runs
     python benchmarks/real.py --seeds 0 1 2 --scale 10      # ten times the updates, where there is a GPU
 

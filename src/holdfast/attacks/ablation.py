@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 HARDLY_NOTHING = 0.2
 """More than this share of a direction left in the stream, where all should be gone, is worth a warning. Rounding in
-half precision leaves up to .05: SmolLM2-135M in bf16."""
+half precision leaves some."""
 
 _SCALE = (
     "How much of the direction is taken out of what %s write: one number for all layers, or a kernel of four, its "
