@@ -16,7 +16,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ from transformers.trainer_callback import PrinterCallback
 
 from holdfast.alignment.antibody import AntibodyAlignmentConfig, AntibodyAlignmentTrainer
 from holdfast.alignment.booster import BoosterConfig, BoosterTrainer
+from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
 from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
 from holdfast.data.refusals import without_refusals
 from holdfast.files import versions, write_json
 from holdfast.finetuning.antibody import AntibodyConfig, AntibodyTrainer
 from holdfast.finetuning.lisa import LisaConfig, LisaTrainer
 from holdfast.finetuning.spard import SpardConfig, SpardTrainer
+from holdfast.parameters import trainable_parameters
 from holdfast.trainer import DefenseTrainer
 from live_memory import peak_meter
 from step_cost import LARGE, LIGHT, ORGANISM, MemoryWatch, Shape, now, parameter_bytes, spread
@@ -60,6 +62,7 @@ class Cost:
         buffers: The largest memory beyond SFT's in buffers of the parameters' size; None where it is activations.
         settings: Under which it does all of its work at every update.
         second: The name of its second data set.
+        prepare: What is to be done to its trainer before it runs.
     """
 
     trainer: type[DefenseTrainer]
@@ -68,9 +71,19 @@ class Cost:
     buffers: float | None
     settings: dict[str, Any] = field(default_factory=dict)
     second: str | None = None
+    prepare: Callable[[Any], None] = lambda trainer: None
+
+
+def under_attack(trainer: PatcherTrainer) -> None:
+    """Put an attack vector in force."""
+    trainer.attack_vector = {n: 1e-3 * torch.randn_like(p) for n, p in trainable_parameters(trainer.model).items()}
 
 
 COSTS = {
+    # Every update of it at displaced weights, which are the dearer ones.
+    "Patcher, sampled": Cost(
+        PatcherTrainer, PatcherConfig, 1.1, 2.1, {"estimator": "sampled", "alpha": 1.0}, "attack", under_attack
+    ),
     "Vaccine": Cost(VaccineTrainer, VaccineConfig, 2.1, None),
     "Booster": Cost(BoosterTrainer, BoosterConfig, 3.1, 2.2, second="attack"),
     "Antibody, alignment": Cost(AntibodyAlignmentTrainer, AntibodyAlignmentConfig, 4.2, 2.2, second="attack"),
@@ -142,6 +155,7 @@ def make_trainer(cost: Cost, kind: type[DefenseTrainer], shape: Shape, folder: s
     model = LlamaForCausalLM(LlamaConfig(**shape.model))
     trainer = kind(model, config, rows, processing_class=tokenizer, **second)
     trainer.remove_callback(PrinterCallback)
+    cost.prepare(trainer)
     return trainer
 
 

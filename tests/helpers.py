@@ -228,6 +228,13 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name].detach(), b[name].detach()) for name in a)
 
 
+PATCHERS: dict[str, dict[str, Any]] = {
+    "patcher": {},
+    "sampled": {"estimator": "sampled", "attack_scale": [0.3, 1.5]},
+}
+"""Patcher's forms, with what sets each apart."""
+
+
 def run_to_resume(method: str, output_dir: str, callbacks: Sequence[TrainerCallback] = (), **changes: object):
     """A short run with everything whose state a checkpoint must hold: dropout, a schedule, windows unlike in size.
 
@@ -259,8 +266,8 @@ def run_to_resume(method: str, output_dir: str, callbacks: Sequence[TrainerCallb
     common = {"train_dataset": word_rows(17), "processing_class": word_tokenizer(), "callbacks": list(callbacks)}
     if method == "sft":
         return DefenseTrainer(model, DefenseConfig(**settings), **common)
-    if method == "patcher":
-        config = PatcherConfig(**{"attack_every": 3, "attack_steps": 4, **settings})
+    if method in PATCHERS:
+        config = PatcherConfig(**{"attack_every": 3, "attack_steps": 4, **PATCHERS[method], **settings})
         return PatcherTrainer(model, config, attack_dataset=word_rows(7, seed=1), **common)
     from methods import METHODS
 

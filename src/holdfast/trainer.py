@@ -214,6 +214,16 @@ class DefenseTrainer(ResumableTrainer):
         router_loss: float = sum(self._metrics["train"]["aux_loss"][-len(window) :])  # means over the ranks
         return loss - self.router_aux_loss_coef * router_loss / window.micro_batches
 
+    def count_tokens(self, window: Window) -> None:
+        """Count the tokens of an update that is trained on in quiet passes alone, as TRL counts those that it logs."""
+        counts = [
+            batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+            for batch in window.batches
+        ]
+        here = torch.tensor(sum(int(count) for count in counts), device=self.args.device)
+        self._total_train_tokens += int(self.accelerator.reduce(here, "sum"))
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
     def draw(self, batches: Iterator[Batch], size: int = 1) -> Window:
         """The next `size` micro-batches of a second data set as a window with its own token count. See `take`."""
         return self.as_window(self.take(batches, size))

@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from helpers import relative_distance, same_bits, tiny_llama, weights, word_rows, word_tokenizer
+from helpers import logged_updates, relative_distance, same_bits, tiny_llama, weights, word_rows, word_tokenizer
+from holdfast.alignment.draws import draws
 from holdfast.alignment.parallel import ParallelPatcherConfig, PatcherDefenderTrainer
 from holdfast.alignment.parallel_attacker import PatcherAttackerTrainer
 from holdfast.config import DefenseConfig
@@ -123,6 +124,17 @@ def test_vector_leads_from_todays_weights_to_the_attacked_ones(settings):
     }
     logged = [entry for entry in trainer.state.log_history if "attack_staleness" in entry]
     assert [(e["step"], e["attack_staleness"], e["attack_weights_moved"]) for e in logged] == [(5, 2.0, 0.75)]
+
+
+def test_sampled_defender_takes_one_of_the_two_gradients(settings):
+    """By coins that do not hang on what the attackers publish, nor on when."""
+    sampled = {"estimator": "sampled", "attack_scale": [0.5, 1.5], "max_steps": 12}
+    trainer, _ = defended_against(settings, {3: [("mallory", 0.01, {})]}, **sampled)
+    logs = logged_updates(trainer)
+    assert all(("safe_loss" in entry) is not ("attacked_loss" in entry) for entry in logs)
+    assert {"attacked_loss" in entry for entry in logs[4:]} == {True, False}
+    coins = [draws(3, "coin", update).random() < 0.5 for update in range(4, 12)]
+    assert ["attacked_loss" in entry for entry in logs[4:]] == coins
 
 
 def test_attackers_are_taken_in_turn(settings):

@@ -117,12 +117,31 @@ def test_steps_and_rates_that_are_not_positive(patcher: list[str], flag: str, va
     assert flag in refused(*patcher, flag, value)
 
 
+@pytest.mark.parametrize("words", ["-0.5 1", "1.5 0.3", "1"])
+def test_factors_of_the_attack_vector_out_of_range(patcher: list[str], words: str, refused: Refused) -> None:
+    assert "--attack_scale takes two numbers" in refused(*patcher, "--attack_scale", *words.split())
+
+
 SECOND = {
     "align booster": "--attack_data",
     "align antibody": "--attack_data",
     "finetune lisa": "--safety_data",
     "finetune spard": "--safety_data",
 }
+
+
+@pytest.mark.parametrize("command", ["align sft", "align vaccine", "align booster", "align antibody"])
+def test_a_method_without_an_attack_vector_cannot_sample_it(
+    patcher: list[str], command: str, tmp_path: Path, refused: Refused
+) -> None:
+    words = [*command.split(), *(patcher[2:] if command in SECOND else patcher[2:-2])]
+    expected = "(--estimator is a flag of align patcher)"
+    assert expected in refused(*words, "--estimator", "sampled")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("estimator: sampled\n")
+    sentence = refused(*words, "--config", str(recipe))
+    assert f"{recipe}: unknown key 'estimator'" in sentence
+    assert sentence.endswith(expected)
 
 
 @pytest.mark.parametrize(("command", "flag"), SECOND.items())

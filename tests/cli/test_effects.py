@@ -48,6 +48,7 @@ CASES: list[tuple[str, list[str], str, str]] = [
     ("align sft", ALIGN, "--run_name mine", "--report_to tensorboard"),
     ("align patcher", PATCH, "--publish_every 5", "--parallel"),
     ("align patcher", PATCH, "--attackers 2", "--parallel"),
+    ("align patcher", PATCH, "--attack_scale 0.3 1.5 --alpha 0", "--alpha 0.1"),
     ("finetune lisa", TUNE, "--proximal_start 0.3 --rho 0", "--rho 1"),
     ("finetune spard", TUNE, "--safety_share 0.1 --safety_selection all", "--safety_selection random"),
     ("finetune spard", TUNE, "--safety_beta 0.1 --safety_selection random", "--safety_selection dpp"),

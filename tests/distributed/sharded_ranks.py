@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from helpers import run_to_resume
+from helpers import PATCHERS, run_to_resume
 from methods import METHODS
 from ranks import fork_two, shard_on_cpu
 
@@ -33,7 +33,7 @@ def work(folder, rank):
     def note(case, tensors):
         found.update({f"{case}/{name}": tensor for name, tensor in tensors.items()})
 
-    methods = ["sft", "patcher", *METHODS]
+    methods = ["sft", *PATCHERS, *METHODS]
     for method in methods:
         trainer = run_to_resume(method, str(folder / "copied"), **{**RUN, "save_strategy": "no"})
         note(f"{method}/begun", whole(trainer.model))

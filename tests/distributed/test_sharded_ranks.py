@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import same_bits
+from helpers import PATCHERS, same_bits
 from methods import METHODS
 from ranks import run_script
 
-every_method = pytest.mark.parametrize("method", ["sft", "patcher", *METHODS])
+every_method = pytest.mark.parametrize("method", ["sft", *PATCHERS, *METHODS])
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,14 @@ learns weights that stay safe under the resulting displacement, the *attack vect
 First order: δ is taken not to depend on θ. The first `attack_every` updates are plain SFT, for want of a δ. The paper
 runs 15 rounds of 300 attacker steps and 1000 updates at learning rate 1e-5 and α = 0.5.
 
+Two settings are ours, not the paper's. The *sampled* estimator takes one gradient an update instead of two, in one
+forward-backward pass as SFT; its mean over the coin is the gradient above, which is the *exact* one:
+
+    with probability α:  g(θ + δ; B),    else  g(θ; B)
+
+With `attack_scale` δ is taken times a factor s, drawn anew for every update from U(low, high). The coin and the factor
+of an update hang on the run's seed and on the update's number alone (`holdfast.alignment.draws`).
+
 Differs from the authors' released code:
 
 * It adds δ to the weights and subtracts it again, which drifts by rounding; here the exact weights come back.
@@ -28,15 +36,18 @@ Examples:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from holdfast.alignment.draws import draws
 from holdfast.attacks.simulated import simulate_attack
 from holdfast.config import DefenseConfig, require_not_negative, require_positive
 from holdfast.data.batches import Batch
@@ -45,6 +56,9 @@ from holdfast.parameters import ParameterVector, displaced, vector_for
 from holdfast.trainer import DefenseTrainer, Window
 
 logger = logging.getLogger(__name__)
+
+ESTIMATORS = ("exact", "sampled")
+"""How the gradient of an update is had: in two passes, or in one of the two by a coin."""
 
 
 @dataclass
@@ -58,6 +72,8 @@ class PatcherConfig(DefenseConfig):
         attack_learning_rate: The attacker's constant rate; by default the defender's.
         attack_batch_size: Rows per device and attacker step; by default those of a whole window of the defender.
         attack_weight_decay: The attacker's weight decay.
+        estimator: "exact", both gradients an update, or "sampled", one of them by a coin of probability `alpha`.
+        attack_scale: The least and the greatest factor that the attack vector is taken times.
 
     Raises:
         InputError: A setting out of its range; the message names it.
@@ -75,6 +91,19 @@ class PatcherConfig(DefenseConfig):
         default=None, metadata={"help": "Rows per device and attacker step; by default the defender's whole window."}
     )
     attack_weight_decay: float = field(default=0.01, metadata={"help": "The attacker's weight decay."})
+    estimator: str = field(
+        default="exact",
+        metadata={
+            "help": "Both gradients an update, or one of them by a coin of probability --alpha, at the price of SFT.",
+            "choices": list(ESTIMATORS),
+        },
+    )
+    attack_scale: list[float] = field(
+        default_factory=lambda: [1.0, 1.0],
+        metadata={
+            "help": "Least and greatest of the factor, drawn every update, that the attack vector is taken times."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -83,12 +112,21 @@ class PatcherConfig(DefenseConfig):
             raise InputError(f"--alpha must lie between 0 and 1, got {self.alpha}")
         require_positive(self, "attack_steps", "attack_every", "attack_learning_rate", "attack_batch_size")
         require_not_negative(self, "attack_weight_decay")
+        if self.estimator not in ESTIMATORS:
+            raise InputError(f"--estimator must be {' or '.join(ESTIMATORS)}, got {self.estimator}")
+        bounds = self.attack_scale
+        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < math.inf:
+            raise InputError(
+                "--attack_scale takes two numbers, the least factor and the greatest, the least not below 0 and not "
+                f"above the greatest; got {' '.join(map(str, bounds))}"
+            )
 
 
 class PatcherTrainer(DefenseTrainer):
     """Align with Patcher, in its sequential form: attacker and defender take turns on the same devices.
 
-    Each update logs `safe_loss` L(θ; B), `attacked_loss` L(θ + δ; B) and their `loss_gap`; each simulated attack
+    Each update logs `safe_loss` L(θ; B), `attacked_loss` L(θ + δ; B) and their `loss_gap`; under the sampled estimator
+    the one that it took, which also is its `loss`. `attack_scale` is the factor of δ. Each simulated attack logs
     `attacker_first_loss`, `attacker_last_loss`, `attack_vector_norm` and `attack_weights_moved`, the share of the
     weights that it moved. Beyond SFT it holds two buffers of the trained
     parameters' size while defending (δ, and the saved weights or the gradient under attack) and three during an attack.
@@ -142,24 +180,44 @@ class PatcherTrainer(DefenseTrainer):
         self._attack_vector = None if vector is None else vector_for(self.model, vector, "attack_vector")
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
-        """(1 − α) · g(θ; B) + α · g(θ + δ; B). The attacked pass comes first, so that fewer buffers live at once."""
+        """(1 − α) · g(θ; B) + α · g(θ + s·δ; B), or one of the two gradients by a coin of probability α."""
         if self._attack_is_due():
             self.attack(model)
         if self.attack_vector is None:
-            loss, gradient = self.loss_and_gradient(model, window)
-            self.log_metric("safe_loss", self.cross_entropy(loss, window))
-            return loss, gradient
+            return self._safe_gradient(model, window)
         alpha = self.args.alpha
-        with self.shared_randomness(), displaced(self.model, self.attack_vector):
-            attacked_loss, attacked_gradient = self.loss_and_gradient(model, window, quiet=True)
-        loss, gradient = self.loss_and_gradient(model, window)
+        if self.args.estimator == "sampled":
+            if self._draws("coin").random() >= alpha:
+                return self._safe_gradient(model, window)
+            self.count_tokens(window)
+            return self._attacked_gradient(model, window)
+        with self.shared_randomness():  # and the attacked pass first, so that fewer buffers live at once
+            attacked_loss, attacked_gradient = self._attacked_gradient(model, window)
+        loss, gradient = self._safe_gradient(model, window)
         gradient *= 1 - alpha
         gradient += alpha * attacked_gradient
-        safe_loss = self.cross_entropy(loss, window)
-        self.log_metric("safe_loss", safe_loss)
-        self.log_metric("attacked_loss", attacked_loss)
-        self.log_metric("loss_gap", attacked_loss - safe_loss)
+        self.log_metric("loss_gap", attacked_loss - self.cross_entropy(loss, window))
         return loss, gradient
+
+    def _safe_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
+        """L(θ; B) and its gradient."""
+        loss, gradient = self.loss_and_gradient(model, window)
+        self.log_metric("safe_loss", self.cross_entropy(loss, window))
+        return loss, gradient
+
+    def _attacked_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
+        """L(θ + s·δ; B) and its gradient."""
+        assert self.attack_vector is not None
+        scale = self._draws("scale").uniform(*self.args.attack_scale)
+        with displaced(self.model, self.attack_vector, scale):
+            loss, gradient = self.loss_and_gradient(model, window, quiet=True)
+        self.log_metric("attacked_loss", loss)
+        self.log_metric("attack_scale", scale)
+        return loss, gradient
+
+    def _draws(self, purpose: str) -> np.random.Generator:
+        """What is drawn for a purpose in this update."""
+        return draws(self.args.seed, purpose, self.state.global_step)
 
     def attack(self, model: torch.nn.Module) -> None:
         """Simulate an attack on today's weights and put its vector in force; an attack gone wrong is discarded.

@@ -34,7 +34,7 @@ def make_parser(method: str) -> HoldfastParser:
     """Return the parser of `align METHOD`."""
     description = "Align a model; the finished model and its tokenizer lie in --output_dir."
     more = [parallel.ParallelArguments] if method == "patcher" else []
-    return training.make_parser(f"align {method}", _METHODS[method], description, *more)
+    return training.make_parser("align", method, _METHODS, description, *more)
 
 
 def run(method: str, argv: list[str]) -> int:

@@ -147,6 +147,7 @@ PATCHER = (
         lambda given: given.parallel or given.role,
         "without --parallel",
     ),
+    Effect("attack_scale", lambda given: given.alpha > 0, "with --alpha 0: no gradient is taken under attack"),
 )
 
 #: Of `finetune lisa` and `finetune spard`.

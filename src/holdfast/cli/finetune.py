@@ -74,7 +74,7 @@ _METHODS = {
 def make_parser(method: str) -> HoldfastParser:
     """Return the parser of `finetune METHOD`."""
     description = "Train a model on a user's data; the finished model and its tokenizer lie in --output_dir."
-    return training.make_parser(f"finetune {method}", _METHODS[method], description)
+    return training.make_parser("finetune", method, _METHODS, description)
 
 
 def run(method: str, argv: list[str]) -> int:

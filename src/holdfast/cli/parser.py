@@ -72,6 +72,8 @@ class HoldfastParser(TrlParser, _OneLineParser):
         description: What the command does, for `--help`.
         positional: Positional arguments that will be added, for `--help`.
         effects: When flags play a part; given for nothing, they are told of.
+        others: The dataclasses of the commands beside it, by the words of each; of a flag that this command lacks, a
+            message says which of them has it.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
         description: str | None = None,
         positional: str = "",
         effects: Sequence[Effect] = (),
+        others: Mapping[str, Sequence[type[Any]]] = MappingProxyType({}),
     ) -> None:
         keywords: dict[str, Any] = {
             "dataclass_types": dataclass_types,
@@ -92,6 +95,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
         }
         super().__init__(**keywords, allow_abbrev=False)
         self._effects = effects
+        self._others = others
         self.add_argument("--config", metavar="RECIPE.yaml", help="Recipe to take values from; flags override it.")
 
     @staticmethod
@@ -126,7 +130,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
         words = [] if recipe is None else self._words_of_recipe(Path(recipe))
         namespace, unknown = self.parse_known_args([*words, *argv])
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._flag_of_others(unknown)}")
         given = vars(namespace)
         del given["config"]
         unset = {action.dest for action in self._actions if action.default is None} - _MAY_BE_EMPTY
@@ -143,6 +147,19 @@ class HoldfastParser(TrlParser, _OneLineParser):
         typed = self._given(argv)
         refuse_idle(self._effects, values, typed=typed, in_recipe=self._given(words) - typed)
         return (*built, namespace)
+
+    def _flag_of_others(self, words: Sequence[str]) -> str:
+        """Which commands beside this one have the first of these flags that one of them has."""
+        for flag in words:
+            name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
+            having = [
+                command
+                for command, types in self._others.items()
+                if flag.startswith("--") and any(entry.name == name for one in types for entry in fields(one))
+            ]
+            if having:
+                return f" (--{name} is a flag of {' and '.join(having)})"
+        return ""
 
     def _given(self, words: Sequence[str]) -> set[str]:
         """The names of what these words set, whether to its default or not; they need not be all that is required."""
@@ -166,7 +183,10 @@ class HoldfastParser(TrlParser, _OneLineParser):
             flag = f"--{key}"
             action = self._option_string_actions.get(flag)
             if action is None or key in ("config", "help"):
-                raise InputError(f"{path}: unknown key {key!r}; keys are the flags that `{self.prog} --help` lists")
+                raise InputError(
+                    f"{path}: unknown key {key!r}; keys are the flags that `{self.prog} --help` lists"
+                    f"{self._flag_of_others([flag])}"
+                )
             if action.dest in keys:
                 raise InputError(f"{path}: {keys[action.dest]!r} and {key!r} set the same value; keep one of them")
             keys[action.dest] = str(key)

@@ -79,13 +79,15 @@ class Method:
     report: Callable[[Any, Path], list[str]] | None = None
 
 
-def make_parser(command: str, method: Method, description: str, *more: type) -> HoldfastParser:
+def make_parser(stage: str, name: str, methods: Mapping[str, Method], description: str, *more: type) -> HoldfastParser:
     """Return the parser of a training command: model, data, the method's config, and what more there is to say."""
+    method = methods[name]
     return HoldfastParser(
         (ModelArguments, method.data, method.config, *more),
-        prog=f"holdfast {command}",
+        prog=f"holdfast {stage} {name}",
         description=description,
         effects=(*TRAINING, *method.effects),
+        others={f"{stage} {other}": (one.data, one.config) for other, one in methods.items() if other != name},
     )
 
 
