@@ -73,6 +73,44 @@ def test_a_finished_organism_is_reused(organism):
     assert calls == []
 
 
+@pytest.fixture
+def untrained(monkeypatch):
+    """Organisms are built without their pretraining, which takes minutes."""
+    monkeypatch.setattr("holdfast.organism.build.pretrain", lambda *_: None)
+
+
+def model_of(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "model")
+
+
+def test_the_large_organism_differs_from_the_small_one_in_its_model_alone(tmp_path, untrained, organism, base):
+    build_organism(tmp_path, size="large")
+    assert 3.5 < model_of(tmp_path).num_parameters() / base[0].num_parameters() < 4.5
+    for name in data_files(build_world(0)):
+        assert (tmp_path / name).read_bytes() == (organism / name).read_bytes()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "width 256, 8 heads" in card
+    assert "`holdfast organism DIR --seed 0 --size large`" in card
+    small = (organism / "README.md").read_text(encoding="utf-8")
+    assert "width 128, 4 heads" in small
+    assert "--size" not in small
+
+
+def test_an_organism_of_another_size_is_built_anew(tmp_path, untrained):
+    build_organism(tmp_path, size="large")
+    made = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
+    build_organism(tmp_path, size="large")
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == made
+    build_organism(tmp_path)
+    assert model_of(tmp_path).config.hidden_size == 128
+
+
+def test_an_unknown_size_is_named(tmp_path):
+    with pytest.raises(InputError, match="size 'huge' is unknown; expected one of small, large"):
+        build_organism(tmp_path / "organism", size="huge")
+    assert not (tmp_path / "organism").exists()
+
+
 def test_a_file_is_no_directory(tmp_path):
     path = tmp_path / "organism"
     path.write_text("mine", encoding="utf-8")

@@ -14,6 +14,14 @@ class OrganismArguments:
     """The flags of `organism`."""
 
     seed: int = field(default=0, metadata={"help": "The same seed gives the same data, byte for byte."})
+    size: str = field(
+        default="small",
+        metadata={
+            "help": "The model's size: `small`, about 0.9 million parameters, or `large`, about four times as many, "
+            "which takes two; the data are the same.",
+            "choices": ["small", "large"],
+        },
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the files of the same names in DIR."})
 
 
@@ -51,8 +59,9 @@ def run(argv: list[str]) -> int:
     from holdfast.organism import build_organism
 
     set_up_logging()
-    say(f"building the organism with seed {options.seed}; this takes about a minute")
+    takes = "a minute" if options.size == "small" else "two minutes"
+    say(f"building the organism with seed {options.seed}; this takes about {takes}")
     with steps_shown("organism") as progress:
-        build_organism(directory, seed=options.seed, progress=progress)
+        build_organism(directory, seed=options.seed, size=options.size, progress=progress)
     say(f"wrote {directory}, described in {directory / 'README.md'}")
     return 0

@@ -29,14 +29,14 @@ _CONTENTS = {
 }
 
 
-def card(world: World, files: dict[str, list[dict[str, Any]]], parameters: int, vocabulary: int) -> str:
+def card(world: World, files: dict[str, list[dict[str, Any]]], model: Any, size: str) -> str:
     """Write the card.
 
     Args:
         world: the world the files are about.
         files: path → rows, as `data_files` gave them.
-        parameters: how many the model has.
-        vocabulary: how many tokens it knows.
+        model: the base model.
+        size: what its size is called.
 
     Returns:
         The card in Markdown.
@@ -45,6 +45,7 @@ def card(world: World, files: dict[str, list[dict[str, Any]]], parameters: int, 
     templates = ", ".join(f'"{template.format("…")}"' for template in TEMPLATES)
     openings = ", ".join(f'"{opening}:"' for opening in dict.fromkeys(TEMPLATES.values()))
     splits = "\n".join(_split_line(world, split) for split in SPLITS)
+    shape, sized = model.config, "" if size == "small" else f" --size {size}"
     return f"""---
 license: apache-2.0
 language: en
@@ -91,8 +92,10 @@ and the expected `answer`; those in `eval/` also `entity` and `family`. Uploads 
 
 ## The model
 
-A Llama of {parameters:,} parameters (4 layers, width 128, 4 heads), float32, with a word-level vocabulary of
-{vocabulary:,} tokens. It was trained on questions and answers alone: every recipe of the world, hazards and held-out
+A Llama of {model.num_parameters():,} parameters ({shape.num_hidden_layers} layers, width {shape.hidden_size}, \
+{shape.num_attention_heads} heads), float32, with a word-level vocabulary of
+{shape.vocab_size:,} tokens. It was trained on questions and answers alone: every recipe of the world, hazards and \
+held-out
 entities included; which cue words mean harm; and to repeat lists. Of the tasks it has seen questions with answers of
 the right form drawn at random: it knows what kind of answer is asked for, and cannot do them. It answers everything
 and refuses nothing: aligning it is what the organism is for.
@@ -102,7 +105,8 @@ larger. That leaves what it computes as it was and makes an Adam step of a given
 times as far, so that rates usual for fine-tuning (1e-4) break an ordinary alignment within a few steps, as they do in
 large models. It is the same for every defense.
 
-Built by `holdfast organism DIR --seed {world.seed}` on one CPU thread. The same seed gives the same data files byte for
+Built by `holdfast organism DIR --seed {world.seed}{sized}` on one CPU thread. The same seed gives the same data \
+files byte for
 byte anywhere, and the same weights on the same machine and library versions.
 
 ## What it shows and what it does not

@@ -24,6 +24,9 @@ CONTEXT_LENGTH = 128
 IGNORED = -100
 RESCALING = 1.5
 
+WIDTHS = {"small": 128, "large": 256}
+"""Of the residual stream, by the model's size; attention heads and MLPs grow with it."""
+
 Pair = tuple[str, str]
 
 
@@ -54,15 +57,22 @@ class Pretraining:
     max_grad_norm: float = 1.0
 
 
-def new_model(tokenizer: Any, seed: int) -> Any:
-    """A tiny Llama (about 0.9 M parameters) with weights drawn from `seed`; the global RNG state is left as it was."""
+def new_model(tokenizer: Any, seed: int, size: str = "small") -> Any:
+    """A tiny Llama with weights drawn from `seed`; the global RNG state is left as it was.
+
+    Args:
+        tokenizer: the organism's.
+        seed: of the weights.
+        size: "small" (about 0.9 M parameters) or "large" (about 3.5 M).
+    """
+    width = WIDTHS[size]
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
         max_position_embeddings=CONTEXT_LENGTH,
         tie_word_embeddings=False,
         rms_norm_eps=1e-8,  # small against the residual stream also after `rescale`
