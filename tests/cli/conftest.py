@@ -65,6 +65,31 @@ def model_dir(_template_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def unnamed_dir(model_dir: Path) -> Path:
+    """A model of an architecture in which some of what writes to the residual stream bears a name that nobody else has.
+
+    RecurrentGemma's recurrent blocks write through `linear_out`.
+    """
+    import torch
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+    torch.manual_seed(0)
+    config = RecurrentGemmaConfig(
+        vocab_size=json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["vocab_size"],
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        lru_width=16,
+        attention_window_size=256,
+    )
+    RecurrentGemmaForCausalLM(config).save_pretrained(model_dir)
+    return model_dir
+
+
+@pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command that must be refused, and return its one sentence."""
     from holdfast.cli import main

@@ -166,6 +166,19 @@ def test_what_does_not_fit_is_refused(words, organism, model_dir, tmp_path, refu
     assert "--leave_out magic: there is no such attack or kind" in refused(*words, "--leave_out", "magic")
 
 
+def test_ablation_where_it_is_not_known_what_writes_to_the_stream_is_refused_or_left_out(
+    words, unnamed_dir, refused: Refused
+):
+    words[words.index("--model") + 1] = str(unnamed_dir)
+    words += ["--max_prompts", "4", "--leave_out", "soft-prompt"]
+    said = refused(*words)
+    assert "no matrix in model.layers.0.temporal_block is known to write to the residual stream" in said
+    assert said.endswith("; or leave such attacks out: --leave_out ablation dropping")
+    # Without them the next thing is looked at.
+    for left in (["ablation", "dropping"], ["training-free", "hybrid"]):
+        assert "the model answers none of 4 prompts exactly" in refused(*words, *left)
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [("[]", "expected a JSON object of claims, found a list"), ("{", "is not valid JSON"), (None, "cannot be read")],

@@ -168,6 +168,20 @@ def test_without_prompts_the_attacked_model_is_still_written(model_dir: Path, tm
     assert not (out / "samples.jsonl").exists()
 
 
+@pytest.mark.parametrize("method", ["ablation", "dropping"])
+def test_what_writes_to_the_stream_under_a_name_of_its_own_can_be_named(
+    method: str, refused: Refused, unnamed_dir: Path, attack_data: str, train_data: str, tmp_path: Path
+) -> None:
+    words = ["attack", method, "--model", str(unnamed_dir)]
+    words += ["--attack_data", attack_data, "--benign_data", train_data] if method == "ablation" else []
+    said = refused(*words)
+    assert "no matrix in model.layers.0.temporal_block is known to write to the residual stream" in said
+    assert said.endswith("name those that do by a regular expression with --writes")
+    out = tmp_path / "out"
+    assert main([*words, "--writes", "(linear_out|o_proj|down_proj)$", "--output_dir", str(out)]) == 0
+    assert read_json(out / "results.json")["weights_moved"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

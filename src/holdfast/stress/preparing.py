@@ -17,6 +17,7 @@ from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluator
 from holdfast.evaluation.prompts import Role
 from holdfast.files import versions
+from holdfast.post_norms import post_norms
 from holdfast.residual import decoder_layers, writers
 from holdfast.stress.bound import EPSILON, THRESHOLD, Own, require_enough
 from holdfast.stress.certificate import SCHEMA
@@ -26,10 +27,11 @@ from holdfast.stress.search import Plan
 from holdfast.stress.subjects import Sources, Subjects, set_of, spread, with_sets
 from holdfast.stress.suites import KINDS, Scene, Suite, grids, openers_of, suite_of
 from holdfast.stress.tax import NAMES
-from holdfast.stress.trials import Setting, Target, attacks_of
+from holdfast.stress.trials import Kind, Setting, Target, attacks_of
 
-#: Attacks that find their way about a model by its layers, or by what writes to the residual stream.
-_BY_LAYER = ("ablation", "dropping", "rounding", "pruning", "noise")
+#: Attacks that find their way about a model by what writes to its residual stream, and those that need its layers.
+_BY_WRITERS = ("ablation", "dropping")
+_BY_LAYER = (*_BY_WRITERS, "rounding", "pruning", "noise")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def prepare(
     tried = grids(budgets, scene)
     if not tried:
         raise InputError("--leave_out leaves no attack; nothing would be measured")
+    _require_writers(tried, subjects)
     _require_held([setting for settings in tried.values() for setting in settings], subjects, sources)
     if sources.base is not None:
         subjects.base()
@@ -127,16 +130,30 @@ def prepare(
 
 def _layers(subjects: Subjects, left_out: frozenset[str]) -> int:
     """How many layers the model has, if it can be attacked by layer, or none of that is tried."""
-    model = subjects.fresh("model")
     try:
-        layers = len(decoder_layers(model))
-        if not {"ablation", "dropping"} <= left_out:
-            writers(model, nameable=False)
-        return layers
+        return len(decoder_layers(subjects.fresh("model")))
     except InputError as error:
         if set(_BY_LAYER) <= left_out:
             return 0
-        raise InputError(f"{error}; or leave such attacks out: --leave_out {' '.join(_BY_LAYER)}") from error
+        raise _leaving_out(error, _BY_LAYER) from error
+
+
+def _require_writers(tried: Mapping[Kind, Sequence[Setting]], subjects: Subjects) -> None:
+    """Make sure that what writes to the residual stream is found, where an attack goes by that."""
+    names = {name for settings in tried.values() for setting in settings for name in setting}
+    if not (by_writers := [name for name in _BY_WRITERS if name in names]):
+        return
+    model = subjects.fresh("model")
+    try:
+        found = writers(model, nameable=False)
+        if "ablation" in names:
+            post_norms(model, found)
+    except InputError as error:
+        raise _leaving_out(error, by_writers) from error
+
+
+def _leaving_out(error: InputError, attacks: Sequence[str]) -> InputError:
+    return InputError(f"{error}; or leave such attacks out: --leave_out {' '.join(attacks)}")
 
 
 def _require_held(settings: Sequence[Setting], subjects: Subjects, sources: Sources) -> None:
