@@ -116,11 +116,12 @@ def append_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
             raise
 
 
-def whole_lines(path: Path | str) -> list[bytes]:
+def whole_lines(path: Path | str, start: int = 0) -> list[bytes]:
     """Read the lines that `append_jsonl` added; half a line, as a killed run leaves it, is taken off the file.
 
     Args:
         path: The file.
+        start: Where to begin, in bytes from its own beginning.
 
     Returns:
         The lines, as bytes: text would part at more than line ends. None where there is no file.
@@ -128,11 +129,12 @@ def whole_lines(path: Path | str) -> list[bytes]:
     path = Path(path)
     if not path.exists():
         return []
-    content = path.read_bytes()
+    with path.open("rb") as stream:
+        stream.seek(start)
+        content = stream.read()
     end = content.rfind(b"\n") + 1
     if end < len(content):
-        with path.open("r+b") as stream:
-            stream.truncate(end)
+        os.truncate(path, start + end)
     return content[:end].splitlines()
 
 

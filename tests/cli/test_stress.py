@@ -19,6 +19,7 @@ from helpers import read_json, read_lines
 from holdfast.cli import main
 from holdfast.models import load_model_and_tokenizer
 from holdfast.stress.certificate import read_certificate
+from judge_server import material, serving
 
 Refused = Callable[..., str]
 
@@ -136,6 +137,37 @@ def test_a_search_leaves_records_answers_and_a_certificate(words, tmp_path):
     before = json.loads((out / "stress.json").read_text(encoding="utf-8"))
     assert before["suite"] == "quick"
     assert before["seeds"] == [0, 1]
+
+
+def test_what_a_judge_at_a_server_has_said_is_not_asked_again_after_a_kill(words, organism, tmp_path):
+    out, killed_at = tmp_path / "out", 20
+    right = {row["prompt"][0]["content"]: row["answer"] for row in read_lines(organism / "eval" / "hazards.jsonl")}
+    killed: list[subprocess.Popen[str]] = []
+
+    def reply(body: dict[str, Any]) -> str:
+        prompt, answer = material(body)
+        if len(server.graded) == killed_at:
+            killed[0].kill()
+        return json.dumps({"grade": 5 if answer.partition(": ")[2] == right.get(prompt) else 2})
+
+    left = ["best-of-n", "demonstrations", "soft-prompt", "training-free", "base-holder", "lora", "full", "hybrid"]
+    with serving(reply) as server:
+        place = words.index("--judge")
+        words[place : place + 2] = ["--judge", "rubric", "--judge_model", "big", "--judge_url", server.url]
+        words += ["--judge_concurrency", "1", "--max_prompts", "12", "--leave_out", *left, "--processes", "1"]
+        words += ["--output_dir", str(out)]
+        killed.append(start(words))
+        killed[0].communicate(timeout=300)
+        before, kept = list(server.graded), len(read_lines(out / "judged.jsonl"))
+        assert main(words) == 0
+        after = server.graded[len(before) :]
+    assert killed_at - 3 <= kept <= len(before)
+    assert len({*before} & {*after}) <= len(before) - kept  # what was under way
+    assert len(after) == len({*after})
+    assert len(read_lines(out / "judged.jsonl")) == len({*before, *after})
+    certificate = read_certificate(out / "certificate.json")
+    assert certificate["judge"]["name"] == "rubric"
+    assert certificate["union"]["model"]["asr"] == 1.0
 
 
 def test_another_search_in_the_folder_is_refused(words, tmp_path, capsys):

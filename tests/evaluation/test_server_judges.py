@@ -309,6 +309,20 @@ def test_nothing_is_asked_twice(tmp_path):
     assert KEY not in file.read_text()
 
 
+def test_what_another_process_was_told_meanwhile_is_not_asked(tmp_path):
+    file = tmp_path / "judged.jsonl"
+    with serving(lambda body: json.dumps({"grade": 1 + len(material(body)[1])})) as server:
+        ours, theirs = (judge_at(server, memory=Cache(file, shared=True)) for _ in range(2))
+        assert [one.grade for one in ask(ours, "a")] == [2]
+        assert [one.grade for one in ask(theirs, "bb", "a")] == [3, 2]
+        assert [one.grade for one in ask(ours, "ccc", "bb")] == [4, 3]
+        assert sorted(server.graded) == [("How?", "a"), ("How?", "bb"), ("How?", "ccc")]
+    with file.open("a") as stream:
+        stream.write("no reply\n")
+    with pytest.raises(InputError, match=r"judged\.jsonl, row 4: no reply of a judge"):
+        ask(ours, "dddd")
+
+
 def test_a_line_that_a_killed_run_left_half_written_is_asked_again(tmp_path):
     file = tmp_path / "judged.jsonl"
     with serving(always('{"grade": 4}')) as server:

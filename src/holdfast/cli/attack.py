@@ -59,7 +59,7 @@ from holdfast.data.templates import adopt_chat_template
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
-from holdfast.evaluation.judges.cache import CACHE
+from holdfast.evaluation.judges.cache import CACHE, Cache
 from holdfast.files import append_jsonl, run_record, write_json
 from holdfast.interruption import on_sigterm
 from holdfast.models import base_names, load_model_and_tokenizer, merge
@@ -124,7 +124,7 @@ def run(method: str, argv: list[str]) -> int:
             system_prompt=config.system_prompt,
             chat_template_kwargs=config.chat_template_kwargs,
             raw_text=config.raw_text,
-            cache=folder / CACHE,
+            cache=Cache(folder / CACHE),
         )
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))

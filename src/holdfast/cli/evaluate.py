@@ -82,7 +82,7 @@ def run(argv: list[str]) -> int:
             measure,
             seed=options.seed,
             **options.written,
-            cache=folder / CACHE,
+            cache=Cache(folder / CACHE),
         )
         if evaluator is None:
             raise InputError(f"nothing to measure: give one of {', '.join(FLAGS.values())}, --capability_tasks")
@@ -163,7 +163,7 @@ def make_evaluator(
     system_prompt: str | None,
     chat_template_kwargs: dict[str, Any] | None,
     raw_text: bool,
-    cache: Path | None = None,
+    cache: Cache,
 ) -> Evaluator | None:
     """Read the prompt files, load the tasks and set up their evaluation.
 
@@ -173,7 +173,7 @@ def make_evaluator(
         system_prompt: In front of every prompt that has no system turn.
         chat_template_kwargs: Arguments of the chat template.
         raw_text: Whether prompts are taken as they stand.
-        cache: A file that keeps what judges say; None: their memory alone does.
+        cache: Keeps what judges say.
 
     Returns:
         The evaluator, or None if neither a prompt file nor a task was given.
@@ -195,10 +195,9 @@ def make_evaluator(
         tasks = load_tasks(names, include_path=measure.capability_include_path, limit=measure.capability_limit)
     if not sets and tasks is None:
         return None
-    kept = Cache(cache)
     chosen = (measure.settings(), measure.second_settings())
     asked = any(prompts.role in JUDGED for prompts in sets)  # else no judge is, and none need be there
-    judge, second = (make_judge(one, kept) if asked and one is not None else None for one in chosen)
+    judge, second = (make_judge(one, cache) if asked and one is not None else None for one in chosen)
     return Evaluator(
         sets=sets,
         judge=judge or get_judge("exact"),

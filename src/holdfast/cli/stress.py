@@ -20,6 +20,7 @@ from holdfast.cli.runs import announce, keep_apart, load_keywords, output_dir
 from holdfast.cli.stress_report import Progress, cost_table
 from holdfast.errors import InputError, Stopped
 from holdfast.evaluation.evaluate import Evaluator
+from holdfast.evaluation.judges.cache import CACHE, Cache
 from holdfast.files import run_record, write_json
 from holdfast.interruption import on_sigterm
 from holdfast.models import accelerator
@@ -142,7 +143,7 @@ def run(argv: list[str]) -> int:
         attack_data=options.attack_data,
         benign_data=options.benign_data,
         harmless_task_data=options.harmless_task_data,
-        evaluator=functools.partial(_evaluator, measure, options.seed, options.written),
+        evaluator=functools.partial(_evaluator, measure, options.seed, options.written, folder),
         load=load_keywords(load),
         written=options.written,
     )
@@ -188,8 +189,8 @@ def _reported(path: Path) -> dict[str, Any]:
     return found
 
 
-def _evaluator(measure: MeasureArguments, seed: int, written: Mapping[str, Any]) -> Evaluator:
-    found = make_evaluator(measure, seed=seed, **written)
+def _evaluator(measure: MeasureArguments, seed: int, written: Mapping[str, Any], folder: Path) -> Evaluator:
+    found = make_evaluator(measure, seed=seed, cache=Cache(folder / CACHE, shared=True), **written)
     assert found is not None  # as its sets were required
     return found
 

@@ -41,7 +41,7 @@ from holdfast.data.load import Prompt
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
-from holdfast.evaluation.judges.cache import CACHE
+from holdfast.evaluation.judges.cache import CACHE, Cache
 from holdfast.evaluation.prompts import load_prompts
 from holdfast.files import run_record, write_bytes, write_json, write_jsonl
 from holdfast.models import accelerator, base_names, load_model, load_model_and_tokenizer
@@ -153,7 +153,7 @@ def run(method: str, argv: list[str]) -> int:
         for base in base_names(model):
             keep_apart(folder, attacked_at, base)
         written = ChatFormat(tokenizer, **options.written)
-        evaluator = make_evaluator(measure, seed=options.seed, cache=folder / CACHE, **options.written)
+        evaluator = make_evaluator(measure, seed=options.seed, cache=Cache(folder / CACHE), **options.written)
         taken = taken_prompts(evaluator)
         attacker = _attacker(attack, data, written, load, options.seed, taken)
         attack.require(attacker)

@@ -1,8 +1,12 @@
 """What judges have said, kept by what they were asked, so that nothing is asked twice."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 from holdfast.errors import InputError
 from holdfast.evaluation.judges.template import text_digest
@@ -34,38 +38,52 @@ class Cache:
 
     Args:
         path: The file, made with its first reply; None: in memory alone.
+        shared: Whether other processes may add to the file meanwhile; what they add is found.
 
     Raises:
         InputError: The file is none of this kind.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, *, shared: bool = False) -> None:
         self.path = path
-        self._replies = {} if path is None else _read(path)
+        self._replies: dict[str, Reply] = {}
+        self._rows = self._end = 0  # how far the file has been read
+        self._shared = shared
+        self._lock: AbstractContextManager[Any] = FileLock(f"{path}.lock") if shared else nullcontext()
+        self._catch_up()
 
     def get(self, key: str) -> Reply | None:
         """Return what a judge said when it was asked this; None if it was not."""
+        if self._shared and key not in self._replies:
+            self._catch_up()
         return self._replies.get(key)
 
     def put(self, key: str, reply: Reply) -> None:
         """Keep what a judge said."""
         self._replies[key] = reply
         if self.path is not None:
-            append_jsonl(self.path, [{"asked": key, **asdict(reply)}])
+            with self._lock:
+                append_jsonl(self.path, [{"asked": key, **asdict(reply)}])
+
+    def _catch_up(self) -> None:
+        """Read what the file has beyond what was read of it."""
+        if self.path is None or not self.path.exists() or self.path.stat().st_size == self._end:
+            return
+        with self._lock:
+            lines = whole_lines(self.path, self._end)
+            self._end = self.path.stat().st_size
+        for line in lines:
+            self._rows += 1
+            try:
+                row = json.loads(line)
+                key = row.pop("asked")
+                self._replies[key] = Reply(**row)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise InputError(
+                    f"{self.path}, row {self._rows}: no reply of a judge; remove the file to judge anew"
+                ) from error
 
 
 def key_of(**asked: object) -> str:
     """Return the key of what a judge is asked, which depends on all of it."""
     return text_digest(json.dumps(asked, sort_keys=True, ensure_ascii=False))
-
-
-def _read(path: Path) -> dict[str, Reply]:
-    found = {}
-    for number, line in enumerate(whole_lines(path), 1):
-        try:
-            row = json.loads(line)
-            key = row.pop("asked")
-            found[key] = Reply(**row)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path}, row {number}: no reply of a judge; remove the file to judge anew") from error
-    return found
