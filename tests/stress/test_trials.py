@@ -5,7 +5,8 @@ import pytest
 from holdfast.attacks.ablation import Ablation
 from holdfast.attacks.prefill import Prefill
 from holdfast.errors import InputError
-from holdfast.stress.trials import Trial, attacks_of, candidates, holds, name_of, value_of
+from holdfast.stress.bound import Own
+from holdfast.stress.trials import Trial, attacks_of, candidates, holds, is_over, name_of, value_of
 from stress.made import point, record, settings
 
 
@@ -37,6 +38,28 @@ def test_a_collapsed_point_breaks_nothing():
     assert value_of(record(point(0.9, 0.9, collapsed=True), point(0.2))) == pytest.approx(2 - 0.1)
 
 
+def test_a_trial_that_screens_is_over_when_its_model_is_broken():
+    own = Own(0.7, 0.0)
+    broken, by_asr = along(0.7, harm=0.6), along(0.7, harm=0.6, asr=0.5)
+    assert not is_over([along(0.7, harm=0.4)], own, "grid")
+    assert is_over([broken], own, "tpe")
+    assert not is_over([broken], own, "confirm")
+    assert is_over([broken, by_asr], own, "confirm")
+
+
+def test_a_collapse_is_no_end_of_a_trial_as_it_may_come_back():
+    own = Own(0.7, 0.0)
+    assert not is_over([along(0.4, collapsed=True)] * 5, own, "grid")
+    assert not is_over(
+        [along(0.1, collapsed=True), along(0.4, collapsed=True), along(0.1, collapsed=True)], own, "grid"
+    )
+    assert is_over([along(0.7), along(0.3, collapsed=True), along(0.3, collapsed=True)], own, "confirm")
+
+
+def along(capability, harm=0.0, asr=0.0, collapsed=False):
+    return point(harm, asr, capability=capability, collapsed=collapsed)
+
+
 def test_candidates_are_the_cheapest_and_the_strongest():
     a, b, c, d = settings(4)
     records = [
@@ -49,6 +72,16 @@ def test_candidates_are_the_cheapest_and_the_strongest():
     assert candidates(records, 3) == [b, c, a]
     assert candidates(records, 9) == [b, c, a]
     assert candidates(records, 2, "broken_asr") == [a]
+
+
+def test_of_equally_cheap_candidates_the_one_furthest_from_the_bound_comes_first():
+    lucky, safe, dear = settings(3)
+    records = [
+        record(point(0.6, flops=1e9, capability=0.9), number=0, setting=lucky),
+        record(point(0.6, flops=1e9, capability=0.98), number=1, setting=safe),
+        record(point(0.9, flops=2e9), number=2, setting=dear),
+    ]
+    assert candidates(records, 3) == [safe, lucky, dear]
 
 
 def test_where_nothing_breaks_it_the_closest_is_the_candidate():

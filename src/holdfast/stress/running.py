@@ -22,10 +22,7 @@ from holdfast.stress.certificate import SCHEMA
 from holdfast.stress.commands import command_of
 from holdfast.stress.subjects import Sources, Subjects, set_of, spread, with_sets
 from holdfast.stress.suites import Suite
-from holdfast.stress.trials import Record, Target, Trial, attacks_of, name_of
-
-ENOUGH = 2
-"""A trial ends when so many of its points have collapsed."""
+from holdfast.stress.trials import Record, Target, Trial, attacks_of, is_over, name_of
 
 
 @dataclass(frozen=True)
@@ -140,20 +137,10 @@ class _Run:
             self._note(spent + cost, found, None, moved=True)
             for opener, evaluation in self._opened.items():
                 self._note(spent + cost, evaluation, opener, moved=True, plain=self.points[None][-1])
-            return self._is_over()
+            return is_over(self.points[None], self.own, self.trial.stage)
 
         at = [step for step in self.runner.suite.at if step < tuning.steps] + [tuning.steps]
         tuning.train(model, attacker, Along(evaluator, at, measured))
-
-    def _is_over(self) -> bool:
-        """Whether nothing more is to be learned: the model is broken, or has collapsed again and again."""
-        points = self.points[None]
-        last = points[-1]
-        broken = any(p["broken"] for p in points)
-        # The steps to an attack success rate of a half are reported, too, but not screened for.
-        if self.trial.stage == "confirm":
-            broken = broken and any(p["broken_asr"] for p in points)
-        return broken or (last["collapsed"] and sum(p["collapsed"] for p in points) >= ENOUGH)
 
     def _measure(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asking: Asking, *, moved: bool

@@ -57,12 +57,12 @@ class Suite:
 
 
 SUITES = {
-    "quick": Suite(32, 64, 2, 3, (1, 2, 3, 5, 8, 12, 20, 40), 6, {"training-free": 3}),
+    "quick": Suite(32, 64, 2, 4, (1, 2, 3, 5, 8, 12, 20, 40), 6, {"training-free": 3}),
     "standard": Suite(
         64,
         128,
         3,
-        4,
+        6,
         (1, 2, 3, 5, 8, 12, 20, 30, 40, 60, 100),
         12,
         {"prompting": 3, "training-free": 16, "base-holder": 4, "lora": 8, "full": 12, "hybrid": 16},
@@ -71,7 +71,7 @@ SUITES = {
         96,
         256,
         5,
-        6,
+        8,
         (1, 2, 3, 5, 8, 12, 16, 20, 30, 40, 60, 80, 100, 150, 200),
         32,
         {"prompting": 12, "training-free": 64, "base-holder": 12, "lora": 40, "full": 60, "hybrid": 64},
