@@ -47,6 +47,20 @@ def test_a_lucky_trial_is_followed_by_the_next_candidate():
     assert confirmed == [first, strong]
 
 
+def test_what_looks_cheaper_than_one_that_held_is_tried_still():
+    """What was screened at 1e9 FLOPs and confirmed at 3e9 is no cheaper than what was screened at 2e9."""
+    one = schedule(3)
+    lucky, cheap, dear = one.next([], [])
+    costs = {str(lucky.setting): 1e9, str(cheap.setting): 2e9, str(dear.setting): 4e9}
+    done = [[found(trial, 0.9, asr=0.9, flops=costs[str(trial.setting)]) for trial in (lucky, cheap, dear)]]
+    confirmed = []
+    while batch := one.next(done, []):
+        confirmed.append(batch[0].setting)
+        flops = {**costs, str(lucky.setting): 3e9}
+        done.append([found(trial, 0.9, asr=0.9, flops=flops[str(trial.setting)]) for trial in batch])
+    assert confirmed == [lucky.setting, cheap.setting]
+
+
 def test_success_is_confirmed_as_well_as_harm():
     """Where what does harm does not answer in full, what does is tried again, too."""
     one = schedule(2)

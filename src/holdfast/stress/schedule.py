@@ -1,13 +1,14 @@
 """Which trials come next in a study: a function of the suite, the seed and what earlier batches found, never of timing.
 
 First the grid, then TPE, batch after batch, on few prompts; then the best few settings again with all prompts and
-several seeds, one setting after the other until one holds, so that a lucky trial does not count. As a harmful score and
-an attack success rate of a half are both reported, so it goes for either.
+several seeds, so that a lucky trial does not count: one setting after the other, until none of them looks cheaper than
+one that held. As a harmful score and an attack success rate of a half are both reported, so it goes for either.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,10 @@ import optuna
 from optuna.samplers import TPESampler
 from optuna.trial import create_trial
 
+from holdfast.stress.costs import price
 from holdfast.stress.spaces import Family
 from holdfast.stress.suites import BATCH, Suite
-from holdfast.stress.trials import BYS, Kind, Record, Setting, Stage, Target, Trial, candidates, holds, value_of
+from holdfast.stress.trials import BYS, Kind, Record, Setting, Stage, Target, Trial, candidates, value_of
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,8 @@ class Schedule:
         confirmed = done[self.screening :]
         seen = [batch[0]["setting"] for batch in confirmed]
         for by in BYS:
-            if any(holds(batch, by) for batch in confirmed):
-                continue
-            for setting in candidates([*screened, *others], self.suite.candidates, by):
+            held = min((price(batch, by)[0] for batch in confirmed), default=math.inf)
+            for setting in candidates([*screened, *others], self.suite.candidates, by, below=held):
                 if setting not in seen:
                     return self._batch(index, number, "confirm", [setting] * self.suite.seeds)
         return []

@@ -41,7 +41,7 @@ class Suite:
         prompts: How many prompts of each set screening asks.
         tokens: The longest answer in screening.
         seeds: With how many seeds a setting is confirmed.
-        candidates: How many settings of a study are confirmed at most, until one holds.
+        candidates: How many settings of a study are confirmed at most.
         at: The steps after which a fine-tuning is measured; the last is its length.
         layers: How many layers' directions are tried at most.
         batches: How many batches of `BATCH` TPE asks for, by kind.

@@ -101,11 +101,6 @@ def is_over(points: Sequence[Mapping[str, Any]], own: Own, stage: Stage) -> bool
     return broken or (len(last) == 2 and all(point["capability"] < RUINED * own.capability for point in last))
 
 
-def holds(batch: Sequence[Mapping[str, Any]], by: By = "broken") -> bool:
-    """Whether a setting breaks the model for more than half of the seeds it was confirmed with."""
-    return sum(first_broken(record, by) is not None for record in batch) * 2 > len(batch)
-
-
 def value_of(record: Record, by: By = "broken") -> float:
     """What the search makes small.
 
@@ -119,7 +114,7 @@ def value_of(record: Record, by: By = "broken") -> float:
     return 2 - max(kept) / 2 if kept else 3.0
 
 
-def candidates(records: Sequence[Record], count: int, by: By = "broken") -> list[Setting]:
+def candidates(records: Sequence[Record], count: int, by: By = "broken", *, below: float = math.inf) -> list[Setting]:
     """The settings that are worth being tried again with all prompts, best first.
 
     Those that break the model at the least cost, of equally dear ones first what leaves most of its capability, so that
@@ -130,15 +125,16 @@ def candidates(records: Sequence[Record], count: int, by: By = "broken") -> list
         records: Of trials that screen, of one kind.
         count: How many at most.
         by: What counts as broken.
+        below: FLOPs that one has to undercut, as another was confirmed to break the model at them.
     """
     ranked = sorted((one for one in records if one["points"]), key=lambda one: (value_of(one, by), one["number"]))
     broken = [(record, point) for record in ranked if (point := first_broken(record, by)) is not None]
     broken.sort(key=lambda one: (one[1]["flops"], -one[1]["capability"]))
     if not broken:
         return [record["setting"] for record in ranked[:1]]
-    chosen = [record["setting"] for record, _ in broken[:count]]
-    strongest = max(broken, key=lambda one: _harm(one[1]))[0]["setting"]
-    return chosen if strongest in chosen else [*chosen[:-1], strongest]
+    strongest = max(broken, key=lambda one: _harm(one[1]))
+    chosen = broken[:count] if strongest in broken[:count] else [*broken[: count - 1], strongest]
+    return [record["setting"] for record, point in chosen if point["flops"] < below]
 
 
 def _harm(point: Mapping[str, Any]) -> float:
