@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from holdfast.checkpoint import last_checkpoint
 from holdfast.cli.workers import Command
 
 MARKERS = {
@@ -17,34 +18,57 @@ MARKERS = {
     "audit": "results.json",
     "attack": "results.json",
     "evaluate": "results.json",
+    "judge": "results.json",
 }
 """What a finished command has written last."""
 
+RESUMING = ("--resume_from_checkpoint", "last")
 
-def unfinished(commands: Sequence[Command], out: Path) -> list[Command]:
-    """The commands that have not been run yet, or were run with other words; what those had written is removed.
 
-    A proxy that was stopped goes on from what it has written.
-    """
+def left(commands: Sequence[Command], out: Path) -> list[Command]:
+    """The commands that have not been run yet, or were run with other words, or need one of these."""
     remaining: dict[str, Command] = {}
     for command in commands:
-        log, folder = out / "logs" / f"{command.name}.log", _output_of(command)
-        said = log.read_text(encoding="utf-8").partition("\n")[0] if log.is_file() else ""
-        finished = (folder / MARKERS[command.words[0]]).is_file()
-        redone = any(need in remaining for need in command.needs)
-        same = not redone and said == f"$ holdfast {' '.join(command.words)}"
-        if finished and same:
-            continue
-        if not (same and command.words[0] == "proxy"):
+        finished = (output_of(command) / MARKERS[command.words[0]]).is_file()
+        if not (finished and last_words(command, out) == " ".join(command.words)) or any(
+            need in remaining for need in command.needs
+        ):
+            remaining[command.name] = command
+    return list(remaining.values())
+
+
+def unfinished(commands: Sequence[Command], out: Path) -> list[Command]:
+    """Those that are left, ready to be run: what they had written is removed, unless they go on from it.
+
+    A proxy that was stopped does, and an alignment or a fine-tuning from its last checkpoint. What a judge has said
+    stays whatever has changed, for it is named by what was asked.
+    """
+    remaining = {command.name: command for command in left(commands, out)}
+    ready = []
+    for command in remaining.values():
+        name, folder, words = command.words[0], output_of(command), list(command.words)
+        needs = [need for need in command.needs if need in remaining]
+        same = last_words(command, out) == " ".join(words) and not needs
+        if name == "judge":
+            (folder / MARKERS[name]).unlink(missing_ok=True)
+        elif same and name in ("align", "finetune") and last_checkpoint(folder) is not None:
+            words += RESUMING
+        elif not (same and name == "proxy"):
             shutil.rmtree(folder, ignore_errors=True)
-        remaining[command.name] = command
-    return [
-        Command(command.name, command.words, [need for need in command.needs if need in remaining])
-        for command in remaining.values()
-    ]
+        ready.append(Command(command.name, words, needs))
+    return ready
 
 
-def _output_of(command: Command) -> Path:
+def last_words(command: Command, out: Path) -> str | None:
+    """The words after `holdfast` that a command was last run with, anew or to go on; None if it never was."""
+    log = out / "logs" / f"{command.name}.log"
+    if not log.is_file():
+        return None
+    first = log.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("$ holdfast ").removesuffix(f" {' '.join(RESUMING)}")
+
+
+def output_of(command: Command) -> Path:
     """The folder a command writes to."""
     words = list(command.words)
     return Path(words[1] if words[0] in ("organism", "proxy") else words[words.index("--output_dir") + 1])

@@ -161,7 +161,7 @@ def chat_tokenizer(template: str | None, family: str = "qwen", *, think_tokens: 
     )
 
 
-def one_word_model(folder: Path, word: str) -> str:
+def one_word_model(folder: Path, word: str, template: str | None = None) -> str:
     """A model that says one word over and over: with its last norm at zero all logits are equal, and the first wins."""
     words = [word, "<s>", "</s>", "<unk>", *["How", "?", "a", "b", "Grade", ":", "Question", "Answer", "x"]]
     tokenizer = Tokenizer(models.WordLevel({text: place for place, text in enumerate(words)}, unk_token="<unk>"))
@@ -169,6 +169,7 @@ def one_word_model(folder: Path, word: str) -> str:
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )
+    wrapped.chat_template = template
     model = tiny_llama(vocab_size=len(words), pad_token_id=3)
     model.model.norm.weight.data.zero_()
     model.save_pretrained(folder)

@@ -3,65 +3,28 @@
 `make test-services` runs these; they need transformers' extra `serving`.
 """
 
-import os
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
+from collections.abc import Iterator
 
 import pytest
-from transformers import AutoTokenizer
 
 from helpers import one_word_model
 from holdfast.evaluation.judges import JudgeSettings, make_judge
+from model_server import PATIENCE, serving_models
 
 pytestmark = pytest.mark.services
-
-PATIENCE = 120  # seconds, on a machine that is busy with other things
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A chat model that says 4 and nothing else."""
-    folder = one_word_model(tmp_path_factory.mktemp("model"), "4")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    return folder
+    template = "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + ' ' }}{% endfor %}"
+    return one_word_model(tmp_path_factory.mktemp("model"), "4", template=template)
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory):
-    """The server, on a port of its own, until the tests are over."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1", "--device", "cpu"]
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            [*command, "--port", str(port)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
-    try:
-        until = time.monotonic() + PATIENCE
-        while server.poll() is None and time.monotonic() < until:
-            try:
-                with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                    break
-            except (URLError, TimeoutError):
-                time.sleep(0.2)
-        else:
-            pytest.fail(f"transformers serve did not come up: {log.read_text()}")
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait()
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving_models(tmp_path_factory.mktemp("server") / "log.txt") as address:
+        yield address
 
 
 def settings(model, url, **more):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import re
 import time
@@ -109,6 +110,7 @@ def _run(words: list[str], log: Path) -> tuple[int, float]:
         file.write(f"$ holdfast {' '.join(words)}\n")
         file.flush()
         code = main(words)
+    gc.collect()  # trainers lie in cycles, and the next command would not fit beside their weights and moments
     return code, time.monotonic() - started
 
 
