@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import huggingface_hub.constants
 import pytest
 import torch
+import transformers.utils.hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -224,6 +226,41 @@ def test_a_chat_template_is_required_where_messages_need_it():
 def test_a_hub_adapter_without_safetensors_is_refused(tmp_path, monkeypatch):
     config = tmp_path / "adapter_config.json"
     config.write_text('{"base_model_name_or_path": "org/base"}')
-    monkeypatch.setattr(models, "unreachable", lambda name, kind: None)
+    monkeypatch.setattr(models, "unreachable", lambda name, kind, **_: None)
     monkeypatch.setattr(models, "cached_file", lambda name, file, **_: str(config) if file == config.name else None)
     assert "has no adapter_model.safetensors" in refused(load_model, "org/adapter")
+
+
+def at_revisions(cache, name, revisions):
+    """A repository of the Hub in the local cache, a folder for each of its revisions."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    for place, (revision, folder) in enumerate(revisions.items()):
+        commit = str(place) * 40
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(folder, repository / "snapshots" / commit)
+
+
+def test_a_revision_is_that_of_weights_tokenizer_and_adapter(folder, adapter, tmp_path, monkeypatch):
+    for module in (huggingface_hub.constants, transformers.utils.hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    later, later_adapter = tmp_path / "later", tmp_path / "later-adapter"
+    tiny_llama(seed=1).save_pretrained(later)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(later)
+    shutil.copytree(adapter, later_adapter)
+    weights = load_file(later_adapter / "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, later_adapter / "adapter_model.safetensors")
+    at_revisions(tmp_path / "hub", "org/model", {"main": folder, "v2": later})
+    at_revisions(tmp_path / "hub", "org/adapter", {"main": adapter, "v2": later_adapter})
+    for revision, expected in ((None, folder), ("main", folder), ("v2", later)):
+        model, tokenizer = load_model_and_tokenizer("org/model", revision=revision)
+        assert (tokenizer.chat_template is not None) == (expected == later)
+        assert torch.equal(model(IDS).logits, load_model(str(expected))(IDS).logits)
+    for revision, expected in ((None, adapter), ("v2", later_adapter)):
+        model = load_model("org/adapter", revision=revision)
+        assert torch.equal(model(IDS).logits, load_model(str(expected))(IDS).logits)
+    assert "--model_revision v2: " in refused(lambda source: load_model(source, revision="v2"), folder)
+    assert "--model_revision v2: " in refused(lambda source: load_tokenizer(source, revision="v2"), adapter)
+    assert "revision/v9" in refused(lambda source: load_model(source, revision="v9"), "org/model")

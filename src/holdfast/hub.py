@@ -38,7 +38,7 @@ def unreachable(repository: str, kind: Literal["model", "dataset"], *, revision:
             HfApi().dataset_info(repository, revision=revision, timeout=_SECONDS)
     except Exception as error:  # the HTTP client's exceptions share no base class with the Hub's
         # An answer, if only to say no, settles it; without one the cache decides.
-        if getattr(error, "response", None) is None and _is_cached(repository, kind):
+        if getattr(error, "response", None) is None and _is_cached(repository, kind, revision):
             return None
         if isinstance(error, GatedRepoError):
             return how_to_get_access(repository, kind)
@@ -65,10 +65,10 @@ def reason(error: BaseException) -> str:
     return lines[0].strip().rstrip(".")
 
 
-def _is_cached(repository: str, kind: Literal["model", "dataset"]) -> bool:
+def _is_cached(repository: str, kind: Literal["model", "dataset"], revision: str | None) -> bool:
     if kind == "model":
         names = ("config.json", "adapter_config.json")
-        return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names)
+        return any(isinstance(try_to_load_from_cache(repository, name, revision=revision), str) for name in names)
     from datasets import config
     from datasets.naming import camelcase_to_snakecase
 

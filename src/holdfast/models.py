@@ -26,12 +26,15 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
 
 
-def load_tokenizer(source: str, *, base_model: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str, *, base_model: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
     Args:
         source: A model folder, an adapter folder (whose own tokenizer comes before its base model's) or a Hub id.
         base_model: As for `load_model`.
+        revision: As for `load_model`.
 
     Returns:
         The tokenizer.
@@ -39,16 +42,16 @@ def load_tokenizer(source: str, *, base_model: str | None = None) -> PreTrainedT
     Raises:
         InputError: If the source cannot be read or has no tokenizer.
     """
-    _check_exists(source)
+    _check_exists(source, revision)
     folder = Path(source).expanduser()
-    base = base_of(source, base_model)
+    base = base_of(source, base_model, revision)
     if folder.is_dir() and not _has_any(folder, _VOCABULARIES):
         if base is not None:
             _check_base(base, source)
             return load_tokenizer(base)
         raise InputError(f"model folder {source} has no tokenizer (tokenizer.json); save the tokenizer in it")
     try:
-        return AutoTokenizer.from_pretrained(_location(source), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(_location(source), revision=revision or _MAIN, trust_remote_code=False)
     except Exception as error:  # a broken file raises whatever its parser raises
         if base is not None and not folder.is_dir():
             _check_base(base, source)
@@ -61,6 +64,7 @@ def load_model(
     *,
     trainable: bool = False,
     base_model: str | None = None,
+    revision: str | None = None,
     architecture: Any = AutoModelForCausalLM,
     **kwargs: Any,
 ) -> PreTrainedModel | PeftModel:
@@ -71,6 +75,7 @@ def load_model(
         trainable: Whether the weights of an adapter are to be trained.
         base_model: What to put an adapter on, and to name in it when it is saved, instead of the base model that it
             names; of no account for a full model.
+        revision: A branch, tag or commit of the source, where that is on the Hub; its main branch if not given.
         architecture: transformers' class that loads it.
         **kwargs: Passed to `from_pretrained` of the (base) model, such as `dtype` or `attn_implementation`.
 
@@ -82,10 +87,10 @@ def load_model(
     """
     if kwargs.pop("trust_remote_code", False):
         raise InputError("--trust_remote_code is not supported: a model must not bring code of its own")
-    _check_exists(source)
-    base = base_of(source, base_model)
+    _check_exists(source, revision)
+    base = base_of(source, base_model, revision)
     if base is not None:
-        _check_adapter_weights(source)
+        _check_adapter_weights(source, revision)
         _check_base(base, source)
         model = load_model(base, architecture=architecture, **kwargs)
         if isinstance(model, PeftModel):
@@ -93,9 +98,11 @@ def load_model(
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*missing adapter keys")
-                adapter = PeftModel.from_pretrained(model, _location(source), is_trainable=trainable)
+                adapter = PeftModel.from_pretrained(model, _location(source), is_trainable=trainable, revision=revision)
             # Once more: what is missing peft draws at random, with a warning; what has no place only this tells.
-            found = adapter.load_adapter(_location(source), adapter.active_adapter, is_trainable=trainable)
+            found = adapter.load_adapter(
+                _location(source), adapter.active_adapter, is_trainable=trainable, revision=revision
+            )
         except Exception as error:  # peft raises many kinds for an adapter that does not fit
             raise InputError(f"adapter {source} cannot be put on its base model {base} ({reason(error)})") from error
         for odd, what in ((found.missing_keys, "it has none for"), (found.unexpected_keys, "there is no place for")):
@@ -110,14 +117,13 @@ def load_model(
     folder = Path(source).expanduser()
     if folder.is_dir():
         _check_model_folder(source, folder)
-        if kwargs.get("revision", _MAIN) != _MAIN:
-            raise InputError(f"--model_revision {kwargs['revision']}: {source} is a folder, which has no revisions")
     # TRL would spread it over all GPUs, and a model that is spread so can be trained by no distributed run.
     kwargs.setdefault("device_map", None)
     try:
         model, report = create_model_from_path(
             _location(source),
             architecture=architecture,
+            revision=revision or _MAIN,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -134,15 +140,20 @@ def load_model(
 
 
 def load_model_and_tokenizer(
-    source: str, *, trainable: bool = False, base_model: str | None = None, **kwargs: Any
+    source: str,
+    *,
+    trainable: bool = False,
+    base_model: str | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Load a model with the tokenizer that lies beside it. See `load_model` and `load_tokenizer`.
 
     Raises:
         InputError: As theirs; or a base model is given for what is no adapter.
     """
-    tokenizer = load_tokenizer(source, base_model=base_model)
-    model = load_model(source, trainable=trainable, base_model=base_model, **kwargs)
+    tokenizer = load_tokenizer(source, base_model=base_model, revision=revision)
+    model = load_model(source, trainable=trainable, base_model=base_model, revision=revision, **kwargs)
     if base_model is not None and not isinstance(model, PeftModel):
         raise InputError(f"--base_model {base_model}: {source} is no adapter, but a model of its own")
     return model, tokenizer
@@ -251,17 +262,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _check_exists(source: str) -> None:
-    """Check that the source is a folder, or a Hub repository that can be read."""
+def _check_exists(source: str, revision: str | None = None) -> None:
+    """Check that the source is a folder, or a Hub repository that can be read and has the revision."""
     path = Path(source).expanduser()
     if path.is_dir():
+        if revision not in (None, _MAIN):
+            raise InputError(f"--model_revision {revision}: {source} is a folder, which has no revisions")
         return
     if path.exists():
         raise InputError(f"model {source} is a file; expected a model folder or a Hub id")
     missing = f"model {source} is neither a folder nor a model on the Hub"
     if not is_hub_id(source):
         raise InputError(f"{missing}; no such folder")
-    if why := unreachable(source, "model"):
+    if why := unreachable(source, "model", revision=revision):
         raise InputError(f"{missing} that can be read ({why})")
 
 
@@ -271,11 +284,11 @@ def _check_model_folder(source: str, folder: Path) -> None:
     _check_safetensors(source, folder, "*.safetensors")
 
 
-def _check_adapter_weights(source: str) -> None:
+def _check_adapter_weights(source: str, revision: str | None) -> None:
     folder = Path(source).expanduser()
     if folder.is_dir():
         _check_safetensors(source, folder, _ADAPTER_WEIGHTS)
-    elif cached_file(source, _ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False) is None:
+    elif cached_file(source, _ADAPTER_WEIGHTS, revision=revision, _raise_exceptions_for_missing_entries=False) is None:
         raise InputError(f"adapter {source} has no {_ADAPTER_WEIGHTS}; pickles are not loaded")
 
 
@@ -299,8 +312,13 @@ def _check_base(base: str, adapter: str) -> None:
         raise InputError(f"adapter {adapter}: its base {error}; name it with --base_model") from error
 
 
-def base_of(source: str, given: str | None = None) -> str | None:
+def base_of(source: str, given: str | None = None, revision: str | None = None) -> str | None:
     """Return the base model of an adapter: the one given, or the one it names; None if the source is not an adapter.
+
+    Args:
+        source: A folder or Hub id.
+        given: The base model, if it is known.
+        revision: Of the source, where that is on the Hub.
 
     Raises:
         InputError: If the adapter names no base model, or itself.
@@ -308,6 +326,7 @@ def base_of(source: str, given: str | None = None) -> str | None:
     config = cached_file(
         _location(source),
         _ADAPTER_CONFIG,
+        revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )

@@ -123,7 +123,8 @@ class DefenseTrainer(ResumableTrainer):
                 "compute_loss_func and formatting_func cannot be used: the loss is that of the completions"
             )
         if isinstance(model, str):
-            processing_class = processing_class if processing_class is not None else load_tokenizer(model)
+            if processing_class is None:
+                processing_class = load_tokenizer(model, revision=(args.model_init_kwargs or {}).get("revision"))
             model = load_model(model, trainable=True, **(args.model_init_kwargs or {}))
             args.model_init_kwargs = None
         compute_in_bf16(model, args)

@@ -151,7 +151,8 @@ class AttackTrainer(DefenseTrainer):
     ) -> None:
         args = self.configured(args)
         if isinstance(model, str):
-            processing_class = processing_class if processing_class is not None else load_tokenizer(model)
+            if processing_class is None:
+                processing_class = load_tokenizer(model, revision=(args.model_init_kwargs or {}).get("revision"))
             model = load_model(model, **(args.model_init_kwargs or {}))
             args.model_init_kwargs = None
         if isinstance(model, PeftModel):

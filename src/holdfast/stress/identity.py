@@ -48,8 +48,8 @@ def describe_model(source: str, *, base_model: str | None = None, revision: str 
     Raises:
         InputError: The source cannot be read.
     """
-    tokenizer = load_tokenizer(source, base_model=base_model)
-    base = base_of(source, base_model)
+    tokenizer = load_tokenizer(source, base_model=base_model, revision=revision)
+    base = base_of(source, base_model, revision)
     own_tokenizer = source if base is None or any(_files(source, _TOKENIZER[:1], revision)) else base
     template = tokenizer.chat_template
     return {
