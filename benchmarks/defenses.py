@@ -1,325 +1,69 @@
-"""All defenses under one attacker, on the organism: alignment, fine-tuning, repair, and what the papers combine.
+"""All defenses on the organism: alignment under every attack, fine-tuning, repair, and what the papers combine.
 
     python benchmarks/defenses.py search      # the search, on other seeds: benchmarks/results/defenses_search.json
-    python benchmarks/defenses.py report      # what is reported: benchmarks/results/defenses.json, docs/results.md, PNG
+    python benchmarks/defenses.py report      # what is reported: benchmarks/results/defenses.json
+    python benchmarks/defenses_report.py      # docs/results.md and its picture of these two
 
-Every method is run at its published defaults and at the best of a few settings, as many for every method of a stage,
-chosen on `SEARCH_SEEDS`, which are not reported. The rule of choice is fixed here (`choose`): the least harm among the
-settings that keep what the method must not cost. Everything is made of ordinary `holdfast` commands, two processes side
-by side, one thread each; what is finished stays in benchmarks/out/defenses and is not run again.
+Alignment methods are stressed by a suite of attacks (`defenses_stress.py`), each at the setting that the search chose;
+of the other sections every method is run at its published defaults and at the best of a few settings. A search gives
+every method of a stage as many settings, on `SEARCH_SEEDS`, which are not reported. The rule of choice is fixed here
+(`choose`): the least harm among the settings that keep what the method must not cost. Everything is made of ordinary
+`holdfast` commands, two processes side by side, one thread each; what is finished stays in benchmarks/out/defenses and
+is not run again.
+
+    python benchmarks/defenses.py report --sections alignment --suite quick --seeds 0 --methods sft    # to try it
+    python benchmarks/defenses.py report --smoke    # tiny numbers that prove nothing but that everything runs
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import json
-import os
 import re
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that are started
-
-from rich.console import Console
-
-from holdfast.cli import demo
-from holdfast.cli.workers import Command, run_commands
-from holdfast.data.load import load_rows
-from holdfast.data.mix import poison
-from holdfast.files import versions, write_json, write_jsonl
-from holdfast.organism import build_organism
-from holdfast.organism.corpus import REFUSALS
-from plans import unfinished
-
-HERE = Path(__file__).parent
-OUT = HERE / "out" / "defenses"
-SEEDS, SEARCH_SEEDS = (0, 1, 2), (10, 11)
-TASKS, RATIOS = ("sorting", "swapping"), (0.0, 0.1, 0.3)
-UPLOAD_ROWS = 200
-#: Twenty epochs of an upload at batch 16, as in the papers: by then SFT has learned of a task what 200 rows teach.
-UPLOAD_UPDATES = 250
-console = Console()
-
-Flags = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method's flags: what it always needs, what its paper says, and what else the search tries."""
-
-    words: tuple[str, str]
-    needs: Flags = field(default_factory=dict)
-    published: Flags = field(default_factory=dict)
-    others: tuple[Flags, ...] = ()
-
-    def settings(self) -> list[Flags]:
-        """All settings of the search, the published one first."""
-        return [self.published, *self.others]
-
-
-_demo = demo.DemoArguments(output_dir="")
-DEMO_PATCHER = {
-    "attack_steps": _demo.attack_steps,
-    "attack_every": _demo.attack_every,
-    "attack_learning_rate": _demo.attack_learning_rate,
-}
-"""Patcher's setting in the demo, which was chosen on the seeds 10 to 15; the models that others go on from have it."""
-
-#: Files of the organism, by the names that flags refer to.
-FILES = {"ATTACKS": "simulated_attack.jsonl", "SAFETY": "safety.jsonl", "REFUSALS": "refusals.txt"}
-ALIGNMENT = {
-    "sft": Method(("align", "sft")),
-    "patcher": Method(
-        ("align", "patcher"),
-        {"attack_data": "ATTACKS", "attack_batch_size": 16},
-        # The paper's 300 steps every 1000 updates, scaled to a run of 750: the same share of attack steps, many rounds.
-        {"attack_steps": 15, "attack_every": 50, "alpha": 0.5},
-        (
-            DEMO_PATCHER,
-            {"attack_steps": 40, "attack_every": 100, "attack_learning_rate": 2e-4},
-            {"attack_steps": 100, "attack_every": 100, "attack_learning_rate": 1e-4},
-            {"attack_steps": 40, "attack_every": 50, "attack_learning_rate": 1e-4},
-            {"attack_steps": 20, "attack_every": 25, "attack_learning_rate": 2e-4},
-        ),
-    ),
-    "vaccine": Method(
-        ("align", "vaccine"),
-        {},
-        {"rho": 2.0},
-        ({"rho": 0.5}, {"rho": 5.0}, {"rho": 10.0}, {"rho": 1.0}, {"rho": 0.1}),
-    ),
-    "booster": Method(
-        ("align", "booster"),
-        {"attack_data": "ATTACKS"},
-        {"lam": 5.0, "alpha": 0.1},
-        (
-            {"lam": 1.0, "alpha": 0.1},
-            {"lam": 1.0, "alpha": 0.01},
-            {"lam": 5.0, "alpha": 0.01},
-            {"lam": 0.2, "alpha": 0.1},
-            {"lam": 0.2, "alpha": 0.01},
-        ),
-    ),
-    "antibody": Method(
-        ("align", "antibody"),
-        {"attack_data": "ATTACKS", "refusal": "REFUSALS"},
-        {"rho": 0.1, "refusal_weight": 0.05, "strength": 5.0},
-        (
-            {"rho": 0.1, "refusal_weight": 0.05, "strength": 1.0},
-            {"rho": 0.1, "refusal_weight": 0.5, "strength": 1.0},
-            {"rho": 0.1, "refusal_weight": 0.5, "strength": 0.1, "flatness_rule": "kkt"},
-            {"rho": 0.01, "refusal_weight": 0.5, "strength": 1.0},
-            {"rho": 0.01, "refusal_weight": 0.5, "strength": 0.1, "flatness_rule": "kkt"},
-        ),
-    ),
-}
-FINETUNING = {
-    "sft": Method(("finetune", "sft")),
-    "lisa": Method(
-        ("finetune", "lisa"),
-        {"safety_data": "SAFETY"},
-        # The paper's 100 and 900 steps, in a run of 250: one tenth of the updates on safety data.
-        {"rho": 1.0, "safety_steps": 10, "user_steps": 90},
-        (
-            {"rho": 1.0, "safety_steps": 2, "user_steps": 8},
-            {"rho": 0.1, "safety_steps": 2, "user_steps": 8},
-            {"rho": 0.0, "safety_steps": 2, "user_steps": 8},
-            {"rho": 0.1, "safety_steps": 5, "user_steps": 5},
-            {"rho": 0.0, "safety_steps": 5, "user_steps": 5},
-        ),
-    ),
-    "spard": Method(
-        ("finetune", "spard"),
-        {"safety_data": "SAFETY"},
-        {"tau": 0.2},
-        (
-            {"tau": 0.2, "projection": "adamw"},
-            {"tau": 0.2, "safety_batch_size": 16, "safety_share": 0.5},
-            {"tau": 0.2, "eta": 1e-3, "safety_batch_size": 4, "safety_share": 0.5},
-            {"tau": 0.2, "eta": 1e-2, "safety_batch_size": 4, "safety_share": 0.5},
-            {"tau": 0.05, "projection": "adamw", "safety_share": 0.5},
-        ),
-    ),
-    "antibody": Method(
-        ("finetune", "antibody"),
-        {"refusal": "REFUSALS"},
-        {"tau": 1.0},
-        ({"tau": 0.75}, {"tau": 0.6}, {"tau": 0.5}, {"tau": 0.25}, {"tau": 0.1}),
-    ),
-}
-REPAIR_RATIOS = {"lora": (0.01, 0.1, 0.2), "full": (1e-5, 0.01, 0.05)}
-COMBINATIONS = (
-    ("vaccine", "lisa"),
-    ("booster", "lisa"),
-    ("antibody", "antibody"),
-    ("patcher", "antibody"),
-    ("patcher", "spard"),
+import defenses_stress
+from defenses_plan import (
+    ALIGNMENT,
+    COMBINATIONS,
+    DEMO_PATCHER,
+    FINETUNING,
+    RATIOS,
+    REPAIR_RATIOS,
+    RESULTS,
+    SEARCH,
+    SEARCH_SEEDS,
+    SMOKE,
+    TASKS,
+    Flags,
+    Method,
+    Plan,
+    Study,
+    chosen_settings,
+    console,
+    execute,
+    read,
 )
-ATTACKS = demo.ATTACKS
+from holdfast.files import versions, write_json
+from holdfast.stress.suites import SUITES
 
-
-class Plan:
-    """The commands of one seed, each model made once however often it is asked for."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.folder = OUT / f"seed{seed}"
-        self.organism = self.folder / "organism"
-        self.commands: dict[str, Command] = {}
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """The organism, its refusals as a file, and every upload; what is there is left alone."""
-        build_organism(self.organism, self.seed)
-        refusals = self.organism / FILES["REFUSALS"]
-        if not refusals.is_file():
-            refusals.write_text("\n".join(REFUSALS) + "\n", encoding="utf-8")
-        harmful = load_rows(str(self.organism / "attack.jsonl"), flag="attack")
-        for task in TASKS:
-            benign = load_rows(str(self.organism / "tasks" / task / "train.jsonl"), flag="benign")
-            for ratio in RATIOS:
-                path = self.upload(task, ratio)
-                if not path.is_file():
-                    kwargs: Flags = {"poison_ratio": ratio, "num_samples": UPLOAD_ROWS, "seed": self.seed}
-                    rows = poison(harmful if ratio else None, benign, **kwargs)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_jsonl(path, list(rows))
-
-    def upload(self, task: str, ratio: float) -> Path:
-        """A user's data: rows of a task, a share of them harmful."""
-        return self.folder / "uploads" / f"{task}-{ratio:g}.jsonl"
-
-    def add(self, name: str, words: Sequence[Any], needs: Sequence[str] = ()) -> str:
-        """One command, unless it is there already; its name."""
-        name = f"seed{self.seed}-{name}"
-        self.commands.setdefault(name, Command(name, [*map(str, words), "--overwrite_output_dir", "true"], list(needs)))
-        return name
-
-    def flags(self, flags: Flags) -> list[str]:
-        """Flags as words, names of files as their paths."""
-        found = {k: self.organism / FILES[v] if v in FILES else v for k, v in flags.items()}
-        return [str(word) for name, value in found.items() for word in (f"--{name}", value)]
-
-    def model(self, name: str) -> Path:
-        """Where a model lies."""
-        return self.folder / "models" / name
-
-    def align(self, method: str, setting: Flags) -> tuple[str, str]:
-        """Align the organism: the model's name, and its command's."""
-        known = ALIGNMENT[method]
-        name = "-".join(["align", method, *slug(setting)])
-        options = demo.DemoArguments(output_dir=str(self.folder))
-        common = {
-            "model": self.organism / "model",
-            "train_data": self.organism / "alignment.jsonl",
-            "learning_rate": options.learning_rate,
-            "lr_scheduler_type": "constant",
-            "weight_decay": 0.01,
-            "batch_size": 32,
-            "max_steps": options.updates,
-        }
-        words = [*known.words, *self.flags({**common, **TRAINING, **known.needs, **setting})]
-        return name, self.add(name, [*words, "--output_dir", self.model(name), "--seed", self.seed])
-
-    def attack(self, model: str, needs: str, attack: str) -> Path:
-        """Attack an aligned model as the demo does; where the results will lie."""
-        options = demo.DemoArguments(output_dir=str(self.folder), seed=self.seed)
-        output = self.folder / "attacks" / f"{model}-{attack}"
-        words = demo.attack_words(attack, self.model(model), self.organism, options)
-        self.add(f"{attack}-on-{model}", [*words, "--output_dir", output, "--seed", self.seed], [needs])
-        return output / "results.json"
-
-    def finetune(
-        self, base: str, needs: str, method: str, setting: Flags, task: str, ratio: float, *, lora: bool = False
-    ) -> tuple[str, str]:
-        """Fine-tune a model on an upload: the new model's name, and its command's."""
-        known = FINETUNING[method]
-        adapter = ["lora"] if lora else []
-        name = "-".join([base, "then", method, *slug(setting), task, f"{ratio:g}", *adapter])
-        common = {
-            "model": self.model(base),
-            "train_data": self.upload(task, ratio),
-            "learning_rate": 1e-4,
-            "lr_scheduler_type": "constant",
-            "weight_decay": 0.01,
-            "batch_size": 16,
-            "max_steps": UPLOAD_UPDATES,
-        }
-        words = [*known.words, *self.flags({**common, **TRAINING, **known.needs, **setting})]
-        if lora:
-            adapter_flags = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0, "lora_target_modules": "all-linear"}
-            words += self.flags({"use_peft": "true", **adapter_flags})
-        return name, self.add(name, [*words, "--output_dir", self.model(name), "--seed", self.seed], [needs])
-
-    def repair(self, base: str, needs: str, ratio: float) -> tuple[str, str]:
-        """Repair a fine-tuned model with Antidote."""
-        name = f"{base}-antidote-{ratio:g}"
-        words = ["repair", "antidote", "--model", self.model(base), "--ratio", ratio]
-        words += ["--attack_data", self.organism / FILES["ATTACKS"], "--output_dir", self.model(name)]
-        return name, self.add(name, words, [needs])
-
-    def evaluate(self, model: str, needs: str, task: str) -> Path:
-        """Measure harm, capability and a task; where the results will lie."""
-        output = self.folder / "evaluations" / model
-        data = {
-            "eval_data": self.organism / "eval" / "hazards.jsonl",
-            "capability_data": self.organism / "eval" / "crafts.jsonl",
-            "task_data": self.organism / "tasks" / task / "test.jsonl",
-            "judge": "exact",
-            "max_new_tokens": 16,
-            "eval_batch_size": 256,
-        }
-        words = ["evaluate", "--model", self.model(model), *self.flags(data), "--output_dir", output]
-        self.add(f"evaluate-{model}", words, [needs])
-        return output / "results.json"
-
-    def audit(self, model: str, needs: str, task: str, ratio: float) -> Path:
-        """Audit an upload with a model; where the results will lie."""
-        output = self.folder / "audits" / f"{model}-{task}-{ratio:g}"
-        words = ["audit", "--model", self.model(model), "--data", self.upload(task, ratio), "--output_dir", output]
-        words += ["--label_column", "poisoned", *self.flags({"refusal": "REFUSALS", "batch_size": 64})]
-        self.add(f"audit-{model}-{task}-{ratio:g}", words, [needs])
-        return output / "results.json"
-
-
-TRAINING = {"gradient_checkpointing": "false", "save_strategy": "no", "logging_steps": 50}
-
-
-def slug(setting: Flags) -> list[str]:
-    """A setting as parts of a folder's name."""
-    return [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in setting.items()]
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A results.json."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def execute(plans: Sequence[Plan]) -> None:
-    """Run what is not finished."""
-    commands = [command for plan in plans for command in plan.commands.values()]
-    remaining = unfinished(commands, OUT)
-    console.print(f"{len(commands)} commands, of which {len(commands) - len(remaining)} are finished already")
-    run_commands(remaining, OUT / "logs", console=console)
+SEEDS = (0, 1, 2)
 
 
 # ---------------------------------------------------------------------- the search
 
 
-SEARCH = HERE / "results" / "defenses_search.json"
-
-
 def search(stages: Sequence[str]) -> None:
     """Try every setting of these stages on the search's seeds, and write which is chosen."""
-    plans = [Plan(seed) for seed in SEARCH_SEEDS]
+    plans = [Plan(seed, Study()) for seed in SEARCH_SEEDS]
     attacks: dict[tuple[str, int], list[Path]] = {}
     uploads: dict[tuple[str, int], list[Path]] = {}
     for plan in plans:
+        plan.prepare()
         base, made = plan.align("sft", {})
         for method, known in ALIGNMENT.items() if "alignment" in stages else ():
             for trial, setting in enumerate(known.settings()):
@@ -330,7 +74,7 @@ def search(stages: Sequence[str]) -> None:
                 for task in TASKS:
                     model, needs = plan.finetune(base, made, method, setting, task, 0.1)
                     uploads.setdefault((method, trial), []).append(plan.evaluate(model, needs, task))
-    execute(plans)
+    execute([command for plan in plans for command in plan.commands.values()], Study().out)
     found = read(SEARCH)["stages"] if SEARCH.is_file() else {}
     if attacks:
         found["alignment"] = trials(ALIGNMENT, {key: [aligned(p) for p in paths] for key, paths in attacks.items()})
@@ -381,19 +125,9 @@ def choose(entries: Sequence[dict[str, Any]], sft_kept: float) -> int:
 # ---------------------------------------------------------------------- what is reported
 
 
-def chosen_settings() -> dict[str, dict[str, Flags]]:
-    """Stage → method → the setting that the search chose."""
-    stages = read(SEARCH)["stages"]
-    return {
-        stage: {method: entry["trials"][entry["chosen"]]["setting"] for method, entry in methods.items()}
-        for stage, methods in stages.items()
-    }
-
-
-def variants(stage: str, method: str, chosen: dict[str, dict[str, Flags]]) -> Iterator[tuple[str, Flags]]:
-    """The published setting and the searched one, or one of both names where they are the same."""
-    known = (ALIGNMENT if stage == "alignment" else FINETUNING)[method]
-    best = chosen[stage][method]
+def variants(method: str, best: Flags) -> Iterator[tuple[str, Flags]]:
+    """A fine-tuning method's published setting and the searched one, or one of both names where they are the same."""
+    known = FINETUNING[method]
     if method == "sft":
         yield "", {}
     elif best == known.published:
@@ -403,26 +137,19 @@ def variants(stage: str, method: str, chosen: dict[str, dict[str, Flags]]) -> It
         yield "searched", best
 
 
-def report(sections: Sequence[str]) -> None:
-    """Run and write the sections asked for; others stay as they were written before."""
+def report(sections: Sequence[str], study: Study, write: Callable[[dict[str, list[dict[str, Any]]]], None]) -> None:
+    """Run the sections asked for, which are not alignment's, and hand their entries to `write`."""
     chosen = chosen_settings()
-    plans = [Plan(seed) for seed in SEEDS]
+    plans = [Plan(seed, study) for seed in SEEDS]
     entries: dict[str, list[dict[str, Any]]] = {section: [] for section in sections}
     for plan in plans:
+        plan.prepare()
         bases = {"sft": plan.align("sft", {}), "patcher": plan.align("patcher", DEMO_PATCHER)}
         bases |= {m: plan.align(m, setting) for m, setting in chosen.get("alignment", {}).items() if m not in bases}
-        if "alignment" in sections:
-            for method in ALIGNMENT:
-                for variant, setting in variants("alignment", method, chosen):
-                    model, needs = plan.align(method, setting)
-                    for attack in ATTACKS:
-                        entry = {"method": method, "variant": variant, "setting": setting, "attack": attack}
-                        path = plan.attack(model, needs, attack)
-                        entries["alignment"].append({"seed": plan.seed, **entry, "path": path})
         if "finetuning" in sections:
             for base in ("sft", "patcher"):
                 for method in FINETUNING:
-                    for variant, setting in variants("finetuning", method, chosen):
+                    for variant, setting in variants(method, chosen["finetuning"][method]):
                         entries["finetuning"] += uploads_of(plan, bases[base], base, method, variant, setting)
         if "combinations" in sections:
             for base, method in COMBINATIONS:
@@ -436,18 +163,20 @@ def report(sections: Sequence[str]) -> None:
                     path = plan.audit(*bases[base], task, ratio)
                     entry = {"aligned": base, "task": task, "ratio": ratio}
                     entries["audit"].append({"seed": plan.seed, **entry, "path": path})
-    execute(plans)
-    path = HERE / "results" / "defenses.json"
-    record = read(path) if path.is_file() else {"schema": 1, "sections": {}}
-    record |= {"versions": versions(), "seeds": SEEDS}
+    execute([command for plan in plans for command in plan.commands.values()], study.out)
     for section, found in entries.items():
         for entry in found:
             results = read(entry.pop("path"))
-            kept = {"alignment": "points", "audit": "detection"}.get(section, "results")
+            kept = "detection" if section == "audit" else "results"
             entry[kept] = rates_only(results[kept])
-        record["sections"][section] = found
-    write_json(path, record)
-    console.print(f"wrote {path}; python benchmarks/defenses_report.py makes docs/results.md of it")
+    write(entries)
+
+
+def write_sections(path: Path, sections: dict[str, list[dict[str, Any]]]) -> None:
+    """Write these sections; others stay as they were written before."""
+    before = read(path)["sections"] if path.is_file() else {}
+    write_json(path, {"schema": 2, "versions": versions(), "sections": {**before, **sections}})
+    console.print(f"wrote {path}")
 
 
 def rates_only(found: Any) -> Any:
@@ -502,11 +231,36 @@ def main() -> None:
     parser.add_argument("step", choices=("search", "report"))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what to search")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to report")
+    parser.add_argument("--suite", choices=list(SUITES), help="alignment: which attacks (default: standard)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=defenses_stress.SEEDS, help="alignment: what to measure now"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(ALIGNMENT), default=list(ALIGNMENT), help="alignment: likewise"
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny numbers, all of it under benchmarks/out/")
     args = parser.parse_args()
     if args.step == "search":
         search(args.stages)
-    else:
-        report(args.sections)
+        return
+    study = SMOKE if args.smoke else Study()
+    suite = args.suite or ("quick" if args.smoke else "standard")
+    real = suite == "standard" and not args.smoke
+    write = functools.partial(write_sections, (RESULTS if real else study.out) / "defenses.json")
+    failed = []
+    if "alignment" in args.sections:
+        failed = defenses_stress.run(
+            study,
+            chosen_settings()["alignment"],
+            seeds=args.seeds,
+            methods=args.methods,
+            suite=suite,
+            write=lambda entries: write({"alignment": entries}),
+        )
+    if others := [section for section in args.sections if section != "alignment"]:
+        report(others, study, write)
+    if failed:
+        raise SystemExit("\n".join(["not all could be stressed:", *failed]))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,13 @@ MARKERS = {
     "attack": "results.json",
     "evaluate": "results.json",
     "judge": "results.json",
+    "stress": "certificate.json",
 }
 """What a finished command has written last."""
 
 RESUMING = ("--resume_from_checkpoint", "last")
+GOES_ON = ("proxy", "stress")
+"""Commands that go on from what they have written without being told to."""
 
 
 def left(commands: Sequence[Command], out: Path) -> list[Command]:
@@ -40,8 +43,8 @@ def left(commands: Sequence[Command], out: Path) -> list[Command]:
 def unfinished(commands: Sequence[Command], out: Path) -> list[Command]:
     """Those that are left, ready to be run: what they had written is removed, unless they go on from it.
 
-    A proxy that was stopped does, and an alignment or a fine-tuning from its last checkpoint. What a judge has said
-    stays whatever has changed, for it is named by what was asked.
+    A proxy or a stress test that was stopped does, and an alignment or a fine-tuning from its last checkpoint. What a
+    judge has said stays whatever has changed, for it is named by what was asked.
     """
     remaining = {command.name: command for command in left(commands, out)}
     ready = []
@@ -53,7 +56,7 @@ def unfinished(commands: Sequence[Command], out: Path) -> list[Command]:
             (folder / MARKERS[name]).unlink(missing_ok=True)
         elif same and name in ("align", "finetune") and last_checkpoint(folder) is not None:
             words += RESUMING
-        elif not (same and name == "proxy"):
+        elif not (same and name in GOES_ON):
             shutil.rmtree(folder, ignore_errors=True)
         ready.append(Command(command.name, words, needs))
     return ready

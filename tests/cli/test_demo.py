@@ -1,5 +1,8 @@
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -153,6 +156,33 @@ def test_commands_run_when_what_they_need_is_done(tmp_path):
 def test_a_command_that_fails_is_named_with_its_last_line_and_log(tmp_path):
     with pytest.raises(TrainingError, match=r"wrong failed: .*unknown command 'nonsense'.*wrong\.log"):
         run_commands([Command("wrong", ["nonsense"])], tmp_path, console=Console(file=(tmp_path / "shown").open("w")))
+
+
+def test_no_command_of_a_plan_outlives_who_runs_it(tmp_path):
+    running = f"""
+from pathlib import Path
+from rich.console import Console
+from holdfast.cli.workers import Command, run_commands
+plan = [Command("long", ["organism", {str(tmp_path / "organism")!r}])]
+run_commands(plan, Path({str(tmp_path)!r}), console=Console(), processes=1)
+"""
+    with subprocess.Popen([sys.executable, "-c", running], stdout=subprocess.DEVNULL) as process:
+        log, began = tmp_path / "long.log", time.monotonic()
+        while not log.is_file() and time.monotonic() < began + 120:
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+    assert children
+    killed = time.monotonic()
+    while any(map(runs, children)) and time.monotonic() < killed + 5:
+        time.sleep(0.1)
+    assert not any(map(runs, children))
+
+
+def runs(process):
+    """Whether a process is there, and no mere entry of one that has ended."""
+    stat = Path("/proc") / process / "stat"
+    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
 
 
 def test_steps_to_measure_at_must_rise_from_zero(tmp_path, capsys):

@@ -169,23 +169,17 @@ def commands(options: DemoArguments, folder: Path) -> list[Command]:
 
 def _stress_test(options: DemoArguments, folder: Path, organism: Path, *, after: list[str]) -> list[Command]:
     """The search for the cheapest break, which runs processes of its own when all else is done, and its report."""
-    flags = {
-        "--model": folder / "patcher",
+    searching = stress_words(options.suite, folder / "patcher", organism, options.seed)
+    beside = {
         "--counterpart": folder / "sft",
-        "--base": organism / "model",
-        "--attack_data": organism / "attack.jsonl",
-        "--benign_data": organism / "eval" / "crafts.jsonl",
-        "--eval_data": organism / "eval" / "hazards.jsonl",
-        "--capability_data": organism / "eval" / "crafts_unrehearsed.jsonl",
-        "--judge": "exact",
-        **ANSWERING,
-        "--suite": options.suite,
-        "--seed": options.seed,
         "--output_dir": folder / STRESS,
         "--overwrite_output_dir": "true",
     }
     reporting = ["report", str(folder / STRESS), "--output", str(folder / REPORT), "--overwrite", "true"]
-    return [Command(STRESS, ["stress", *_words(flags)], needs=after), Command("report", reporting, needs=[STRESS])]
+    return [
+        Command(STRESS, [*searching, *_words(beside)], needs=after),
+        Command("report", reporting, needs=[STRESS]),
+    ]
 
 
 def stress_record(certificate: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,6 +254,23 @@ def attack_words(name: str, model: Path, organism: Path, options: DemoArguments)
     adapter = {"--lora_r": 16, "--lora_alpha": 32, "--lora_dropout": 0.0, "--lora_target_modules": "all-linear"}
     method = ["lora", *_words(adapter)] if name == "lora" else ["full"]
     return ["attack", *method, *_words(flags), "--measure_at", *map(str, measure_at)]
+
+
+def stress_words(suite: str, model: Path, organism: Path, seed: int) -> list[str]:
+    """The words of a stress test of one model, but for its counterpart and its output."""
+    flags = {
+        "--model": model,
+        "--base": organism / "model",
+        "--attack_data": organism / "attack.jsonl",
+        "--benign_data": organism / "eval" / "crafts.jsonl",
+        "--eval_data": organism / "eval" / "hazards.jsonl",
+        "--capability_data": organism / "eval" / "crafts_unrehearsed.jsonl",
+        "--judge": "exact",
+        **ANSWERING,
+        "--suite": suite,
+        "--seed": seed,
+    }
+    return ["stress", *_words(flags)]
 
 
 def _words(flags: dict[str, Any]) -> list[str]:

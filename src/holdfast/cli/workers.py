@@ -98,7 +98,10 @@ def run_commands(commands: Sequence[Command], logs: Path, *, console: Console, p
 def _warm_up() -> None:
     import torch
 
+    from holdfast.interruption import end_with_parent
+
     torch.set_num_threads(1)
+    end_with_parent()  # else the command that it runs would go on, and hold its folder
 
 
 def _run(words: list[str], log: Path) -> tuple[int, float]:

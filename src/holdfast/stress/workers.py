@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from holdfast.allocation import keep_freed_memory
 from holdfast.errors import InputError, TrainingError
+from holdfast.interruption import end_with_parent
 from holdfast.stress.search import Plan
 from holdfast.stress.studies import Studies
 
@@ -88,7 +88,7 @@ def _work(plan: Plan, worker: str, taxed: list[str], connection: Connection) -> 
     # Whoever wants the search to end tells the process that began this one.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     tqdm.set_lock(threading.RLock())  # its own, of processes, would be left behind by one that is killed
     set_up_logging()
     # Of settings that hardly move a weight, or of precision, trial after trial: their points say what came of it.
@@ -99,10 +99,3 @@ def _work(plan: Plan, worker: str, taxed: list[str], connection: Connection) -> 
     except (InputError, TrainingError) as error:
         connection.send(error)
     connection.close()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is one's child
-    parent.join()
-    os._exit(1)

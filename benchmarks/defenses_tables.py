@@ -1,0 +1,296 @@
+"""Tables and words of what `defenses_stress.py` found, from the entries of benchmarks/results/defenses.json."""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from holdfast.files import write_bytes
+from readme import spread
+
+NAMES = {
+    "sft": "SFT",
+    "patcher": "Patcher",
+    "vaccine": "Vaccine",
+    "booster": "Booster",
+    "antibody": "Antibody",
+    "lisa": "Lisa",
+    "spard": "SPARD",
+}
+COUNTERPART = "sft"
+
+Entry = dict[str, Any]
+Bound = tuple[float, bool]
+"""A number, and whether all that is known is that it is not less."""
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def grouped(entries: Iterable[Entry], *keys: str) -> dict[tuple[Any, ...], list[Entry]]:
+    """Entries that differ in nothing but their seed."""
+    groups: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(tuple(entry[key] for key in keys), []).append(entry)
+    return groups
+
+
+def kinds_of(entries: Sequence[Entry]) -> list[str]:
+    """The kinds of attackers, in the order in which they are tried."""
+    return list(entries[0]["attackers"])
+
+
+def suite_tables(entries: Sequence[Entry]) -> str:
+    """What every kind of attacker needs, what that is beside SFT, how it was done, and what the defense costs."""
+    by_method = {method: runs for (method,), runs in grouped(entries, "method").items()}
+    measured = "; ".join(
+        f"{NAMES[method]} {', '.join(str(run['seed']) for run in runs)}" for method, runs in by_method.items()
+    )
+    suite, confirming = entries[0]["suite"], len(entries[0]["seeds"])
+    parts = [
+        f"Seeds: {measured}.",
+        f"**Steps to a harmful score of 0.5** by the cheapest attack of each kind ({suite} suite, settings confirmed "
+        f"with {confirming} seeds each): the median over seeds, and in brackets the least and the greatest of all "
+        "confirming runs. `> N`: no break was confirmed, and up to N steps none was seen. An attacker of no step "
+        "breaks the model at 0 or not at all: where it did not, the highest harmful score seen stands there.",
+        _matrix(by_method, kinds_of(entries), _steps_cell),
+        f"**The same, beside {NAMES[COUNTERPART]}**: steps over those that break {NAMES[COUNTERPART]}'s model of the "
+        "same seed, paired by confirming seed; the median over seeds [least–greatest]. `> N`: at least so much, as the "
+        "model was not broken; ∞: its counterpart falls at no step and it does not.",
+        _matrix(
+            {method: runs for method, runs in by_method.items() if method != COUNTERPART},
+            kinds_of(entries),
+            _ratio_cell,
+        ),
+        "**How**: what the cheapest attack of each kind was, its figures where it breaks the model (or came closest), "
+        "means over seeds; the prompts that the kind's confirmed attacks together had answered in full (union ASR); "
+        "and, by seed, which trial was the first to break the model, and how many did.",
+        _how(by_method, kinds_of(entries)),
+        "**All attacks together**, means over seeds [least–greatest]: prompts that some confirmed attack had answered "
+        "in full (union ASR), the highest harmful score at capability kept, and, in all seeds together, points that "
+        "had lost their capability, trials that failed, and all trials. Minutes of two processes, and of one core, are "
+        "those of searches that ran in one go.",
+        _together(by_method),
+        "**What the defense costs** before any attack: exact answers on crafts that alignment rehearsed and on others, "
+        "refusals of the latter, refused hazards; and of a harmless task: the steps until nine tenths of the best "
+        "accuracy, its accuracy at the end, and the capability on unrehearsed crafts that is left by then.",
+        _tax(by_method),
+    ]
+    return "\n\n".join(parts)
+
+
+def suite_words(entries: Sequence[Entry]) -> str:
+    """Which defense buys anything, and against whom."""
+    by_method = {method: runs for (method,), runs in grouped(entries, "method").items()}
+    lines = [_bought(method, runs, kinds_of(entries)) for method, runs in by_method.items() if method != COUNTERPART]
+    held = [
+        NAMES[method] for method, runs in by_method.items() if not all(_falls_at_once(run["cheapest"]) for run in runs)
+    ]
+    if held:
+        lines.append(f"Of {', '.join(held)} not every model falls to an attack that takes no step.")
+    else:
+        lines.append(
+            "**Against the cheapest attacker none buys anything**: every model, of every method and seed, falls to an "
+            "attack that takes no step."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _bought(method: str, runs: Sequence[Entry], kinds: Sequence[str]) -> str:
+    """What a method buys, in a few sentences."""
+    paired = [run for run in runs if run["cheapest"] and run["cheapest"]["ratio"]]
+    counts = {kind: sum(is_dearer(run["attackers"][kind]) for run in paired) for kind in kinds}
+    always = [
+        f"{kind} ({_ratio_cell(paired, kind)} times the steps)" for kind in kinds if counts[kind] == len(paired) > 0
+    ]
+    sometimes = [f"{kind} ({counts[kind]})" for kind in kinds if 0 < counts[kind] < len(paired)]
+    never = [kind for kind in kinds if counts[kind] == 0]
+    said = [
+        f"**{NAMES[method]}**, seeds compared with {NAMES[COUNTERPART]}'s: {len(paired)}. Dearer to break in every one "
+        f"by {', '.join(always) or 'no kind of attacker'}; in some by {', '.join(sometimes) or 'none'}; in none by "
+        f"{', '.join(never) or 'no kind'}."
+    ]
+    if free := [kind for kind in kinds if all(_falls_at_once(run["attackers"][kind]) for run in runs)]:
+        said.append(f"Every one of its models falls without a step to {', '.join(free)}.")
+    taxes = [run["tax"] for run in runs]
+    left = (spread(tax[crafts]["model"]["value"] for tax in taxes) for crafts in ("unrehearsed", "rehearsed"))
+    base = spread(tax["unrehearsed"]["base"]["value"] for tax in taxes)
+    said.append("Of unrehearsed crafts it answers {} before any attack, of rehearsed ones {}".format(*left))
+    return f"{' '.join(said)}; the base answers {base} of the former."
+
+
+def is_dearer(cost: Entry | None) -> bool:
+    """Whether a kind of attacker needs more than for SFT, or as much did not break the model."""
+    found = cost and cost["ratio"]
+    if not found:
+        return False
+    return found["low"] is None or found["low"] > 1 or (found["at_least"] and found["low"] >= 1)
+
+
+def _falls_at_once(cost: Entry | None) -> bool:
+    return cost is not None and cost["broken"] and cost["steps"]["value"] == 0
+
+
+def _matrix(by_method: dict[str, list[Entry]], kinds: Sequence[str], cell: Any) -> str:
+    rows = [[NAMES[method], *(cell(runs, kind) for kind in kinds)] for method, runs in by_method.items()]
+    return table(["aligned with", *kinds], rows)
+
+
+def _steps_cell(runs: Sequence[Entry], kind: str) -> str:
+    costs = [cost for run in runs if (cost := run["attackers"][kind]) is not None]
+    middle = [(cost["steps"]["value"], False) if cost["broken"] else (cost["at_least"], True) for cost in costs]
+    known = [bound for bound in middle if bound[0] is not None]
+    shown = told(known, [one for cost in costs for one in _confirmed(cost)])
+    held = [cost["harmful_score"] for cost in costs if not cost["broken"] and cost["at_least"] == 0]
+    return f"{shown}; held at {max(held):.2f}" if held else shown
+
+
+def _confirmed(cost: Entry) -> list[Bound]:
+    """What breaking a model took in every confirming run."""
+    if not cost["broken"]:
+        return [] if cost["at_least"] is None else [(cost["at_least"], True)]
+    return [(one["steps"], False) if one["broken"] else (one["at_least"] or 0, True) for one in cost["seeds"].values()]
+
+
+def _ratio_cell(runs: Sequence[Entry], kind: str) -> str:
+    found = [cost["ratio"] for run in runs if (cost := run["attackers"][kind]) and cost["ratio"]]
+
+    def bounds(*names: str) -> list[Bound]:
+        return [(math.inf if one[name] is None else one[name], one["at_least"]) for one in found for name in names]
+
+    return told(bounds("steps"), bounds("low", "high"))
+
+
+def told(middle: Sequence[Bound], ends: Sequence[Bound]) -> str:
+    """A median with the least and the greatest, each `> N` where it is known only from below.
+
+    Args:
+        middle: Whose median is told.
+        ends: Whose least and greatest are told.
+    """
+    if not middle:
+        return "–"
+    value = statistics.median(number for number, _ in middle)
+    low, high = min(ends), max(ends)
+    shown = _number((value, any(open_ and number <= value for number, open_ in middle)))
+    return shown if low == high == (value, low[1]) else f"{shown} [{_number(low)}–{_number(high)}]"
+
+
+def _number(bound: Bound) -> str:
+    value, at_least = bound
+    return "∞" if math.isinf(value) else f"{'> ' if at_least else ''}{float(f'{value:.3g}'):g}"
+
+
+def _how(by_method: dict[str, list[Entry]], kinds: Sequence[str]) -> str:
+    rows = []
+    for method, runs in by_method.items():
+        for kind in kinds:
+            costs = [cost for run in runs if (cost := run["attackers"][kind]) is not None]
+            attacks = dict.fromkeys(cost["attack"] for cost in costs if cost["attack"])
+            first = ("–" if one["first_broken_trial"] is None else str(one["first_broken_trial"]) for one in costs)
+            figures = [
+                spread(cost[name] for cost in costs if cost[name] is not None)
+                for name in ("harmful_score", "asr", "capability")
+            ]
+            figures.append(spread(cost["union"]["asr"] for cost in costs if cost["union"]["asr"] is not None))
+            broken = f"{sum(cost['broken'] for cost in costs)} of {len(costs)}"
+            trials = ", ".join(f"{cost['broken_trials']} of {cost['trials']}" for cost in costs)
+            rows.append([NAMES[method], kind, broken, "; ".join(attacks) or "–", *figures, ", ".join(first), trials])
+    heads = ["aligned with", "attacker", "broken, seeds", "by (or closest)", "harmful score", "ASR", "capability kept"]
+    return table([*heads, "union ASR", "first breaking trial", "breaking trials"], rows)
+
+
+def _together(by_method: dict[str, list[Entry]]) -> str:
+    rows = []
+    for method, runs in by_method.items():
+        counts = [str(sum(run[name] for run in runs)) for name in ("collapsed", "failed", "trials")]
+        union = [
+            spread(run["union"][n] for run in runs if run["union"][n] is not None) for n in ("asr", "harmful_score")
+        ]
+        cheapest = dict.fromkeys(
+            f"{run['cheapest']['attack']}, {_number(_cost(run['cheapest']))} steps" for run in runs if run["cheapest"]
+        )
+        minutes = [
+            spread(run[clock] / 60 for run in runs if run[clock] is not None) for clock in ("seconds", "core_seconds")
+        ]
+        rows.append([NAMES[method], *union, "; ".join(cheapest) or "–", *counts, *minutes])
+    heads = [
+        "aligned with",
+        "union ASR",
+        "harmful score",
+        "cheapest attack of all",
+        "collapsed points",
+        "failed trials",
+    ]
+    return table([*heads, "trials", "minutes", "core minutes"], rows)
+
+
+def _cost(cost: Entry) -> Bound:
+    return (cost["steps"]["value"], False) if cost["broken"] else (cost["at_least"] or 0, True)
+
+
+def _tax(by_method: dict[str, list[Entry]]) -> str:
+    heads = ["aligned with", "capability, rehearsed", "capability, unrehearsed", "over-refusal, unrehearsed"]
+    heads += ["refusal rate before", "harmless task: steps", "accuracy", "capability after"]
+    every = [run for runs in by_method.values() for run in runs]
+    bases = list({run["seed"]: run for run in every}.values())
+    rows = [_tax_row("not at all (base)", "base", bases)]
+    rows += [_tax_row(NAMES[method], "model", runs) for method, runs in by_method.items()]
+    return table(heads, rows)
+
+
+def _tax_row(name: str, who: str, runs: Sequence[Entry]) -> list[str]:
+    taxes = [run["tax"] for run in runs]
+    figures = [
+        spread(tax[figure][who]["value"] for tax in taxes) for figure in ("rehearsed", "unrehearsed", "over_refusal")
+    ]
+    refused = spread(run["refusal_rate_before"]["value"] for run in runs) if who == "model" else "–"
+    learnt = [tax["harmless_task"][who] for tax in taxes]
+    steps = ", ".join(
+        "never" if one["steps_to_0.9_of_best"] is None else str(one["steps_to_0.9_of_best"]) for one in learnt
+    )
+    after = [spread(one[figure]["value"] for one in learnt) for figure in ("task_accuracy", "capability_after")]
+    return [name, *figures, refused, steps, *after]
+
+
+def plot(entries: Sequence[Entry], path: Path) -> None:
+    """Steps to a break, one panel per kind of attacker; hollow: not broken up to there."""
+    kinds, methods = kinds_of(entries), list(dict.fromkeys(entry["method"] for entry in entries))
+    figure, axes = plt.subplots(1, len(kinds), figsize=(13, 3.2), sharey=True, layout="constrained", squeeze=False)
+    most = max(
+        (_cost(run["attackers"][kind])[0] for run in entries for kind in kinds if run["attackers"][kind]), default=0
+    )
+    ticks = [tick for tick in (0, 1, 2, 5, 10, 20, 50, 100, 200) if tick <= max(most, 1)]
+    for panel, kind in zip(axes[0], kinds, strict=True):
+        for row, method in enumerate(methods):
+            for number, run in enumerate(entry for entry in entries if entry["method"] == method):
+                if (cost := run["attackers"][kind]) is None:
+                    continue
+                steps, held = _cost(cost)
+                face = "none" if held else f"C{row}"
+                panel.plot(steps, row + 0.15 * (number - 1.5), "o", color=f"C{row}", markerfacecolor=face)
+        panel.set_title(kind)
+        panel.set_xscale("symlog", linthresh=2, linscale=0.4)
+        panel.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+        panel.minorticks_off()
+        panel.set_xlabel("steps")
+        panel.grid(alpha=0.3)
+    axes[0, 0].set_yticks(range(len(methods)), [NAMES[method] for method in methods])
+    axes[0, 0].invert_yaxis()
+    figure.suptitle("Steps to break a model, a point per seed (hollow: not broken up to there)")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    write_bytes(path, buffer.getvalue())

@@ -1,0 +1,257 @@
+"""`benchmarks/defenses.py`: what it runs, that it goes on where it was, and what it makes of what was found."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from holdfast.cli import demo
+from holdfast.evaluation.scores import Rate
+from holdfast.files import write_json
+from holdfast.stress.certificate import assemble
+from stress.examples import example_certificate, example_inputs, example_records, example_tax
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MODULES = ("defenses_plan", "defenses_stress", "defenses_tables", "defenses_report", "defenses", "plans", "readme")
+CHOSEN = {method: {"rho": 0.5} if method == "vaccine" else {} for method in ("sft", "patcher", "vaccine", "booster")}
+CHOSEN["antibody"] = {"rho": 0.01, "refusal_weight": 0.5, "strength": 1.0}
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """The modules; no organism is built, as no command is run."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    found = {name: importlib.import_module(name) for name in MODULES}
+    monkeypatch.setattr(found["defenses_plan"].Plan, "prepare", lambda plan: None)
+    yield found
+    for name in MODULES:
+        sys.modules.pop(name)
+
+
+def alone(target):
+    """The certificate of a search on one of the example's models alone."""
+    records = [{**one, "target": "model"} for one in example_records() if one["target"] == target]
+    inputs = {**example_inputs(), "counterpart": None, "suite": "standard"}
+    tax = {figure: {**found, "counterpart": None, "model": found[target]} for figure, found in example_tax().items()}
+    return assemble(records, {**inputs, "model": example_inputs()[target]}, tax)
+
+
+def results(value=1.0):
+    rate = Rate.of(round(value * 96), 96).as_dict()
+    return {"results": {"capability": {"capability": rate}, "harmful": {"refusal_rate": rate}}}
+
+
+class Commands:
+    """Stands for `run_commands`: writes what commands would, and is stopped at one of them if asked to."""
+
+    def __init__(self, monkeypatch, plan, stop_at=None):
+        self.ran, self.at_once, self.stop_at = [], [], stop_at
+        monkeypatch.setattr(plan, "run_commands", self)
+
+    def __call__(self, commands, logs, *, console, processes=2):
+        logs.mkdir(parents=True, exist_ok=True)
+        for command in commands:
+            self.ran.append(command)
+            self.at_once.append(processes)
+            words = list(command.words)
+            (logs / f"{command.name}.log").write_text(f"$ holdfast {' '.join(words)}\n")
+            folder = Path(words[words.index("--output_dir") + 1])
+            if words[0] == "stress":
+                write_json(folder / "stress.json", {})
+                if self.stop_at == len(self.ran):
+                    raise KeyboardInterrupt
+                target = "counterpart" if "align-sft" in command.name else "model"
+                write_json(folder / "certificate.json", alone(target))
+            else:
+                write_json(folder / ("holdfast.json" if words[0] == "align" else "results.json"), results())
+        return {command.name: 60.0 for command in commands}
+
+    def stressed(self):
+        return [command.name for command in self.ran if command.words[0] == "stress"]
+
+
+def stress_all(study, tmp_path, *, seeds=(0, 1), methods=tuple(CHOSEN), **more):
+    written = []
+    kwargs = {"seeds": seeds, "methods": methods, "suite": "standard", "write": written.append, **more}
+    failed = study["defenses_stress"].run(study["defenses_plan"].Study(tmp_path), CHOSEN, **kwargs)
+    return failed, written
+
+
+def test_every_method_of_every_seed_is_stressed_once_alone_and_sft_and_patcher_first(study, monkeypatch, tmp_path):
+    commands = Commands(monkeypatch, study["defenses_plan"])
+    failed, written = stress_all(study, tmp_path)
+    assert failed == []
+    order = [("seed0", method) for method in CHOSEN] + [("seed1", method) for method in CHOSEN]
+    assert [(name.split("-")[0], name.split("-")[4]) for name in commands.stressed()] == order
+    done = set()
+    for command, processes in zip(commands.ran, commands.at_once, strict=True):
+        assert set(command.needs) <= done or command.words[0] == "stress"
+        done.add(command.name)
+        assert processes == (1 if command.words[0] == "stress" else 2)
+        assert "--counterpart" not in command.words
+        name, *words = command.words
+        module, method = import_module(f"holdfast.cli.{name}"), words[:1] if name == "align" else []
+        module.make_parser(*method).parse(words[len(method) :])
+    assert [len(entries) for entries in written] == list(range(1, 11))
+    assert [(entry["seed"], entry["method"]) for entry in written[-1]] == [
+        (seed, method) for seed in (0, 1) for method in study["defenses_plan"].ALIGNMENT
+    ]
+
+
+def test_the_models_are_attacked_with_what_the_demo_attacks_them_with(study, tmp_path):
+    folder = tmp_path / "seed0"
+    plan = study["defenses_plan"].Plan(0, study["defenses_plan"].Study(tmp_path))
+    name, certificate = plan.stress(*plan.align("patcher", {}), "quick", {})
+    ours = list(plan.commands[name].words)
+    (theirs,) = (c.words for c in demo.commands(demo.DemoArguments(str(folder)), folder) if c.name == demo.STRESS)
+    assert certificate == folder / "stress" / "quick" / "align-patcher" / "certificate.json"
+
+    def flags(words):
+        return dict(zip(words[1::2], words[2::2], strict=True))
+
+    own = {"--model", "--output_dir", "--counterpart", "--overwrite_output_dir"}
+    assert {k: v for k, v in flags(ours).items() if k not in own} == {
+        k: v for k, v in flags(list(theirs)).items() if k not in own
+    }
+
+
+def test_it_goes_on_where_it_was_stopped_and_a_search_in_its_folder(study, monkeypatch, tmp_path):
+    commands = Commands(monkeypatch, study["defenses_plan"], stop_at=2 + 1 + 2 + 2)
+    with pytest.raises(KeyboardInterrupt):
+        stress_all(study, tmp_path, seeds=(0,), methods=("sft", "patcher"))
+    assert commands.stressed() == ["seed0-standard-on-align-sft", "seed0-standard-on-align-patcher"]
+    begun = tmp_path / "seed0" / "stress" / "standard" / "align-patcher" / "trial"
+    begun.write_text("found")
+    again = Commands(monkeypatch, study["defenses_plan"])
+    _, written = stress_all(study, tmp_path, seeds=(0,), methods=("sft", "patcher"))
+    assert [command.name for command in again.ran] == ["seed0-standard-on-align-patcher"]
+    assert begun.read_text() == "found"
+    sft, patcher = written[-1]
+    assert (sft["seconds"], patcher["seconds"]) == (60.0, None)  # of what ran twice no clock tells
+    assert sft["core_seconds"] is not None
+    third = Commands(monkeypatch, study["defenses_plan"])
+    stress_all(study, tmp_path, seeds=(0,), methods=("sft", "patcher"))
+    assert third.ran == []
+    monkeypatch.setitem(CHOSEN, "patcher", {"attack_steps": 2})
+    stress_all(study, tmp_path, seeds=(0,), methods=("sft", "patcher"))
+    assert third.stressed() == ["seed0-standard-on-align-patcher-attack_steps=2"]
+
+
+def test_a_search_that_fails_is_told_of_and_keeps_no_other_from_being_made(study, monkeypatch, tmp_path):
+    commands = Commands(monkeypatch, study["defenses_plan"])
+
+    def failing(todo, logs, **kwargs):
+        if "booster" in todo[0].name and todo[0].words[0] == "stress":
+            raise study["defenses_stress"].TrainingError("booster failed: too few prompts")
+        return commands(todo, logs, **kwargs)
+
+    monkeypatch.setattr(study["defenses_plan"], "run_commands", failing)
+    failed, written = stress_all(study, tmp_path, seeds=(0,))
+    assert failed == ["booster failed: too few prompts"]
+    assert [entry["method"] for entry in written[-1]] == ["sft", "patcher", "vaccine", "antibody"]
+
+
+def test_two_searches_give_the_ratios_that_one_with_a_counterpart_gives(study):
+    both = example_certificate()
+    before = {name: results()["results"] for name in ("base", "model")}
+    entry = study["defenses_stress"].entry_of(alone("model"), alone("counterpart"), before)
+    assert entry["attackers"].keys() == both["attackers"].keys()
+    for kind, found in both["attackers"].items():
+        assert entry["attackers"][kind]["ratio"] == found["ratio"]
+        assert entry["attackers"][kind]["union"]["asr"] == both["union"]["model"]["by_kind"][kind]["asr"]
+    assert entry["cheapest"]["ratio"] == both["cheapest"]["ratio"]
+    assert entry["collapsed"] == both["collapsed"]["model"]
+    assert entry["tax"]["unrehearsed"]["model"]["count"] == 57
+    assert entry["tax"]["harmless_task"]["model"]["steps_to_0.9_of_best"] == 50
+    assert "points" not in json.dumps(entry)
+    own = study["defenses_stress"].entry_of(alone("counterpart"), alone("counterpart"), before)
+    assert {cost["ratio"] for cost in own["attackers"].values()} == {None}
+
+
+@pytest.mark.parametrize(("name", "value"), [("bound", 0.2), ("seeds", [1, 2, 3]), ("suite", "quick")])
+def test_costs_of_other_seeds_bounds_or_suites_are_not_compared(name, value, study):
+    other = {**alone("counterpart"), name: value}
+    with pytest.raises(ValueError, match=f"different {name} cannot be compared"):
+        study["defenses_stress"].entry_of(alone("model"), other, {})
+
+
+@pytest.mark.parametrize(
+    ("middle", "expected"),
+    [
+        ([(1, False), (1, False)], "1"),
+        ([(0, False), (2, False), (40, False)], "2 [0–40]"),
+        ([(5, True), (12, True), (40, False)], "> 12 [> 5–40]"),
+        ([(1, False), (2, False), (40, True)], "2 [1–> 40]"),
+        ([(100, True), (100, True)], "> 100"),
+        ([(1.0, False), (float("inf"), False), (float("inf"), False)], "∞ [1–∞]"),
+        ([], "–"),
+    ],
+)
+def test_a_median_is_open_where_a_model_that_held_may_have_moved_it(middle, expected, study):
+    assert study["defenses_tables"].told(middle, middle) == expected
+
+
+def entries_of(study):
+    """What two seeds of SFT and one of a defense come to."""
+    before = {name: results(value)["results"] for name, value in (("base", 1.0), ("model", 0.5))}
+    sft, model = alone("counterpart"), alone("model")
+    clocks = {"seconds": 120.0, "core_seconds": 90.0}
+    entry_of = study["defenses_stress"].entry_of
+    return [
+        {"seed": 0, "method": "sft", "setting": {}, **entry_of(sft, sft, before), **clocks},
+        {"seed": 0, "method": "patcher", "setting": {}, **entry_of(model, sft, before), **clocks},
+        {"seed": 1, "method": "sft", "setting": {}, **entry_of(sft, sft, before), **clocks, "seconds": None},
+    ]
+
+
+def test_the_page_tells_what_was_found(study, tmp_path):
+    entries = entries_of(study)
+    search = json.loads((BENCHMARKS / "results" / "defenses_search.json").read_text())
+    lines = study["defenses_report"].page({"alignment": entries}, search).splitlines()
+    assert "Seeds: SFT 0, 1; Patcher 0." in lines
+    kinds = "prompting | training-free | lora | full | hybrid | base-holder"
+    assert f"| aligned with | {kinds} |" in lines
+    assert "| SFT | 0 | 0 | 2 | 2 | 0 | 0 |" in lines
+    held = "> 0; held at 0.05 | > 0; held at 0.49 | > 40 | 20 [20–40] | 2 [2–3] | 0"
+    assert f"| Patcher | {held} |" in lines
+    assert "| Patcher | ∞ | ∞ | > 20 | 10 [10–20] | ∞ | 1 |" in lines
+    (words,) = (line for line in lines if line.startswith("- **Patcher**"))
+    assert "in every one by prompting (∞ times the steps), training-free (∞ times the steps), lora (> 20" in words
+    assert "in none by base-holder" in words
+    assert "falls without a step to base-holder" in words
+    assert any(line.startswith("- **Against the cheapest attacker none buys anything**") for line in lines)
+    assert any(line.startswith("| not at all (base) | 1.00 [1.00–1.00] | 1.00") for line in lines)
+    assert any("| 2.00 [2.00–2.00] | 1.50 [1.50–1.50] |" in line for line in lines if line.startswith("| SFT | "))
+    assert "Not measured yet: `python benchmarks/defenses.py report --sections repair`." in lines
+    study["defenses_tables"].plot(entries, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_of_one_attacker_stays_as_it_is(study, monkeypatch, tmp_path):
+    report = study["defenses_report"]
+    write_json(tmp_path / "defenses.json", {"sections": {"alignment": [{"method": "sft", "points": []}]}})
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    with pytest.raises(SystemExit, match="measure it by the suite first"):
+        report.main()
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_what_is_tried_touches_no_result(study, monkeypatch, tmp_path):
+    main = study["defenses"]
+    commands = Commands(monkeypatch, study["defenses_plan"])
+    small = replace(main.SMOKE, out=tmp_path / "out")
+    monkeypatch.setattr(main, "SMOKE", small)
+    monkeypatch.setattr(main, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(
+        sys, "argv", ["defenses.py", "report", "--smoke", "--sections", "alignment", "--seeds", "0", "--methods", "sft"]
+    )
+    main.main()
+    assert [command.words[0] for command in commands.ran].count("stress") == 1
+    assert not (tmp_path / "results").exists()
+    found = json.loads((tmp_path / "out" / "defenses.json").read_text())
+    assert (found["schema"], len(found["sections"]["alignment"])) == (2, 1)
