@@ -175,7 +175,7 @@ def main() -> None:
     if options.no_docs:
         return
     settings = {name: value for name, value in demos[0]["config"].items() if name not in ("output_dir", "seed")}
-    record = {"versions": demos[0]["versions"], "settings": settings, "seconds": [d["seconds"] for d in demos]}
+    record = {"versions": demos[0]["versions"], "settings": settings}
     write_json(RESULTS, {"schema": 1, **record, **found})
     picture = OUT / f"demo-{options.seeds[0]}" / "attack_curves.png"
     write_bytes(ROOT / "docs" / "images" / "attack_curves.png", picture.read_bytes())
