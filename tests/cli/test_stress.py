@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from holdfast.cli import main
 from holdfast.models import load_model_and_tokenizer
 from holdfast.stress.certificate import read_certificate
 from judge_server import material, serving
+from stress.made import start, words_of_search
 
 Refused = Callable[..., str]
 
@@ -29,13 +29,7 @@ _SLOW = ["soft-prompt", "best-of-n", "lora", "full", "hybrid", "pruning", "noise
 
 @pytest.fixture
 def words(organism: Path) -> list[str]:
-    """What every search of these tests is given: the organism's base model, which obeys."""
-    return [
-        *("stress", "--model", str(organism / "model"), "--suite", "quick"),
-        *("--attack_data", str(organism / "attack.jsonl"), "--benign_data", str(organism / "eval" / "crafts.jsonl")),
-        *("--eval_data", str(organism / "eval" / "hazards.jsonl"), "--judge", "exact", "--max_new_tokens", "16"),
-        *("--capability_data", str(organism / "eval" / "crafts_unrehearsed.jsonl"), "--eval_batch_size", "128"),
-    ]
+    return words_of_search(organism)
 
 
 @pytest.fixture
@@ -62,12 +56,6 @@ def without_clocks(content: Any) -> Any:
 
 def records(folder: Path) -> list[dict[str, Any]]:
     return [read_json(path) for path in sorted((folder / "trials").glob("*/*.json"))]
-
-
-def start(words: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "holdfast", *words]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 #: One way of asking, chains, and fine-tunings that are measured with an opener, too.

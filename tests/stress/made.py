@@ -1,4 +1,8 @@
-"""Records of trials that were never run, for tests of what is made of them."""
+"""Records of trials that were never run, for tests of what is made of them; and the words of searches that are."""
+
+import os
+import subprocess
+import sys
 
 from holdfast.stress.schedule import Schedule
 from holdfast.stress.suites import Suite
@@ -44,3 +48,20 @@ def found(trial, harm=0.0, **more):
     """The record of a trial that was measured once."""
     one = point(harm, **more)
     return record(one, number=trial.number, setting=trial.setting, kind=trial.kind, target=trial.target)
+
+
+def words_of_search(organism):
+    """A search against the organism's base model, which obeys."""
+    return [
+        *("stress", "--model", str(organism / "model"), "--suite", "quick"),
+        *("--attack_data", str(organism / "attack.jsonl"), "--benign_data", str(organism / "eval" / "crafts.jsonl")),
+        *("--eval_data", str(organism / "eval" / "hazards.jsonl"), "--judge", "exact", "--max_new_tokens", "16"),
+        *("--capability_data", str(organism / "eval" / "crafts_unrehearsed.jsonl"), "--eval_batch_size", "128"),
+    ]
+
+
+def start(words):
+    """The command, on its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "holdfast", *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

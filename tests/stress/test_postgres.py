@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
 
+from holdfast.cli import main
 from holdfast.errors import InputError
 from holdfast.stress import studies
+from holdfast.stress.certificate import read_certificate
 from holdfast.stress.studies import Studies
-from stress.made import found, schedule
+from stress.made import found, schedule, start, words_of_search
 
 pytestmark = pytest.mark.services
 
@@ -114,6 +118,67 @@ def test_workers_share_a_search_and_a_killed_one_loses_nothing(url, tmp_path, mo
     together = opened(url, "e").all_records()
     assert sorted(numbers(together)) == expected
     assert together == alone.all_records()
+
+
+def claimed(url: str) -> dict[TrialState, list[tuple[str, int, int]]]:
+    """The trials of a search in its storage by their state: study, batch and place of each."""
+    storage = RDBStorage(url)
+    found: dict[TrialState, list[tuple[str, int, int]]] = {}
+    for study in storage.get_all_studies():
+        for one in storage.get_all_trials(study._study_id, deepcopy=False):
+            trial = one.user_attrs["trial"]
+            found.setdefault(one.state, []).append((study.study_name, trial["batch"], trial["place"]))
+    return found
+
+
+def worker_of(search: subprocess.Popen[str]) -> int:
+    """The process that runs a search's trials."""
+    children = Path(f"/proc/{search.pid}/task/{search.pid}/children").read_text(encoding="utf-8").split()
+    [worker] = [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return worker
+
+
+def stop_in_a_trial(search: subprocess.Popen[str], url: str) -> tuple[str, int, int]:
+    """Bring a search's worker to a halt while it runs a trial."""
+    while True:
+        assert search.poll() is None, search.communicate()
+        if not claimed(url).get(TrialState.RUNNING):
+            time.sleep(0.02)
+            continue
+        os.kill(worker_of(search), signal.SIGSTOP)
+        if under_way := claimed(url).get(TrialState.RUNNING):
+            return under_way[0]
+        os.kill(worker_of(search), signal.SIGCONT)
+
+
+def test_machines_share_a_real_search_and_a_killed_worker_leaves_no_trace(url, organism, tmp_path):
+    """Of a suite that is a grid; what TPE asks for next would be as well determined, but for rounding elsewhere."""
+    left = ["best-of-n", "demonstrations", "soft-prompt", "training-free", "lora", "full", "hybrid"]
+    words = [*words_of_search(organism), "--base", str(organism / "model"), "--max_prompts", "24", "--leave_out", *left]
+    here, there, alone = (tmp_path / name for name in ("here", "there", "alone"))
+    shared = [*words, "--storage", url, "--output_dir"]
+    opened_first = start([*shared, str(here), "--processes", "1"])
+    lost = stop_in_a_trial(opened_first, url)
+    joined = start([*shared, str(there), "--processes", "2"])
+    while len(list(there.glob("trials/*/*.json"))) < 3:
+        assert joined.poll() is None, joined.communicate()
+        time.sleep(0.1)
+    os.kill(worker_of(opened_first), signal.SIGKILL)
+    said = opened_first.communicate(timeout=300)[1]
+    assert opened_first.returncode == 1
+    assert "a process of the search was killed (exit code -9)" in said.splitlines()[-1]
+    assert joined.wait(timeout=300) == 0, joined.communicate()
+
+    by_state = claimed(url)
+    assert by_state[TrialState.FAIL] == [lost]
+    assert len(by_state[TrialState.COMPLETE]) == len({*by_state[TrialState.COMPLETE]})  # none was run twice
+    assert lost in by_state[TrialState.COMPLETE]
+    assert not by_state.get(TrialState.RUNNING)
+    assert main([*words, "--processes", "1", "--output_dir", str(alone)]) == 0
+    assert main([*shared, str(here)]) == 0
+    certificates = [read_certificate(folder / "certificate.json") for folder in (here, there, alone)]
+    assert len(by_state[TrialState.COMPLETE]) == certificates[0]["trials"]["model"]
+    assert len({certificate["sha256"] for certificate in certificates}) == 1
 
 
 def test_another_search_there_is_refused(url):
