@@ -77,8 +77,9 @@ def prepare(
         known = ", ".join([*KINDS, *sorted(ATTACKS.keys() - KINDS.keys())])
         raise InputError(f"--leave_out {unknown[0]}: there is no such attack or kind of attacker; choose from {known}")
     evaluator = sources.evaluator()
+    task: dict[str, Any] = {}
     if sources.harmless_task_data is not None:
-        load_rows(sources.harmless_task_data, flag="--harmless_task_data", columns=TRAIN_COLUMNS)
+        load_rows(sources.harmless_task_data, flag="--harmless_task_data", columns=TRAIN_COLUMNS, noted=task)
     subjects = Subjects(sources)
     scene = Scene(
         layers=_layers(subjects, left_out),
@@ -103,7 +104,7 @@ def prepare(
         "bound": EPSILON,
         "threshold": THRESHOLD,
         **{name: _model(getattr(sources, name), sources) for name in ("model", "counterpart", "base")},
-        "data": _data(sources, evaluator),
+        "data": _data(sources, subjects.taken | task, evaluator),
         "threat_model": {
             "attackers": {kind: sentence for kind, sentence in KINDS.items() if kind in tried},
             "left_out": _left_out(left_out, sources),
@@ -202,23 +203,14 @@ def _model(source: str | None, sources: Sources) -> dict[str, Any] | None:
     return describe_model(source, base_model=sources.load.get("base_model"), revision=sources.load.get("revision"))
 
 
-def _data(sources: Sources, evaluator: Evaluator) -> dict[str, Any]:
-    """What was read, by flag."""
-
-    def rows(name: str) -> dict[str, Any]:
-        source, noted = getattr(sources, name), dict[str, Any]()
-        load_rows(source, flag=f"--{name}", noted=noted)
-        return describe_data(source, noted[name])
-
-    def prompts(role: Role) -> dict[str, Any]:
-        asked = set_of(evaluator, role)
-        return describe_data(asked.source, asked.taken)
-
-    found = {name: rows(name) for name in ("attack_data", "benign_data") if getattr(sources, name) is not None}
-    found |= {"eval_data": prompts("harmful"), "capability_data": prompts("capability")}
+def _data(sources: Sources, taken: Mapping[str, Any], evaluator: Evaluator) -> dict[str, Any]:
+    """What was read, by flag: rows, of which it was noted what was `taken`, and prompts."""
+    found = {name: describe_data(getattr(sources, name), records) for name, records in taken.items()}
+    asked: dict[str, Role] = {"eval_data": "harmful", "capability_data": "capability"}
     if sources.harmless_task_data is not None:
-        found |= {"harmless_task_data": rows("harmless_task_data"), "task_data": prompts("task")}
-    return found
+        asked["task_data"] = "task"
+    prompts = {name: set_of(evaluator, role) for name, role in asked.items()}
+    return found | {name: describe_data(one.source, one.taken) for name, one in prompts.items()}
 
 
 def _left_out(left_out: frozenset[str], sources: Sources) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from holdfast.attacks.attack import Attacker, whole_model
 from holdfast.attacks.back_to_base import fitting
 from holdfast.data.harmful import load_harmful_rows
-from holdfast.data.load import TRAIN_COLUMNS, Prompt, load_rows
+from holdfast.data.load import PROMPT_COLUMNS, TRAIN_COLUMNS, Prompt, load_rows
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluator
@@ -55,6 +55,9 @@ class Subjects:
 
     The weights of every target lie in host memory, and are gone back to before every trial.
 
+    Attributes:
+        taken: What was taken of the attacker's data, by flag, as `load_rows` notes it.
+
     Raises:
         InputError: Something cannot be read, or does not fit together.
     """
@@ -71,9 +74,9 @@ class Subjects:
             self._require_twin(whole, tokenizer)
             self._saved["counterpart"] = _on_host(whole)
         self.written = ChatFormat(self.tokenizer, **sources.written)
-        self.harmful_prompts, self.harmful_rows = _harmful(sources.attack_data)
-        self.harmless_prompts = _prompts(sources.benign_data, "--benign_data")
-        self.harmless_rows = _answered(sources.benign_data, "--benign_data")
+        self.taken: dict[str, Any] = {}
+        self.harmful_prompts, self.harmful_rows = _harmful(sources.attack_data, self.taken)
+        self.harmless_prompts, self.harmless_rows = _harmless(sources.benign_data, self.taken)
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -129,29 +132,26 @@ def _on_host(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in model.named_parameters()}
 
 
-def _harmful(source: str | None) -> tuple[list[Prompt] | None, Dataset | None]:
+def _harmful(source: str | None, noted: dict[str, Any]) -> tuple[list[Prompt] | None, Dataset | None]:
     """The attacker's harmful prompts and rows."""
     if source is None:
         return None, None
-    rows, _ = load_harmful_rows(source, flag="--attack_data")
+    rows, _ = load_harmful_rows(source, flag="--attack_data", noted=noted)
     return _prompts(source, "--attack_data"), rows
 
 
-def _prompts(source: str | None, flag: str) -> list[Prompt] | None:
+def _harmless(source: str | None, noted: dict[str, Any]) -> tuple[list[Prompt] | None, Dataset | None]:
+    """Its harmless prompts, and rows where there are answers to them."""
     if source is None:
-        return None
+        return None, None
+    rows = load_rows(source, flag="--benign_data", columns=(*TRAIN_COLUMNS, *PROMPT_COLUMNS), noted=noted)
+    answered = any(set(group) <= set(rows.column_names) for group in TRAIN_COLUMNS)
+    return _prompts(source, "--benign_data"), rows if answered else None
+
+
+def _prompts(source: str, flag: str) -> list[Prompt]:
     prompts: list[Prompt] = load_prompts(source, flag=flag, role="harmful", judge_name="refusal").prompts
     return prompts
-
-
-def _answered(source: str | None, flag: str) -> Dataset | None:
-    """Harmless rows, where there are answers to harmless prompts."""
-    if source is None:
-        return None
-    rows = load_rows(source, flag=flag)
-    if not any(set(group) <= set(rows.column_names) for group in TRAIN_COLUMNS):
-        return None
-    return load_rows(source, flag=flag, columns=TRAIN_COLUMNS)
 
 
 def with_sets(evaluator: Evaluator, *roles: Role) -> Evaluator:
