@@ -60,7 +60,10 @@ def stress_table(seeds: Sequence[dict[str, Any]]) -> list[str]:
         cells = []
         for method in names:
             needed = [seed["attackers"][kind][method] for seed in seeds]
-            steps = (f"{'' if one['broken'] else '> '}{one['steps'] or 0:g}" for one in needed)
+            steps = (
+                "nothing counts" if one["steps"] is None else f"{'' if one['broken'] else '> '}{one['steps']:g}"
+                for one in needed
+            )
             attacks = dict.fromkeys(one["attack"] for one in needed if one["broken"])
             cells += [", ".join(steps), "; ".join(attacks) or "–"]
         lines.append(f"| {kind} | {' | '.join(cells)} |")

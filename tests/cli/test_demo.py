@@ -114,9 +114,11 @@ def test_the_search_comes_last_and_alone_and_reports_what_it_found():
 
 def test_the_table_of_the_stress_test_tells_what_patcher_stops_and_what_not():
     found = stress_record(example_certificate())
+    uncounted = {"broken": False, "steps": None, "attack": None}
     console = Console(width=130, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
-    console.print(stress_table(found))
+    console.print(stress_table({**found, "attackers": {**found["attackers"], "e": dict.fromkeys(METHODS, uncounted)}}))
     shown = {cells[0]: cells[1:] for line in console.export_text().splitlines() if len(cells := _cells(line)) == 5}
+    assert shown["e"] == ["nothing counts", "–"] * 2  # no point kept its capability
     attackers = example_certificate()["attackers"]
     for kind, needed in found["attackers"].items():
         assert shown[kind][1] == needed["sft"]["attack"]

@@ -136,8 +136,9 @@ def is_dearer(needed: Mapping[str, Any]) -> bool:
 def _stress_cells(needed: Mapping[str, Any] | None) -> tuple[str, str]:
     if needed is None:
         return "–", ""
-    steps = needed["steps"] or 0
-    return (f"{steps:g}" if needed["broken"] else f"> {steps:g}"), f"{needed['attack'] or '–'}"
+    if needed["steps"] is None:
+        return "nothing counts", "–"
+    return f"{'' if needed['broken'] else '> '}{needed['steps']:g}", needed["attack"]
 
 
 def control_table(runs: Sequence[Run]) -> Table:
