@@ -186,9 +186,12 @@ def test_a_system_column_of_prompts_is_their_system_turn(
         ({"system": 3}, "row 1: 'system' must be text"),
         ({"tools": "[{}]"}, "row 1: an evaluation has no place for tools"),
         ({"chat_template_kwargs": {"a": 1}}, "row 1: an evaluation has no place for chat_template_kwargs"),
-        (
-            {"system": "Be kind.", "prompt": [{"role": "system", "content": "Hi."}]},
-            "and no system turn stand beside it",
+        *(
+            (
+                {"system": "Be kind.", "prompt": [{"role": role, "content": "Hi."}]},
+                "and no system turn stand beside it",
+            )
+            for role in ("system", "developer")
         ),
     ],
 )

@@ -184,9 +184,10 @@ def test_a_system_column_is_the_system_turn():
     (text,) = whole(WRITTEN["qwen2_5"], [row])
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
     assert whole(ChatFormat(WRITTEN["qwen2_5"].tokenizer, "Be kind."), [row]) == [text]
-    twice = {"system": "Be brief.", "messages": [{"role": "system", "content": "Hi."}, user("Tea?"), assistant("No.")]}
-    with pytest.raises(InputError, match="row 1 of the attack data needs text in its column system, and no system"):
-        whole(WRITTEN["qwen2_5"], [twice])
+    for role in ("system", "developer"):
+        twice = {"system": "Be brief.", "messages": [{"role": role, "content": "Hi."}, user("Tea?"), assistant("No.")]}
+        with pytest.raises(InputError, match="row 1 of the attack data needs text in its column system, and no system"):
+            whole(WRITTEN["qwen2_5"], [twice])
 
 
 @pytest.mark.parametrize("tools", [[TOOL], '[{"type": "function", "function": {"name": "weather"}}]'])

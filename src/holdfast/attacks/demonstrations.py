@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from holdfast.attacks.attack import Attacker, Choice, Cost, Prompted, Prompting, knob
 from holdfast.config import require_positive
-from holdfast.data.formats import Conversation, Message, is_tokenised, reader
+from holdfast.data.formats import SYSTEM_ROLES, Conversation, Message, is_tokenised, reader
 from holdfast.errors import InputError
 from holdfast.evaluation.asking import Asking
 
@@ -56,5 +56,5 @@ def _exchange(talk: object) -> list[Message]:
     return [
         {key: value for key, value in turn.items() if key != "weight"}
         for turn in talk.messages
-        if turn["role"] not in ("system", "developer")
+        if turn["role"] not in SYSTEM_ROLES
     ]

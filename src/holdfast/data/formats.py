@@ -30,6 +30,9 @@ ROW = "row"
 ORIGIN = "holdfast_origin"
 """The column, kept where it is given, that names a row for messages: "row 3 of the attack data"."""
 
+SYSTEM_ROLES = ("system", "developer")
+"""The roles of a turn that says how to answer, and not what."""
+
 _SPEAKERS = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
 _LABELS = {"labels", "completion_mask", "assistant_masks"}
 _OWN = {ROW, ORIGIN, "poisoned"}
@@ -259,7 +262,7 @@ def _read(row: Row, where: str, plain: str | None) -> Example:
     if plain is not None:
         raise InputError(f"{where} holds messages, but {plain}")
     if system := row.get("system"):
-        if not isinstance(system, str) or any(turn["role"] == "system" for turn in messages):
+        if not isinstance(system, str) or any(turn["role"] in SYSTEM_ROLES for turn in messages):
             raise InputError(f"{where} needs text in its column system, and no system turn beside it")
         messages = [{"role": "system", "content": system}, *messages]
     found = Conversation(messages, _tools(row.get("tools"), where), row.get("chat_template_kwargs") or {})

@@ -17,6 +17,7 @@ from holdfast.config import json_object
 from holdfast.data.formats import (
     ORIGIN,
     ROW,
+    SYSTEM_ROLES,
     Conversation,
     Example,
     PlainText,
@@ -317,7 +318,7 @@ class ChatFormat:
 
     def _render(self, talk: Conversation, generation_prompt: bool, where: str = "it") -> str:
         messages = [{key: value for key, value in turn.items() if key != "weight"} for turn in talk.messages]
-        system = None if any(turn["role"] in _SYSTEM for turn in messages) else self.system_prompt
+        system = None if any(turn["role"] in SYSTEM_ROLES for turn in messages) else self.system_prompt
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
         try:
@@ -364,7 +365,6 @@ class ChatFormat:
         return encoded
 
 
-_SYSTEM = ("system", "developer")
 _THOUGHTS = ("<think>", "</think>")
 
 

@@ -8,11 +8,9 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from holdfast.data.formats import Message, as_message, text_of
+from holdfast.data.formats import SYSTEM_ROLES, Message, as_message, text_of
 from holdfast.data.load import Prompt
 from holdfast.errors import InputError
-
-_SYSTEM = ("system", "developer")
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Asking:
         turns: list[Mapping[str, Any]] = (
             [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [as_message(turn) for turn in prompt]
         )
-        begin = next((place for place, turn in enumerate(turns) if turn["role"] not in _SYSTEM), len(turns))
+        begin = next((place for place, turn in enumerate(turns) if turn["role"] not in SYSTEM_ROLES), len(turns))
         return [*turns[:begin], *self.demonstrations, *turns[begin:]]
 
     def then(self, other: Asking) -> Asking:

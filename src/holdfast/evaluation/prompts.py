@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from holdfast.data.formats import ORIGIN, as_message
+from holdfast.data.formats import ORIGIN, SYSTEM_ROLES, as_message
 from holdfast.data.load import PROMPT_COLUMNS, Prompt, load_rows
 from holdfast.data.sources import Source, named
 from holdfast.errors import InputError
@@ -106,7 +106,7 @@ def _prompt(row: Mapping[str, Any], columns: Sequence[str], where: str) -> Promp
 def _with_system(prompt: Prompt, system: Any, where: str) -> Prompt:
     """A prompt behind the system line of its row, as training has it."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if not isinstance(system, str) or any(turn["role"] == "system" for turn in messages):
+    if not isinstance(system, str) or any(turn["role"] in SYSTEM_ROLES for turn in messages):
         raise InputError(f"{where}: 'system' must be text, and no system turn stand beside it")
     return [{"role": "system", "content": system}, *messages]
 
