@@ -229,9 +229,24 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name].detach(), b[name].detach()) for name in a)
 
 
+_SGD = {"optimizer": "sgd", "learning_rate": {"low": 0.01, "high": 0.1, "log": True}}
 PATCHERS: dict[str, dict[str, Any]] = {
     "patcher": {},
     "sampled": {"estimator": "sampled", "attack_scale": [0.3, 1.5]},
+    "pool": {
+        "attack_every": 1,
+        "attack_scale": [0.3, 1.5],
+        "refusal": "t5 t6 t7",
+        "pool": {"ablation": {"weight": 2, "prompts": 4}, "dropping": 1, "prefill": 1, "dropping+ablation": 1},
+    },
+    "pool of vectors": {
+        "attack_every": 1,
+        "pool": {
+            "fine-tuning": {"weight": 1, "rounds": 2, "steps": [2, 3], "rows": [2, 4], **_SGD},
+            "lora": {"weight": 1, "lora_rank": 2, "steps": 2, **_SGD},
+            "ablation+fine-tuning": {"weight": 1, "ablation": {"layer": -1}, "fine-tuning": {"steps": 2, **_SGD}},
+        },
+    },
 }
 """Patcher's forms, with what sets each apart."""
 
@@ -269,7 +284,8 @@ def run_to_resume(method: str, output_dir: str, callbacks: Sequence[TrainerCallb
         return DefenseTrainer(model, DefenseConfig(**settings), **common)
     if method in PATCHERS:
         config = PatcherConfig(**{"attack_every": 3, "attack_steps": 4, **PATCHERS[method], **settings})
-        return PatcherTrainer(model, config, attack_dataset=word_rows(7, seed=1), **common)
+        second = {"attack_dataset": word_rows(7, seed=1), "benign_dataset": word_rows(5, seed=2)}
+        return PatcherTrainer(model, config, **second, **common)
     from methods import METHODS
 
     # Lisa changes state within the run, before and after a checkpoint.

@@ -270,8 +270,12 @@ class DefenseTrainer(ResumableTrainer):
         """
         if dataset is None:
             raise InputError(f"{type(self).__name__} lacks its {name}_dataset (--{name}_data)")
-        prepared = self._prepare_dataset(dataset, self.processing_class, self.args, self.args.packing, None, name)
-        return self.stream(prepared, name, batch_size)
+        return self.stream(self.prepared(dataset, name), name, batch_size)
+
+    def prepared(self, dataset: Dataset, name: str) -> Dataset:
+        """The rows of a second data set, prepared exactly as `train_dataset` was. See `batches_of`."""
+        rows: Dataset = self._prepare_dataset(dataset, self.processing_class, self.args, self.args.packing, None, name)
+        return rows
 
     def stream(self, prepared: Dataset, name: str, batch_size: int | None = None) -> BatchStream:
         """An endless stream over prepared rows, its position part of every checkpoint. See `batches_of`."""

@@ -44,6 +44,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.pool import TUNED, Member
 from holdfast.config import require_positive
 from holdfast.errors import InputError
 from holdfast.exchange import DEFENDER, Exchange, Version, fingerprint_of, run_of
@@ -90,6 +91,8 @@ class ParallelPatcherConfig(PatcherConfig):
             raise InputError(f"--role must be defender or attacker, got {self.role}")
         if self.role and not self.exchange:
             raise InputError(f"--role {self.role} needs --exchange, the folder in which defender and attackers meet")
+        if self.role and self.pool is not None:
+            raise InputError(f"--pool cannot be used with --role {self.role}: only the sequential form draws from one")
         if self.attacker_name == DEFENDER:
             raise InputError(f"--attacker_name {DEFENDER} cannot be used: it is the defender's")
         require_positive(self, "publish_every", "exchange_timeout")
@@ -210,7 +213,7 @@ class PatcherDefenderTrainer(PatcherTrainer):
         if not math.isfinite(length):
             logger.warning("%s is not used: it holds numbers that are not finite", version.path)
             return False
-        self._attack_vector = vector
+        self._vectors.replace(vector, Member(TUNED))
         found = {
             "step": self.state.global_step,
             "origin": version.origin,

@@ -18,6 +18,11 @@ forward-backward pass as SFT; its mean over the coin is the gradient above, whic
 With `attack_scale` δ is taken times a factor s, drawn anew for every update from U(low, high). The coin and the factor
 of an update hang on the run's seed and on the update's number alone (`holdfast.alignment.draws`).
 
+With a `pool` δ is drawn at every update from several simulated attacks by weight: vectors of full or LoRA fine-tuning
+of the last rounds, refusal-direction ablation, dropping, interpolation towards the public base, rounding, and chains of
+them (`holdfast.alignment.pool`). One member displaces nothing: `prefill` takes the gradient on harmful prompts whose
+answers begin as an attacker begins them and refuse all the same, g(θ; P), in the place of g(θ + δ; B).
+
 Differs from the authors' released code:
 
 * It adds δ to the weights and subtracts it again, which drifts by rounding; here the exact weights come back.
@@ -38,6 +43,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,11 +53,19 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from holdfast.alignment.adversary import Adversary
 from holdfast.alignment.draws import draws
-from holdfast.attacks.simulated import simulate_attack
-from holdfast.config import DefenseConfig, require_not_negative, require_positive
+from holdfast.alignment.pool import BEGUN, Member, Pool
+from holdfast.alignment.rounds import simulate_round
+from holdfast.alignment.vectors import BY_HAND, AttackVectors
+from holdfast.attacks.attack import whole_model
+from holdfast.attacks.back_to_base import BackToBase
+from holdfast.attacks.changes import changed
+from holdfast.config import DefenseConfig, json_object, require_not_negative, require_positive
 from holdfast.data.batches import Batch
+from holdfast.data.refusals import REFUSAL_HELP
 from holdfast.errors import InputError
+from holdfast.models import load_model
 from holdfast.parameters import ParameterVector, displaced, vector_for
 from holdfast.trainer import DefenseTrainer, Window
 
@@ -74,6 +88,11 @@ class PatcherConfig(DefenseConfig):
         attack_weight_decay: The attacker's weight decay.
         estimator: "exact", both gradients an update, or "sampled", one of them by a coin of probability `alpha`.
         attack_scale: The least and the greatest factor that the attack vector is taken times.
+        pool: Which attacks δ is drawn from, as `holdfast.alignment.pool` says, a mapping or JSON; None: the one attack
+            that the settings above describe.
+        base: The public base model that the pool's `base` interpolates towards: a folder or a Hub id.
+        refusal: How the pool's `prefill` refuses: a text, a file with one text per line, or a column of the attack
+            data.
 
     Raises:
         InputError: A setting out of its range; the message names it.
@@ -105,9 +124,28 @@ class PatcherConfig(DefenseConfig):
         },
     )
 
+    pool: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Which attacks to train against, as JSON or a recipe's mapping from members to weights or to "
+            'mappings with a weight and knobs, e.g. {"fine-tuning": 0.6, "ablation": 0.4} (docs/methods.md).'
+        },
+    )
+    base: str | None = field(
+        default=None, metadata={"help": "The public base model, for a --pool with base: a folder or of the Hub."}
+    )
+    refusal: str | None = field(default=None, metadata={"help": f"For a --pool with prefill. {REFUSAL_HELP}"})
+
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if isinstance(self.pool, str):
+            self.pool = json_object("pool", self.pool)
         super().__post_init__()
+        if self.pool is not None:
+            attacks = Pool.of(self.pool).attacks()
+            for name, attack in (("base", BackToBase.name), ("refusal", BEGUN)):
+                if attack in attacks and getattr(self, name) is None:
+                    raise InputError(f"--pool: {attack} needs --{name}")
         if not 0 <= self.alpha <= 1:
             raise InputError(f"--alpha must lie between 0 and 1, got {self.alpha}")
         require_positive(self, "attack_steps", "attack_every", "attack_learning_rate", "attack_batch_size")
@@ -137,6 +175,7 @@ class PatcherTrainer(DefenseTrainer):
         train_dataset: Refusals to harmful prompts, and helpful answers to benign ones to keep capability.
         attack_dataset: Harmful prompts with harmful answers, for the simulated attacker. It may be left out where
             `attack_vector` or `attack_batches` is set by hand.
+        benign_dataset: Harmless prompts, whose answers play no part, for a pool with ablation.
         **kwargs: As for `DefenseTrainer`.
 
     Attributes:
@@ -153,50 +192,69 @@ class PatcherTrainer(DefenseTrainer):
         args: PatcherConfig | None = None,
         train_dataset: Dataset | None = None,
         attack_dataset: Dataset | None = None,
+        benign_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, train_dataset, **kwargs)
+        self._pool = Pool() if self.args.pool is None else Pool.of(self.args.pool)
+        assert self._format is not None  # the train data have been prepared
+        self._adversary = Adversary(
+            self.model,
+            self._pool,
+            self._format,
+            harmful=attack_dataset,
+            harmless=benign_dataset,
+            base=whole_model(load_model(self.args.base)) if self.args.base is not None else None,
+        )
         self.attack_batches: Iterator[Batch] | None = None
+        self._attack_rows: Dataset | None = None
         if attack_dataset is not None:
-            self.attack_batches = self.batches_of(attack_dataset, "attack", self.args.attack_batch_size)
-        self._attack_vector: ParameterVector | None = None
-        self._set_by_hand = False
+            self._attack_rows = self.prepared(attack_dataset, "attack")
+            self.attack_batches = self.stream(self._attack_rows, "attack", self.args.attack_batch_size)
+        self._pool.require_rows(None if self._attack_rows is None else len(self._attack_rows), self.args.world_size)
+        self._begun: Iterator[Batch] | None = None
+        if BEGUN in self._pool.attacks():
+            if attack_dataset is None:
+                raise InputError(f"--pool: {BEGUN} needs harmful prompts; give --attack_data")
+            openers = self._pool.openers()
+            begun = self.begun_and_refused(attack_dataset, self.args.refusal, openers, name="attack")
+            self._begun = self.stream(begun, BEGUN)
+        self._vectors = AttackVectors()
         self.add_callback(_BeforeTheFirstUpdate(self))
 
     @property
     def attack_vector(self) -> ParameterVector | None:
-        """The attack vector δ in force (name → tensor), or None before the first attack.
+        """The newest attack vector δ (name → tensor), or None before the first attack.
 
         Set by hand, it stays: every step is defended with it, and no attack is simulated until it is set to None.
 
         Raises:
             InputError: Set to something that is not one finite tensor of the right shape per trainable parameter.
         """
-        return self._attack_vector
+        return self._vectors.newest
 
     @attack_vector.setter
     def attack_vector(self, vector: Mapping[str, Tensor] | None) -> None:
-        self._set_by_hand = vector is not None
-        self._attack_vector = None if vector is None else vector_for(self.model, vector, "attack_vector")
+        self._vectors.replace(None if vector is None else vector_for(self.model, vector, "attack_vector"))
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """(1 − α) · g(θ; B) + α · g(θ + s·δ; B), or one of the two gradients by a coin of probability α."""
         if self._attack_is_due():
             self.attack(model)
-        if self.attack_vector is None:
+        member = self._drawn_member()
+        if member is None:
             return self._safe_gradient(model, window)
         alpha = self.args.alpha
         if self.args.estimator == "sampled":
-            if self._draws("coin").random() >= alpha:
-                return self._safe_gradient(model, window)
-            self.count_tokens(window)
-            return self._attacked_gradient(model, window)
+            heads = self._draws("coin").random() < alpha
+            return self._attacked_gradient(model, window, member) if heads else self._safe_gradient(model, window)
         with self.shared_randomness():  # and the attacked pass first, so that fewer buffers live at once
-            attacked_loss, attacked_gradient = self._attacked_gradient(model, window)
+            attacked_loss, attacked_gradient = self._attacked_gradient(model, window, member)
         loss, gradient = self._safe_gradient(model, window)
         gradient *= 1 - alpha
         gradient += alpha * attacked_gradient
-        self.log_metric("loss_gap", attacked_loss - self.cross_entropy(loss, window))
+        if member.name != BEGUN:
+            self.log_metric("loss_gap", attacked_loss - self.cross_entropy(loss, window))
         return loss, gradient
 
     def _safe_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
@@ -205,59 +263,69 @@ class PatcherTrainer(DefenseTrainer):
         self.log_metric("safe_loss", self.cross_entropy(loss, window))
         return loss, gradient
 
-    def _attacked_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
-        """L(θ + s·δ; B) and its gradient."""
-        assert self.attack_vector is not None
-        scale = self._draws("scale").uniform(*self.args.attack_scale)
-        with displaced(self.model, self.attack_vector, scale):
+    def _attacked_gradient(
+        self, model: torch.nn.Module, window: Window, member: Member
+    ) -> tuple[Tensor, ParameterVector]:
+        """L(θ + s·δ; B) and its gradient, δ the member's; or, of answers that are begun, L(θ; P)."""
+        chosen = self._draws("attack")
+        scale = float(self._draws("scale").uniform(*self.args.attack_scale))
+        place: AbstractContextManager[None]
+        if member.name == BEGUN:
+            assert self._begun is not None
+            window, place = self.draw(self._begun, len(window)), nullcontext()
+        elif member.trains:
+            vectors = self._vectors.of(member)
+            place = displaced(self.model, vectors[int(chosen.integers(len(vectors)))], scale)
+            self.log_metric("attack_scale", scale)
+        else:
+            place = changed(self.model, self._adversary.changes(member, chosen), scale)
+            self.log_metric("attack_scale", scale)
+        with place:
             loss, gradient = self.loss_and_gradient(model, window, quiet=True)
+        if self.args.estimator == "sampled":
+            self.count_tokens(window)
         self.log_metric("attacked_loss", loss)
-        self.log_metric("attack_scale", scale)
+        if self.args.pool is not None:
+            self.log_metric(f"attacked_loss_{member.name}", loss)
         return loss, gradient
-
-    def _draws(self, purpose: str) -> np.random.Generator:
-        """What is drawn for a purpose in this update."""
-        return draws(self.args.seed, purpose, self.state.global_step)
 
     def attack(self, model: torch.nn.Module) -> None:
         """Simulate an attack on today's weights and put its vector in force; an attack gone wrong is discarded.
 
+        Of a pool with several attacks that take training one is drawn by weight; so are knobs that vary. Both hang on
+        the run's seed and the round alone.
+
         Raises:
             InputError: There are no batches to attack with.
         """
-        args, batches = self.args, self._batches_to_attack_with()
-        self._attack_vector = None  # its memory is the new attack's
-        found = simulate_attack(
-            self,
-            model,
-            batches,
-            steps=args.attack_steps,
-            learning_rate=args.attack_learning_rate or args.learning_rate,
-            weight_decay=args.attack_weight_decay,
-            window_size=1 if args.attack_batch_size else args.gradient_accumulation_steps,
+        args, number = self.args, self.state.global_step // self.args.attack_every
+        batches, chosen = self._batches_to_attack_with(), draws(args.seed, "round", number)
+        member = self._pool.draw(chosen, [one.name for one in self._pool.members if one.trains])
+        assert member is not None  # else none is due
+        self._vectors.make_room(member)
+        found = simulate_round(
+            self, model, member, self._adversary, batches, self._attack_rows, chosen=chosen, number=number
         )
-        if found.discarded:
+        if found.vector is None:
             logger.warning(
                 "the simulated attack after update %d is discarded: %s; until the next one there is no attack vector",
                 self.state.global_step,
                 found.discarded,
             )
             return
-        self._attack_vector = found.vector
+        self._vectors.add(member, found.vector)
         self.log_metric("attacker_first_loss", found.first_loss)
         self.log_metric("attacker_last_loss", found.last_loss)
         self.log_metric("attack_vector_norm", found.norm)
         self.log_metric("attack_weights_moved", found.weights_moved)
 
     def method_state(self) -> dict[str, Any]:
-        """The vector in force, and whether it was set by hand; none, if a run is stopped while it looks for another."""
-        vector = {} if self._attack_vector is None else {"attack_vector": self._attack_vector}
-        return {**vector, "attack_vector_set_by_hand": self._set_by_hand}
+        """The vectors in force; one less, if a run is stopped while it looks for another."""
+        return self._vectors.state()
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        """Put the saved vector in force again."""
-        self._attack_vector = state.get("attack_vector")
-        self._set_by_hand = state["attack_vector_set_by_hand"]
+        """Put the saved vectors in force again."""
+        self._vectors.load(state)
 
     def before_the_first_update(self) -> None:
         """See that the run has what its attacks will need; called when a checkpoint has been taken up.
@@ -266,8 +334,9 @@ class PatcherTrainer(DefenseTrainer):
             InputError: No vector was set by hand, and there are no batches to attack with.
         """
         if self._simulates_attacks():
-            self._batches_to_attack_with()
-            if self._attack_vector is None and self.state.max_steps <= self.args.attack_every:
+            if self._pool.trains:
+                self._batches_to_attack_with()
+            if self._vectors.newest is None and self.state.max_steps <= self.args.attack_every:
                 logger.warning(
                     "no attack is due before the end of the run (--attack_every %d, %d updates): the model will be "
                     "aligned with plain SFT",
@@ -276,11 +345,24 @@ class PatcherTrainer(DefenseTrainer):
                 )
 
     def _simulates_attacks(self) -> bool:
-        return not self._set_by_hand
+        return not self._vectors.by_hand
 
     def _attack_is_due(self) -> bool:
         step = self.state.global_step
-        return self._simulates_attacks() and step > 0 and step % self.args.attack_every == 0
+        return self._simulates_attacks() and self._pool.trains and step > 0 and step % self.args.attack_every == 0
+
+    def _drawn_member(self) -> Member | None:
+        """What δ is to be taken from in this update; None: from nothing yet."""
+        if self._vectors.by_hand:
+            return BY_HAND
+        attacked = self._vectors.made_by()
+        begun = self.state.global_step >= self.args.attack_every
+        ready = [one.name for one in self._pool.members if (one.name in attacked if one.trains else begun)]
+        return self._pool.draw(self._draws("member"), ready)
+
+    def _draws(self, purpose: str) -> np.random.Generator:
+        """What is drawn for a purpose in this update."""
+        return draws(self.args.seed, purpose, self.state.global_step)
 
     def _batches_to_attack_with(self) -> Iterator[Batch]:
         if self.attack_batches is None:

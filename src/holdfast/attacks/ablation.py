@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -40,14 +40,27 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from holdfast.attacks.attack import Attacker, Choice, Cost, Displaced, Displacement, Layers, Range, knob, moved, passes
+from holdfast.attacks.attack import (
+    Attacker,
+    Choice,
+    Cost,
+    Displaced,
+    Found,
+    Layers,
+    Range,
+    WeightChange,
+    knob,
+    passes,
+)
+from holdfast.attacks.changes import changed, composed
 from holdfast.config import require_positive
 from holdfast.data.limits import Limits
 from holdfast.data.load import Prompt
+from holdfast.data.rendering import ChatFormat
 from holdfast.data.tokens import padded_batches
 from holdfast.errors import InputError
 from holdfast.models import eval_mode
-from holdfast.parameters import TINY, displaced
+from holdfast.parameters import TINY
 from holdfast.post_norms import PostNorm, left_along, post_norms
 from holdfast.residual import WRITES_HELP, Writer, decoder_layers, layer_number, writers
 
@@ -65,7 +78,7 @@ _SCALE = (
 
 
 @dataclass(frozen=True)
-class Ablation(Displacement):
+class Ablation(WeightChange):
     """Take the refusal direction out of all that writes to the residual stream. The module says how."""
 
     name: ClassVar[str] = "ablation"
@@ -134,24 +147,39 @@ class Ablation(Displacement):
                 )
 
     def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
-        """As for `Displacement`. All prompts go through the model as often as it is repeated."""
+        """As for `Displacement`. It warns of an architecture on which it is weaker than on others."""
+        self.require(attacker)
+        self.warn_of_what_is_left(model)
+        return super().displace(model, attacker)
+
+    def find(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Found:
+        """As for `WeightChange`. All prompts go through the model as often as it is repeated."""
         self.require(attacker)
         found = writers(model, self.writes)
         norms = post_norms(model, found)
-        if not isinstance(model, PeftModel) and (left := left_along(model, found, norms)) > HARDLY_NOTHING:
-            logger.warning(
-                "%.0f%% of a direction stays in the residual stream of a %s when it is taken out of all that is known "
-                "to write there, so ablation is weaker on it than on others, and a defense looks stronger than it is",
-                100 * left,
-                type(model).__name__,
-            )
-        vector, cost = self._once(model, attacker, found, norms)
+        changes, cost = self._once(model, attacker, found, norms)
         for _ in range(self.repeat - 1):
-            with displaced(model, vector):
-                more = self._once(model, attacker, found, norms)
-            vector += more.vector
-            cost += more.cost
-        return Displaced(vector, cost)
+            with changed(model, changes):
+                more, further = self._once(model, attacker, found, norms)
+            changes, cost = composed(changes, more), cost + further
+        return Found(changes, cost)
+
+    def warn_of_what_is_left(self, model: PreTrainedModel | PeftModel) -> None:
+        """Warn where a direction stays in the stream though it is taken out of all that is known to write there.
+
+        A few tokens go through the model.
+        """
+        found = writers(model, self.writes)
+        if not isinstance(model, PeftModel):
+            left = left_along(model, found, post_norms(model, found))
+            if left > HARDLY_NOTHING:
+                logger.warning(
+                    "%.0f%% of a direction stays in the residual stream of a %s when it is taken out of all that is "
+                    "known to write there, so ablation is weaker on it than on others, and a defense looks stronger "
+                    "than it is",
+                    100 * left,
+                    type(model).__name__,
+                )
 
     def _once(
         self,
@@ -159,12 +187,12 @@ class Ablation(Displacement):
         attacker: Attacker,
         found: Sequence[Writer],
         norms: Mapping[str, PostNorm],
-    ) -> Displaced:
+    ) -> Found:
         harmful, cost = last_tokens(model, attacker.harmful_prompts or (), attacker)
         harmless, more = last_tokens(model, attacker.harmless_prompts or (), attacker)
         directions = self.directions(harmful, harmless)
         chosen, parameters = layer_number(self.layer, harmful.shape[1]), dict(model.named_parameters())
-        changes = {}
+        changes: dict[str, Callable[[Tensor], Tensor]] = {}
         for writer in found:
             scale = self._scale(writer)
             if scale != 0:
@@ -175,7 +203,7 @@ class Ablation(Displacement):
                     own = norm.before(own)
                 keep = self.keep_norms and writer.kind != "embedding" and not writer.is_bias
                 changes[writer.name] = functools.partial(ablate, directions=own, dim=writer.dim, scale=scale, keep=keep)
-        return Displaced(moved(model, changes), cost + more)
+        return Found(changes, cost + more)
 
     def directions(self, harmful: Tensor, harmless: Tensor) -> dict[int, Tensor]:
         """The directions R of the layers that they are taken of.
@@ -279,10 +307,7 @@ def last_tokens(
     Raises:
         InputError: A prompt cannot be used with this model or tokenizer.
     """
-    limits, ids = Limits.of(model), attacker.written.encode_prompts(prompts)
-    for row, tokens in enumerate(ids, 1):
-        limits.check_tokens(tokens, f"prompt {row}")
-        limits.check_length(len(tokens), f"prompt {row}")
+    limits, ids = Limits.of(model), prompt_tokens(model, prompts, attacker.written)
     pad = limits.padding(attacker.written.tokenizer.pad_token_id, attacker.written.tokenizer.eos_token_id)
     batches = list(padded_batches(ids, attacker.batch_size, pad))
     layers = decoder_layers(model)
@@ -302,6 +327,30 @@ def last_tokens(
             last = batch["attention_mask"].sum(1) - 1
             model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
     return torch.stack([torch.cat(rows) for rows in left], 1), passes(model, batches)
+
+
+def prompt_tokens(
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[Prompt],
+    written: ChatFormat,
+    places: Sequence[str] | None = None,
+) -> list[list[int]]:
+    """The token ids of prompts.
+
+    Args:
+        model: What is to read them.
+        prompts: Text or messages each.
+        written: How they become token ids.
+        places: What messages call each; by default by its number.
+
+    Raises:
+        InputError: A prompt cannot be used with this model or tokenizer.
+    """
+    limits, ids = Limits.of(model), written.encode_prompts(prompts)
+    for where, tokens in zip(places or [f"prompt {row}" for row in range(1, len(ids) + 1)], ids, strict=True):
+        limits.check_tokens(tokens, where)
+        limits.check_length(len(tokens), where)
+    return ids
 
 
 def _without(rows: Tensor, unit: Tensor) -> Tensor:

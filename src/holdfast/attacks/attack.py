@@ -8,9 +8,11 @@ a model and what the attacker holds, and gives the attacked model, how that is t
     evaluation = replace(evaluator, asking=attacked.asking)(attacked.model, tokenizer)
 
 A displacement is also to be had as the vector δ that it adds to the weights, which is what a defense trains against;
-the model then is left as it was::
+the model then is left as it was. One that is a rule for each weight (`WeightChange`) needs no vector::
 
-    with displaced(model, Ablation(layer=-1).displace(model, attacker).vector):
+    with displaced(model, FineTuning(steps=5).displace(model, attacker).vector):
+        ...
+    with changed(model, Ablation(layer=-1).find(model, attacker).changes):
         ...
 """
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,12 +30,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from holdfast.attacks.changes import Changes, moved
 from holdfast.data.load import Prompt
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.models import merge
-from holdfast.parameters import ParameterVector, gathered, is_finite, shard_like, shift, trainable_parameters
+from holdfast.parameters import ParameterVector, is_finite, shift
 
 HOLDINGS = {
     "harmful_prompts": ("harmful prompts", "--attack_data"),
@@ -132,6 +135,13 @@ class Displaced(NamedTuple):
 
     vector: ParameterVector
     cost: Cost
+
+
+class Found(NamedTuple):
+    """What a displacement found that is a rule for each weight: the rules, and what finding them cost."""
+
+    changes: Changes
+    cost: Cost = FREE
 
 
 class Prompted(NamedTuple):
@@ -247,6 +257,19 @@ class Displacement(Attack):
         return Attacked(whole, self.asking, found.cost)
 
 
+class WeightChange(Displacement):
+    """A displacement that is a rule for each of some weights, and so can be had without a vector of their size."""
+
+    @abstractmethod
+    def find(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Found:
+        """Find the rules; the model is left with the bits it had. As for `displace`."""
+
+    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
+        """As for `Displacement`."""
+        found = self.find(model, attacker)
+        return Displaced(moved(model, found.changes), found.cost)
+
+
 class Prompting(Attack):
     """An attack that asks the same weights in another way."""
 
@@ -267,34 +290,6 @@ class Prompting(Attack):
 def whole_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model that an adversary attacks: an adapter is merged into its base, whose weights are trainable then."""
     return merge(model).requires_grad_(True) if isinstance(model, PeftModel) else model
-
-
-@torch.no_grad()
-def moved(model: PreTrainedModel | PeftModel, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> ParameterVector:
-    """The displacement that changes some of the weights.
-
-    Args:
-        model: Whose trainable parameters are displaced; they are left as they are.
-        changes: From the name of a parameter to what makes a new one of it, given whole and in float32 at least.
-
-    Returns:
-        New minus old, laid out as the parameters are; zeros where nothing changes. One tensor at a time is gathered.
-
-    Raises:
-        InputError: A weight that is to change is frozen.
-    """
-    parameters = trainable_parameters(model)
-    if frozen := sorted(changes.keys() - parameters.keys()):
-        raise InputError(f"{frozen[0]} is frozen, and the attack moves it; call requires_grad_() on the model")
-    vector = ParameterVector()
-    for name, parameter in parameters.items():
-        if name not in changes:
-            vector[name] = torch.zeros_like(parameter)
-            continue
-        old = gathered(parameter.detach())
-        old = old.to(torch.promote_types(old.dtype, torch.float32))
-        vector[name] = shard_like(parameter, changes[name](old) - old)
-    return vector
 
 
 def passes(model: PreTrainedModel | PeftModel, batches: Sequence[Mapping[str, Tensor]]) -> Cost:

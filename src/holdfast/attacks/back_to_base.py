@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from holdfast.attacks.attack import FREE, Attacker, Choice, Displaced, Displacement, Range, knob, moved
+from holdfast.attacks.attack import Attacker, Choice, Found, Range, WeightChange, knob
 from holdfast.config import require_not_negative
 from holdfast.errors import InputError
 from holdfast.parameters import gathered
@@ -29,7 +29,7 @@ _PARTS = ("all", "attention", "mlp", "outside")
 
 
 @dataclass(frozen=True)
-class BackToBase(Displacement):
+class BackToBase(WeightChange):
     """Take weights back to the public base model's. The module says how."""
 
     name: ClassVar[str] = "base"
@@ -59,8 +59,8 @@ class BackToBase(Displacement):
         super().__post_init__()
         require_not_negative(self, "rank")
 
-    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
-        """As for `Displacement`. It costs nothing but the base."""
+    def find(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Found:
+        """As for `WeightChange`. It costs nothing but the base."""
         self.require(attacker)
         assert attacker.base is not None  # as required
         if isinstance(model, PeftModel):
@@ -78,7 +78,7 @@ class BackToBase(Displacement):
         changes = {
             name: functools.partial(towards, base=origins[name], kept=self.kept, rank=self.rank) for name in chosen
         }
-        return Displaced(moved(model, changes), FREE)
+        return Found(changes)
 
 
 def towards(weight: Tensor, *, base: Tensor, kept: float, rank: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from holdfast.attacks.attack import FREE, Attacker, Choice, Displaced, Displacement, Layers, Range, knob, moved
+from holdfast.attacks.attack import Attacker, Choice, Found, Layers, Range, WeightChange, knob
 from holdfast.errors import InputError
 from holdfast.post_norms import PostNorm, post_norms
 from holdfast.residual import WRITES_HELP, decoder_layers, layer_number, writers
@@ -27,7 +27,7 @@ _PARTS = ("both", "attention", "mlp")
 
 
 @dataclass(frozen=True)
-class Dropping(Displacement):
+class Dropping(WeightChange):
     """Scale the outputs of one decoder layer by 1 − s. The module says how."""
 
     name: ClassVar[str] = "dropping"
@@ -37,8 +37,8 @@ class Dropping(Displacement):
     amount: float = field(default=1.0, metadata=knob("How much of them is taken away; 1: all.", Range(0.0, 1.5)))
     writes: str | None = field(default=None, metadata=knob(WRITES_HELP))
 
-    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
-        """As for `Displacement`. It costs nothing."""
+    def find(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Found:
+        """As for `WeightChange`. It costs nothing."""
         layer = layer_number(self.layer, len(decoder_layers(model)))
         dropped = [w for w in writers(model, self.writes) if w.layer == layer and self.part in ("both", w.kind)]
         norms = {} if self.amount == 1 else post_norms(model, dropped)
@@ -48,7 +48,7 @@ class Dropping(Displacement):
                 changes[writer.name] = functools.partial(_shrunk, factor=1 - self.amount)
             else:
                 changes |= _quieter(norm, 1 - self.amount, dict(model.named_parameters()))
-        return Displaced(moved(model, changes), FREE)
+        return Found(changes)
 
 
 def _quieter(norm: PostNorm, factor: float, parameters: Collection[str]) -> dict[str, Callable[[Tensor], Tensor]]:

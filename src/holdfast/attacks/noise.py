@@ -14,13 +14,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from holdfast.attacks.attack import FREE, Attacker, Displaced, Displacement, Range, knob, moved
+from holdfast.attacks.attack import Attacker, Found, Range, WeightChange, knob
 from holdfast.config import require_positive
 from holdfast.residual import layer_matrices
 
 
 @dataclass(frozen=True)
-class Noise(Displacement):
+class Noise(WeightChange):
     """Add Gaussian noise to every matrix in a decoder layer. The module says how."""
 
     name: ClassVar[str] = "noise"
@@ -34,11 +34,11 @@ class Noise(Displacement):
         super().__post_init__()
         require_positive(self, "amount")
 
-    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
-        """As for `Displacement`. Drawn on the CPU from the attacker's seed, so it is the same everywhere."""
+    def find(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Found:
+        """As for `WeightChange`. Drawn on the CPU from the attacker's seed, so it is the same everywhere."""
         draw = torch.Generator().manual_seed(attacker.seed)
         shaken = functools.partial(_shaken, amount=self.amount, draw=draw)
-        return Displaced(moved(model, dict.fromkeys(layer_matrices(model), shaken)), FREE)
+        return Found(dict.fromkeys(layer_matrices(model), shaken))
 
 
 def _shaken(weight: Tensor, amount: float, draw: torch.Generator) -> Tensor:

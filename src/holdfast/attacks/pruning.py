@@ -14,13 +14,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from holdfast.attacks.attack import FREE, Attacker, Displaced, Displacement, Range, knob, moved
+from holdfast.attacks.attack import Attacker, Found, Range, WeightChange, knob
 from holdfast.errors import InputError
 from holdfast.residual import layer_matrices
 
 
 @dataclass(frozen=True)
-class Pruning(Displacement):
+class Pruning(WeightChange):
     """Zero the smallest weights of every matrix in a decoder layer. The module says how."""
 
     name: ClassVar[str] = "pruning"
@@ -32,10 +32,10 @@ class Pruning(Displacement):
         if not 0 < self.share < 1:
             raise InputError(f"--share must lie between 0 and 1, both excluded, got {self.share}")
 
-    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
-        """As for `Displacement`. It costs nothing."""
+    def find(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Found:
+        """As for `WeightChange`. It costs nothing."""
         thin = functools.partial(pruned, share=self.share)
-        return Displaced(moved(model, dict.fromkeys(layer_matrices(model), thin)), FREE)
+        return Found(dict.fromkeys(layer_matrices(model), thin))
 
 
 def pruned(weight: Tensor, *, share: float) -> Tensor:

@@ -19,14 +19,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from holdfast.attacks.attack import FREE, Attacker, Choice, Displaced, Displacement, knob, moved
+from holdfast.attacks.attack import Attacker, Choice, Found, WeightChange, knob
 from holdfast.errors import InputError
 from holdfast.parameters import TINY
 from holdfast.residual import layer_matrices
 
 
 @dataclass(frozen=True)
-class Rounding(Displacement):
+class Rounding(WeightChange):
     """Round the matrices of all decoder layers to a few bits. The module says how."""
 
     name: ClassVar[str] = "rounding"
@@ -38,10 +38,10 @@ class Rounding(Displacement):
         if self.bits < 2:
             raise InputError(f"--bits must be at least 2, got {self.bits}")
 
-    def displace(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Displaced:
-        """As for `Displacement`. It costs nothing."""
+    def find(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Found:
+        """As for `WeightChange`. It costs nothing."""
         nearest = functools.partial(rounded, bits=self.bits)
-        return Displaced(moved(model, dict.fromkeys(layer_matrices(model), nearest)), FREE)
+        return Found(dict.fromkeys(layer_matrices(model), nearest))
 
 
 def rounded(weight: Tensor, *, bits: int) -> Tensor:

@@ -11,7 +11,7 @@ from holdfast.alignment.parallel import ParallelPatcherConfig, PatcherDefenderTr
 from holdfast.alignment.patcher import PatcherTrainer
 from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
 from holdfast.cli import parallel, training
-from holdfast.cli.arguments import AlignData, AttackedAlignData
+from holdfast.cli.arguments import AlignData, AttackedAlignData, PatcherData
 from holdfast.cli.console import set_up_logging, warn
 from holdfast.cli.effects import PATCHER
 from holdfast.cli.parser import HoldfastParser
@@ -23,7 +23,7 @@ from holdfast.trainer import DefenseTrainer
 
 _METHODS = {
     "sft": Method(AlignData, DefenseConfig, DefenseTrainer),
-    "patcher": Method(AttackedAlignData, ParallelPatcherConfig, PatcherTrainer, effects=PATCHER),
+    "patcher": Method(PatcherData, ParallelPatcherConfig, PatcherTrainer, effects=PATCHER),
     "vaccine": Method(AlignData, VaccineConfig, VaccineTrainer),
     "booster": Method(AttackedAlignData, BoosterConfig, BoosterTrainer),
     "antibody": Method(AttackedAlignData, AntibodyAlignmentConfig, AntibodyAlignmentTrainer),
@@ -54,6 +54,8 @@ def run(method: str, argv: list[str]) -> int:
         if side_by_side.parallel:
             if config.role:
                 raise InputError(f"--parallel starts both roles: leave out --role {config.role}")
+            if config.pool is not None:
+                raise InputError("--pool cannot be used with --parallel: only the sequential form draws from one")
             return parallel.supervise(argv, side_by_side, config)
         if config.role == "attacker":
             return parallel.run_attacker(model_args, data, config)

@@ -134,6 +134,17 @@ class AttackedAlignData(AlignData):
 
 
 @dataclass
+class PatcherData(AttackedAlignData):
+    """The data of Patcher."""
+
+    benign_data: str | None = field(
+        default=None,
+        metadata={"help": "Harmless prompts, for a --pool with ablation; answers play no part."},
+        kw_only=True,
+    )
+
+
+@dataclass
 class FinetuneData(TrainingData):
     """The data of `finetune`."""
 

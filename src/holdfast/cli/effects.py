@@ -135,6 +135,12 @@ TRAINING = (
     Effect(_HELD_OUT, _evaluates, "without --eval_strategy steps or epoch"),
 )
 
+
+def _pooled(*attacks: str) -> Callable[[Any], bool]:
+    """Whether `align patcher` is trained against one of these; without a pool it is against its own attack alone."""
+    return lambda given: any(attack in name.split("+") for name in given.pool or ["fine-tuning"] for attack in attacks)
+
+
 #: Of `align patcher`. The jobs of a parallel run are given the same words.
 PATCHER = (
     Effect(
@@ -147,7 +153,15 @@ PATCHER = (
         lambda given: given.parallel or given.role,
         "without --parallel",
     ),
-    Effect("attack_scale", lambda given: given.alpha > 0, "with --alpha 0: no gradient is taken under attack"),
+    Effect("attack_scale pool", lambda given: given.alpha > 0, "with --alpha 0: no gradient is taken under attack"),
+    Effect(
+        "attack_steps attack_learning_rate attack_batch_size attack_weight_decay",
+        _pooled("fine-tuning", "lora"),
+        "with a --pool in which nothing is trained",
+    ),
+    Effect("benign_data", _pooled("ablation"), "without a --pool with ablation"),
+    Effect("base", _pooled("base"), "without a --pool with base"),
+    Effect("refusal", _pooled("prefill"), "without a --pool with prefill"),
 )
 
 #: Of `finetune lisa` and `finetune spard`.

@@ -37,7 +37,7 @@ from holdfast.cli.runs import (
 )
 from holdfast.config import DefenseConfig
 from holdfast.data.harmful import load_harmful_rows
-from holdfast.data.load import TRAIN_COLUMNS, fingerprint, load_rows
+from holdfast.data.load import PROMPT_COLUMNS, TRAIN_COLUMNS, fingerprint, load_rows
 from holdfast.data.refusals import named_file
 from holdfast.data.sources import named
 from holdfast.data.templates import adopt_chat_template
@@ -119,7 +119,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
         sources = {name: source for name, source in given.items() if name.endswith("_data")}
         taken: dict[str, Any] = {}
         sets, safe_rows = _load_sets(sources, taken)
-        if hasattr(config, "refusal"):
+        if getattr(config, "refusal", None) is not None:
             sources["refusal"] = config.refusal  # which may be in a file, too
         digests: dict[str, str | None] = {flag: fingerprint(records) for flag, records in taken.items()}
         if "refusal" in sources:
@@ -128,7 +128,7 @@ def run(command: str, verb: str, method: Method, parsed: tuple[Any, ...]) -> int
             refuse_changed_data(checkpoint, sources, digests, method=method.trainer.__name__)
         say(f"loading {source}")
         model, tokenizer = load_model_and_tokenizer(source, trainable=True, **model_keywords(model_args, config))
-        for base in base_names(model):
+        for base in (*base_names(model), *filter(None, [getattr(config, "base", None)])):
             keep_apart(folder, folder, base)
         if checkpoint is None:
             keep_models(folder, overwrite=data.overwrite_output_dir)
@@ -200,5 +200,6 @@ def _load_sets(sources: Mapping[str, str], taken: dict[str, Any]) -> tuple[Sets,
                 source, flag=f"--{flag}", noted=taken
             )
         else:
-            sets[f"{flag}set"] = load_rows(source, flag=f"--{flag}", columns=TRAIN_COLUMNS, noted=taken)
+            columns = PROMPT_COLUMNS if flag == "benign_data" else TRAIN_COLUMNS
+            sets[f"{flag}set"] = load_rows(source, flag=f"--{flag}", columns=columns, noted=taken)
     return sets, safe_rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -94,6 +95,34 @@ class CompletionTrainer(SFTTrainer):
         rows = prepare(dataset)
         return join_refusals(rows, prepare(dataset, dataset_name=f"refused {dataset_name}", answers=texts))
 
+    def begun_and_refused(self, dataset: Dataset, refusal: str, openers: Sequence[str], *, name: str) -> Dataset:
+        """Prepare rows whose answers begin as an attacker begins them, and then refuse; only refusals have labels.
+
+        Args:
+            dataset: Rows of text or messages.
+            refusal: As for `refusal_texts`.
+            openers: How answers begin; every row draws one.
+            name: What messages call the data set.
+
+        Raises:
+            InputError: The rows or the refusals cannot be used.
+        """
+        require_rows(dataset, name)
+        args, tokenizer = self.args, self.processing_class
+        draw = random.Random(f"holdfast openers {args.seed}")
+        assert self._format is not None  # the train data have been prepared
+        return self._label(
+            dataset,
+            self._format,
+            tokenizer,
+            args,
+            args.packing,
+            f"begun {name}",
+            name,
+            answers=refusal_texts(refusal, dataset, tokenizer, seed=args.seed, name=name),
+            openers=[draw.choice(openers) for _ in range(len(dataset))],
+        )
+
     def _label(
         self,
         dataset: Dataset,
@@ -104,9 +133,10 @@ class CompletionTrainer(SFTTrainer):
         dataset_name: str,
         name: str,
         answers: Sequence[str] | None = None,
+        openers: Sequence[str] | None = None,
     ) -> Dataset:
         """Rows as tokens and labels, truncated and packed; `dataset_name` is TRL's, `name` that of messages."""
-        tokens = written.tokenize(dataset, name=name, answers=answers, workers=args.dataset_num_proc)
+        tokens = written.tokenize(dataset, name=name, answers=answers, openers=openers, workers=args.dataset_num_proc)
         untruncated = copy.copy(args)
         untruncated.max_length, untruncated.shuffle_dataset = None, False
         # Rows that came tokenised may have masks, of which TRL makes labels.

@@ -155,7 +155,13 @@ class ChatFormat:
     # ------------------------------------------------------------------ rows to train on
 
     def tokenize(
-        self, dataset: Dataset, *, name: str, answers: Sequence[str] | None = None, workers: int | None = None
+        self,
+        dataset: Dataset,
+        *,
+        name: str,
+        answers: Sequence[str] | None = None,
+        openers: Sequence[str] | None = None,
+        workers: int | None = None,
     ) -> Dataset:
         """Turn rows into token ids with labels.
 
@@ -163,6 +169,7 @@ class ChatFormat:
             dataset: Rows in any format of `holdfast.data.formats`.
             name: What messages call this data set ("train", "attack", …).
             answers: One text per row, to put in the place of its answer, or of its first one.
+            openers: How each of these begins, before a space; on that beginning there is no label.
             workers: Processes to share the work.
 
         Returns:
@@ -184,7 +191,7 @@ class ChatFormat:
                 _tokenize_batch,
                 batched=True,
                 with_indices=True,
-                fn_kwargs={"read": read, "written": self, "answers": answers},
+                fn_kwargs={"read": read, "written": self, "answers": answers, "openers": openers},
                 remove_columns=[column for column in dataset.column_names if column not in (ROW, ORIGIN)],
                 load_from_cache_file=False,  # what is to be said of the rows is said in every run
                 num_proc=workers,
@@ -192,7 +199,7 @@ class ChatFormat:
             )
         except InputError:
             for index in in_file_order(names_of(dataset, name=name)):  # who mends the file begins with its first row
-                _tokenize_batch(dataset[index : index + 1], [index], read, self, answers)
+                _tokenize_batch(dataset[index : index + 1], [index], read, self, answers, openers)
             raise
 
     def require_alike(self, dataset: Dataset, *, name: str) -> str | None:
@@ -234,13 +241,24 @@ class ChatFormat:
         if idle:
             self._say(logging.INFO, f"columns of {called(name)} that play no part: {', '.join(idle)}", ", ".join(idle))
 
-    def encode(self, examples: Sequence[tuple[str, Example]]) -> list[tuple[list[int], list[int]]]:
+    def encode(
+        self, examples: Sequence[tuple[str, Example]], openers: Sequence[str] | None = None
+    ) -> list[tuple[list[int], list[int]]]:
         """Turn examples, each with its name for messages, into token ids and labels.
+
+        Args:
+            examples: The examples.
+            openers: How the answer of each begins, on which there is no label.
 
         Raises:
             InputError: The template refuses an example or does not show a part of it.
         """
         found = [self._locate(example, where) for where, example in examples]
+        for place, opener in enumerate(openers or ()):
+            [(start, end)] = found[place].answers
+            if not found[place].text.startswith(opener, start):
+                raise InputError(f"{examples[place][0]}: the chat template does not begin an answer with {opener!r}")
+            found[place] = replace(found[place], answers=[(start + len(opener), end)])
         encoded = []
         for (ids, offsets), located in zip(self._tokens([one.text for one in found], offsets=True), found, strict=True):
             labels = [IGNORED] * len(ids)
@@ -375,11 +393,18 @@ def _covered(offsets: Sequence[Span], span: Span) -> Span:
 
 
 def _tokenize_batch(
-    batch: Mapping[str, list[Any]], indices: list[int], read: Any, written: ChatFormat, answers: Sequence[str] | None
+    batch: Mapping[str, list[Any]],
+    indices: list[int],
+    read: Any,
+    written: ChatFormat,
+    answers: Sequence[str] | None,
+    openers: Sequence[str] | None = None,
 ) -> dict[str, list[list[int]]]:
     examples = []
     for row, index in zip(rows_of(batch), indices, strict=True):
         where, example = read(row, index)
-        examples.append((where, example if answers is None else example.answered(answers[index])))
-    encoded = written.encode(examples)
+        if answers is not None:
+            example = example.answered(answers[index] if openers is None else f"{openers[index]} {answers[index]}")
+        examples.append((where, example))
+    encoded = written.encode(examples, None if openers is None else [openers[index] for index in indices])
     return {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}

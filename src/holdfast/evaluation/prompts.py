@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from datasets import Dataset
+
 from holdfast.data.formats import ORIGIN, SYSTEM_ROLES, as_message
 from holdfast.data.load import PROMPT_COLUMNS, Prompt, load_rows
 from holdfast.data.sources import Source, named
@@ -69,15 +71,7 @@ def load_prompts(
     label = f"{flag} {named(source)}"
     origins = rows[ORIGIN] if ORIGIN in rows.column_names else [f"row {row}" for row in range(1, len(rows) + 1)]
     places = [f"{label}, {origin.partition(' of the ')[0]}" for origin in origins]
-    columns = [name for (name,) in PROMPT_COLUMNS if name in rows.column_names]
-    prompts = [_prompt(row, columns, where) for row, where in zip(rows.select_columns(columns), places, strict=True)]
-    for i, system in enumerate(rows["system"] if "system" in rows.column_names else ()):
-        if system:
-            prompts[i] = _with_system(prompts[i], system, places[i])
-    for name in {"tools", "chat_template_kwargs"}.intersection(rows.column_names):
-        for where, value in zip(places, rows[name], strict=True):
-            if value:
-                raise InputError(f"{where}: an evaluation has no place for {name}; leave them out")
+    prompts = prompts_of(rows, places)
     answers = list(rows["answer"]) if needs_answer else None
     for where, answer in zip(places, answers or [], strict=False):
         if not isinstance(answer, str) or not answer.strip(" \t\r\n,."):
@@ -85,6 +79,30 @@ def load_prompts(
     (taken,) = noted.values()
     typed = source if isinstance(source, str) else json.dumps(source)
     return PromptSet(role, typed, prompts, answers, taken)
+
+
+def prompts_of(rows: Dataset, places: Sequence[str]) -> list[Prompt]:
+    """What rows ask, whether they have answers or not.
+
+    Args:
+        rows: Rows with a column `prompt`, `messages` or `conversations`, and perhaps `system`.
+        places: What messages call each.
+
+    Raises:
+        InputError: As for `load_prompts`.
+    """
+    columns = [name for (name,) in PROMPT_COLUMNS if name in rows.column_names]
+    if not columns:
+        raise InputError(f"{places[0]} has no prompt, messages or conversations, so nothing can be asked by it")
+    prompts = [_prompt(row, columns, where) for row, where in zip(rows.select_columns(columns), places, strict=True)]
+    for i, system in enumerate(rows["system"] if "system" in rows.column_names else ()):
+        if system:
+            prompts[i] = _with_system(prompts[i], system, places[i])
+    for name in {"tools", "chat_template_kwargs"}.intersection(rows.column_names):
+        for where, value in zip(places, rows[name], strict=True):
+            if value:
+                raise InputError(f"{where}: prompts that are asked have no place for {name}; leave them out")
+    return prompts
 
 
 def _prompt(row: Mapping[str, Any], columns: Sequence[str], where: str) -> Prompt:
