@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import tiny_llama
 from holdfast.cli import main
 from holdfast.cli.align import make_parser
 
@@ -128,6 +129,34 @@ SECOND = {
     "finetune lisa": "--safety_data",
     "finetune spard": "--safety_data",
 }
+
+
+@pytest.mark.parametrize(
+    ("pool", "words", "expected"),
+    [
+        ('{"ablation": 0}', [], "--pool: its weights do not sum to more than 0"),
+        ('{"dropping": -1}', [], "--pool dropping: its weight must be a number not below 0, got -1"),
+        ('{"tuning": 1}', [], "--pool has no member 'tuning'; expected fine-tuning, lora, ablation"),
+        ('{"dropping": {"weight": 1, "steps": 2}}', [], "--pool dropping has no steps; expected weight, layer"),
+        ("dropping", [], "--pool must be a JSON object, got 'dropping'"),
+        ('{"ablation": 1}', [], "attack ablation needs harmless prompts; give --benign_data"),
+        ('{"base": 1}', [], "--pool: base needs --base"),
+        ('{"base": 1}', ["--base", "no/such/model"], "no/such/model"),
+        ('{"prefill": 1}', [], "--pool: prefill needs --refusal"),
+        ('{"dropping": 1}', ["--parallel"], "--pool cannot be used with --parallel"),
+        ('{"dropping": 1}', ["--role", "defender", "--exchange", "e"], "--pool cannot be used with --role defender"),
+    ],
+)
+def test_a_pool_that_cannot_be_had(
+    patcher: list[str], pool: str, words: list[str], expected: str, refused: Refused
+) -> None:
+    assert expected in refused(*patcher, "--pool", pool, *words)
+
+
+def test_a_base_that_is_another_model(patcher: list[str], tmp_path: Path, refused: Refused) -> None:
+    tiny_llama().save_pretrained(tmp_path / "other")
+    expected = "--base is not what the model was made of: its model.embed_tokens.weight has shape (97, 16)"
+    assert expected in refused(*patcher, "--pool", '{"base": 1}', "--base", str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("command", ["align sft", "align vaccine", "align booster", "align antibody"])

@@ -1,11 +1,13 @@
 """`align` and `finetune` with every method, from end to end on a small folder; adapters go on; runs are resumed."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 
@@ -79,6 +81,31 @@ def test_every_method(
     method, rows = command.split()[1], 10 if aligns else 6
     assert f"{'aligning' if aligns else 'fine-tuning'} {model_dir} with {method} on {rows} rows" in shown.err
     assert ("choosing safety rows" in shown.err) is (method == "spard" and words[-1] != "all")
+
+
+def test_a_pool_in_a_recipe(
+    trained: Callable[..., Path],
+    model_dir: Path,
+    train_data: str,
+    attack_data: str,
+    benign_data: str,
+    tmp_path: Path,
+) -> None:
+    """Harmless prompts need no answers; a refusal may be in a file."""
+    prompts, refusals, recipe = (tmp_path / name for name in ("harmless.jsonl", "refusals.txt", "recipe.yaml"))
+    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in read_lines(Path(benign_data))))
+    refusals.write_text("No.\nNever.\n")
+    names = ("ablation", "base", "prefill", "dropping", "ablation+fine-tuning")
+    pool = {**dict.fromkeys(names, 1), "rounding": {"weight": 1, "bits": [8, 4]}}
+    recipe.write_text(yaml.safe_dump({"pool": pool, "attack_scale": [0.5, 1.5], "estimator": "sampled"}))
+    words = ["--train_data", train_data, "--attack_data", attack_data, "--benign_data", str(prompts)]
+    words += ["--base", str(model_dir), "--refusal", str(refusals), "--config", str(recipe), "--alpha", "1"]
+    out = trained("align patcher", *words, "--attack_every", "1", "--attack_steps", "2", tiny=("--max_steps", "6"))
+    record = read_json(out / "holdfast.json")
+    assert record["config"]["pool"] == pool
+    assert record["data"]["benign_data"] == str(prompts)
+    assert record["taken"]["benign_data"][0]["rows"] == 4
+    assert record["log"]["attacked_loss"] > 0
 
 
 def test_embeddings_are_used_again(trained: Callable[..., Path], train_data: str, attack_data: str) -> None:
