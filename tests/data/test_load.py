@@ -237,6 +237,14 @@ def test_one_object_is_one_row(tmp_path, row):
         ("a.jsonl", b'{"prompt": "x", "completion": "\\ud83d"}\n', "row 1: 'completion' is not Unicode text"),
         ("a.jsonl", b'\n{"prompt": 1}\n{"prompt": 18446744073709551616}\n', "line 3 is not valid JSON (the number"),
         ("a.json", b'{"prompt": "x",\n"completion": }', "is not valid JSON (Expecting value: line 2"),
+        (
+            "a.json",
+            b'[{"prompt": "x"},\n{"prompt": "y"}\n{"prompt": "z"}]',
+            "(Expecting ',' delimiter: line 3 column 1",
+        ),
+        ("a.json", b'[{"prompt": "x"}, {"prompt": 18446744073709551616}]', "is not valid JSON (the number"),
+        ("a.json", b'[{"prompt": "x"}] [', "line 1 is not valid JSON (Extra data"),
+        ("a.json", b'[{"prompt": "x"}, "y"]', "row 2 is text; expected an object"),
         ("a.json", b"[" * 100_000, "is not valid JSON (it is nested too deeply)"),
         ("a.json", b'{"train": [{"prompt": "x"}], "test": []}', "its columns are 'train', 'test'"),
         ("a.jsonl.gz", b'{"prompt": "x", "completion": "y"}', "is not a valid gzip file"),
@@ -309,6 +317,28 @@ def test_json_comes_back_as_it_was_given(objects, at_a_time):
         Path(folder, "a.jsonl").write_text(lines, encoding="utf-8")
         read = load_rows(f"{folder}/a.jsonl", flag="--data").to_list()
     assert json.dumps(read) == json.dumps(rows)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(VALUES, min_size=2, max_size=4), st.integers(1, 9), st.sampled_from([None, 0, 1]), st.booleans())
+def test_a_list_of_json_is_read_as_its_lines_are(values, at_a_time, indent, ascii_only):
+    """However little of it is decoded at once: characters, items and what stands between them may be cut anywhere."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        rows = [{"value": value} for value in values]
+        lines = load_rows(jsonl(Path(folder, "a.jsonl"), *rows), flag="--data").to_list()
+        patch.setattr(readers, "BYTES_AT_A_TIME", at_a_time)
+        patch.setattr(readers, "_PIECE", at_a_time)
+        text = f" \n{json.dumps(rows, ensure_ascii=ascii_only, indent=indent)}\n "
+        Path(folder, "a.json").write_text(text, encoding="utf-8")
+        read = load_rows(f"{folder}/a.json", flag="--data").to_list()
+    assert json.dumps(read) == json.dumps(lines)
+
+
+def test_a_long_list_is_never_held_whole(tmp_path, monkeypatch):
+    """Reading it whole is for telling what is wrong with it."""
+    (tmp_path / "a.json").write_text(json.dumps(5000 * ROWS))
+    monkeypatch.setattr(readers, "_parse", None)
+    assert len(load_rows(str(tmp_path / "a.json"), flag="--train_data")) == 5000 * len(ROWS)
 
 
 def test_a_prompt_may_be_empty_where_an_answer_is_learnt_and_not_where_one_is_asked_for(tmp_path):

@@ -24,8 +24,12 @@ from holdfast.hub import reason
 ROWS_AT_A_TIME = 1_000
 """How many objects of JSON are held at once, before Arrow has them."""
 
+BYTES_AT_A_TIME = 1 << 16
+"""How much of a list of JSON is decoded at once, unless an item is longer."""
+
 _GZIP = ".gz"
 _PIECE = 1 << 20
+_BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 def is_data_file(name: str) -> bool:
@@ -79,6 +83,14 @@ def _kind_of(name: str) -> str:
 def _from_json(content: bytes | bytearray, label: str, kind: str, columns: Collection[str]) -> Dataset:
     if _is_lines(content):
         return _from_lines(content, label)
+    begin = re.search(rb"\S", content)
+    if begin is not None and begin.group() == b"[":
+        try:
+            return _from_objects(_numbered(_items(content, begin.end())), label)
+        except InputError:
+            raise
+        except (ValueError, RecursionError):
+            pass  # what is wrong, and where, is told by reading it whole
     try:
         whole = _parse(content.decode())
     except ValueError as error:
@@ -92,7 +104,52 @@ def _from_json(content: bytes | bytearray, label: str, kind: str, columns: Colle
         whole = lists[0] if holds_rows and not whole.keys() & set(columns) else [whole]
     elif not isinstance(whole, list):
         whole = [whole]
-    return _from_objects(((f"row {number}", row) for number, row in enumerate(whole, 1)), label)
+    return _from_objects(_numbered(whole), label)
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _items(content: bytes | bytearray, start: int) -> Iterator[Any]:
+    """The items of a list that is opened before `start`, one by one: together they take ten times their text.
+
+    Raises:
+        ValueError: From the parser, or something else stands between or behind them.
+    """
+    scan = json.JSONDecoder(parse_int=_integer).raw_decode
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    text, at, size, is_first = "", 0, BYTES_AT_A_TIME, True
+    while True:
+        at = _after_blanks(text, at)
+        if is_first and text[at : at + 1] == "]":
+            end = at
+        else:
+            try:
+                item, end = scan(text, at)
+                end = _after_blanks(text, end)
+            except json.JSONDecodeError:
+                end = len(text)
+            if end == len(text):  # the item may go on in what has not been decoded yet
+                if start >= len(content):
+                    raise json.JSONDecodeError("Unfinished list", text, at)
+                text, at = text[at:] + decode(content[start : start + size]), 0
+                start, size = start + size, 2 * size
+                continue
+            yield item
+        if text[end] == "]":
+            if text[end + 1 :].strip() or re.compile(rb"\S").search(content, start):
+                raise json.JSONDecodeError("Extra data", text, end + 1)
+            return
+        if text[end] != ",":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        at, size, is_first = end + 1, BYTES_AT_A_TIME, False
+
+
+def _after_blanks(text: str, at: int) -> int:
+    blanks = _BLANKS.match(text, at)
+    assert blanks is not None  # for none at all match, too
+    return blanks.end()
 
 
 def _is_lines(content: bytes | bytearray) -> bool:
@@ -110,7 +167,7 @@ def _is_lines(content: bytes | bytearray) -> bool:
 def _from_lines(content: bytes | bytearray, label: str) -> Dataset:
     def objects() -> Iterator[tuple[str, Any]]:
         # Not str.splitlines: that also splits at separators which JSON allows inside strings.
-        for number, line in enumerate(_pieces(content, 0), 1):
+        for number, line in enumerate(_lines(content), 1):
             if line.strip():
                 try:
                     yield f"line {number}", _parse(line.decode())
@@ -219,7 +276,7 @@ def _is_unicode(cell: Any) -> bool:
 
 
 def _from_csv(content: bytes | bytearray, label: str, kind: str, columns: Collection[str]) -> Dataset:
-    header = next(line for line in _pieces(content, 0) if line.strip()).decode()
+    header = next(line for line in _lines(content) if line.strip()).decode()
     # A table whose one column is called "prompt;completion" is none.
     delimiter = "\t" if kind == ".tsv" else next((mark for mark in ",;\t" if mark in header), ",")
     try:
@@ -283,20 +340,23 @@ def _content(path: Path, label: str, *, packed: bool) -> bytes | bytearray:
 def _require_utf8(content: bytes | bytearray) -> None:
     """Raise UnicodeDecodeError for what is not UTF-8; as text, all of it at once might take four times as much."""
     start = 0
-    for piece in _pieces(content, _PIECE):
+    while start < len(content):
+        end = start + _PIECE
+        while end < len(content) and content[end] & 0xC0 == 0x80:  # within a character
+            end += 1
         try:
-            piece.decode()
+            content[start:end].decode()
         except UnicodeDecodeError as error:
             error.start += start
             raise
-        start += len(piece)
+        start = end
 
 
-def _pieces(content: bytes | bytearray, size: int) -> Iterator[bytes | bytearray]:
-    """The lines of a text, as many at a time as have more bytes than `size`."""
+def _lines(content: bytes | bytearray) -> Iterator[bytes | bytearray]:
+    """The lines of a text."""
     start = 0
     while start < len(content):
-        end = content.find(b"\n", start + size) + 1 or len(content)
+        end = content.find(b"\n", start) + 1 or len(content)
         yield content[start:end]
         start = end
 
