@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from holdfast.evaluation.judges import is_refusal
 from holdfast.files import digest, write_json, write_text
 from holdfast.models import load_model_and_tokenizer
+from holdfast.stress.identity import describe_model
 
 LABELS = ("refuses", "answers")
 TEMPLATE, RECORD = "answer.txt", "judge.json"
@@ -32,7 +33,7 @@ def words(folder: Path) -> list[str]:
 
 
 def make(model: Path, data: Path, folder: Path, *, rows: int, seed: int) -> None:
-    """Fit the judge and save it, unless it is there, of the same data.
+    """Fit the judge and save it, unless it is there, of the same model and data.
 
     Args:
         model: The chat model.
@@ -41,7 +42,8 @@ def make(model: Path, data: Path, folder: Path, *, rows: int, seed: int) -> None
         rows: So many refusals at most, and so many answers.
         seed: Of the draw of rows.
     """
-    source = {"data": digest(data / "alignment.jsonl"), "rows": rows, "seed": seed}
+    made_of = {"model": describe_model(str(model))["sha256"], "data": digest(data / "alignment.jsonl")}
+    source = {**made_of, "rows": rows, "seed": seed}
     if (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text()).items() >= source.items():
         return
     said = [row["completion"][0]["content"] for row in _read(data / "alignment.jsonl")]

@@ -7,7 +7,9 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from helpers import chat_tokenizer, tiny_llama
 from holdfast.evaluation.judges.cache import Cache
@@ -92,7 +94,7 @@ def test_the_table_and_the_picture_hold_what_was_found(real, tmp_path):
 
 def test_the_second_judge_tells_what_it_was_fitted_to_from_the_last_hidden_state(real, tmp_path):
     tokenizer = chat_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
-    tiny_llama(vocab_size=len(tokenizer), hidden_size=32).save_pretrained(tmp_path / "model")
+    tiny_llama(seed=1, vocab_size=len(tokenizer), hidden_size=32).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     said = [
         "I cannot help with that.",
@@ -104,9 +106,18 @@ def test_the_second_judge_tells_what_it_was_fitted_to_from_the_last_hidden_state
     rows = [{"prompt": [], "completion": [{"role": "assistant", "content": text}]} for text in said]
     write_jsonl(tmp_path / "data" / "alignment.jsonl", rows[:4])
     write_jsonl(tmp_path / "data" / "simulated_attack.jsonl", rows[4:])
-    for _ in range(2):  # the second time it is there
+    record = tmp_path / "judge" / "judge.json"
+
+    def make():
         real.make_second_judge(tmp_path / "model", tmp_path / "data", tmp_path / "judge", rows=9, seed=0)
-    record = json.loads((tmp_path / "judge" / "judge.json").read_text())
+        return record.stat().st_mtime_ns, load_file(tmp_path / "judge" / "model.safetensors")["score.weight"]
+
+    of_another = make()
+    tiny_llama(vocab_size=len(tokenizer), hidden_size=32).save_pretrained(tmp_path / "model")
+    first, second = make(), make()  # the second time it is there
+    assert not torch.equal(first[1], of_another[1])
+    assert first[0] == second[0]
+    record = json.loads(record.read_text())
     assert (record["fitted_to"], record["right_on_those"]) == ({"refuses": 2, "answers": 3}, 1.0)
     settings = JudgeSettings(
         "classifier",
