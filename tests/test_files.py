@@ -22,6 +22,7 @@ from holdfast.files import (
     append_jsonl,
     claim_output_dir,
     digest,
+    read_text,
     run_record,
     versions,
     whole_lines,
@@ -44,6 +45,30 @@ class Settings:
     names: set[str] = field(default_factory=lambda: {"b", "a"})
     steps: tuple[int, ...] = (1, 2)
     nothing: None = None
+
+
+def test_a_text_file_is_read_whatever_editor_wrote_it(tmp_path):
+    path = tmp_path / "a.txt"
+    for content in ("é\nb\n", "é\r\nb\r\n"):
+        for encoding in ("utf-8", "utf-8-sig"):
+            path.write_bytes(content.encode(encoding))
+            assert read_text(path) == "é\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, "cannot be read (No such file or directory)"), (b"ab\xe9", "is not UTF-8 text (byte 2)")],
+)
+def test_a_text_file_that_is_none_is_refused(tmp_path, content, problem):
+    path = tmp_path / "a.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_text(path)
+    assert str(caught.value) == f"{path}: {problem}"
+    with pytest.raises(InputError) as caught:
+        read_text(path, named="--refusal a.txt", expected="a list")
+    assert str(caught.value) == f"--refusal a.txt: {problem}; expected a list"
 
 
 def names(folder):

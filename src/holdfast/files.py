@@ -1,4 +1,4 @@
-"""Files as Holdfast writes them: whole or not at all, and never over a finished run."""
+"""Files as Holdfast writes them, whole or not at all and never over a finished run; and text files of the user's."""
 
 import dataclasses
 import errno
@@ -27,6 +27,26 @@ logger = logging.getLogger(__name__)
 # Uploads to the Hub leave out what begins so.
 _LOCK = "_lock"
 _RECORDED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+
+
+def read_text(path: Path | str, *, named: str | None = None, expected: str | None = None) -> str:
+    """Read a text file of the user's: UTF-8, with a byte order mark or without, lines ended in any way.
+
+    Args:
+        path: The file.
+        named: What errors call it, as `--flag FILE`; its path if not given.
+        expected: What errors say was expected.
+
+    Raises:
+        InputError: It cannot be read, or is no such text.
+    """
+    named, wanted = named or str(path), "" if expected is None else f"; expected {expected}"
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{named}: cannot be read ({error.strerror}){wanted}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{named}: is not UTF-8 text (byte {error.start}){wanted}") from error
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:

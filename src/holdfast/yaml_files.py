@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from holdfast.errors import InputError
+from holdfast.files import read_text
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,11 +54,7 @@ def read_mapping(path: Path | str, *, flag: str, of: str) -> Mapping[Any, Any]:
         InputError: The file cannot be read, or is no such mapping.
     """
     try:
-        found = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{flag} {path}: is not UTF-8 text (byte {error.start})") from error
+        found = yaml.load(read_text(path, named=f"{flag} {path}"), Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise InputError(f"{flag} {path}: is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(found, Mapping):

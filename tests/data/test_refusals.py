@@ -69,13 +69,13 @@ def test_a_text_need_not_do_as_a_path(text):
     [
         (b"", "holds no text; expected one refusal per line"),
         (b" \n\n", "holds no text; expected one refusal per line"),
-        (b"t5\ncaf\xe9\n", "cannot be read as UTF-8 text"),
+        (b"t5\ncaf\xe9\n", "is not UTF-8 text"),
     ],
 )
 def test_unusable_file_is_named(tmp_path, content, message):
     path = tmp_path / "refusals.txt"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=f"--refusal {path} {message}"):
+    with pytest.raises(InputError, match=f"--refusal {path}:? {message}"):
         texts(str(path))
 
 

@@ -148,7 +148,7 @@ def test_clocks_and_places_are_not_sealed() -> None:
     [
         (None, "cannot be read"),
         ("{", "is not valid JSON"),
-        ("\xff", "is not valid JSON"),
+        ("\xff", "is not UTF-8 text"),
         ("[1]", "is no certificate"),
         ('{"schema": 2, "results": {}}', "is no certificate"),
         ('{"schema": 2, "sha256": "", "attackers": {}}', "schema 2; this Holdfast reads schema 1"),

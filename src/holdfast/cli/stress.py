@@ -21,7 +21,7 @@ from holdfast.cli.stress_report import Progress, cost_table
 from holdfast.errors import InputError, Stopped
 from holdfast.evaluation.evaluate import Evaluator
 from holdfast.evaluation.judges.cache import CACHE, Cache
-from holdfast.files import run_record, write_json
+from holdfast.files import read_text, run_record, write_json
 from holdfast.interruption import on_sigterm
 from holdfast.models import accelerator
 from holdfast.report.facts import told_verdict
@@ -178,10 +178,9 @@ def run(argv: list[str]) -> int:
 
 def _reported(path: Path) -> dict[str, Any]:
     """What the model's makers claim."""
+    text = read_text(path, named=f"--reported {path}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--reported {path}: cannot be read ({error.strerror})") from error
+        found = json.loads(text)
     except ValueError as error:
         raise InputError(f"--reported {path}: is not valid JSON ({error})") from error
     if not isinstance(found, dict):

@@ -21,6 +21,7 @@ from holdfast.data.batches import Batch
 from holdfast.data.formats import ROW, called, names_of
 from holdfast.data.sources import existing
 from holdfast.errors import InputError
+from holdfast.files import read_text
 
 DEFAULT_REFUSAL = "I'm sorry, but I can't help with that."
 REFUSAL_HELP = (
@@ -54,10 +55,7 @@ def refusal_texts(
         texts = list(dataset[refusal])
         places = [f"{where}, column {refusal!r}," for where in names_of(dataset, name=name)]
     elif (file := named_file(refusal)) is not None:
-        try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--refusal {refusal} cannot be read as UTF-8 text ({error})") from error
+        lines = read_text(file, named=f"--refusal {refusal}").split("\n")
         texts = [line.removesuffix("\r") for line in lines if line.strip()]
         places = [f"--refusal {refusal}: {text!r}" for text in texts]
         if not texts:

@@ -13,6 +13,7 @@ from holdfast.evaluation.evaluate import PREFIXES, Evaluation
 from holdfast.evaluation.judges import Judge
 from holdfast.evaluation.judging import COLUMNS, judge_answers
 from holdfast.evaluation.prompts import JUDGED
+from holdfast.files import read_text
 
 # What tells the measurements of an attack from one another, in its samples.
 _WHEN = ("stage", "steps", "asked_by")
@@ -52,14 +53,8 @@ def read_samples(path: Path, *, expected: bool = False) -> list[Saved]:
     Raises:
         InputError: The file cannot be read, a row cannot be used, or none is left.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected the samples.jsonl of a run") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start})") from error
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, expected="the samples.jsonl of a run").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, row {number}"

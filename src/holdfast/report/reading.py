@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import InputError
+from holdfast.files import read_text
 from holdfast.stress.certificate import (
     KINDS,
     MARKER,
@@ -73,7 +74,7 @@ def read_findings(folder: Path | str) -> Findings:
 
 
 def _trial(path: Path) -> dict[str, Any]:
-    record = _object(path, _text(path), "a trial record")
+    record = _object(path, read_text(path), "a trial record")
     if record.get("schema") != SCHEMA:
         raise InputError(f"{path}: is a trial record of schema {record.get('schema')!r}; this Holdfast reads {SCHEMA}")
     if lacking := _RECORD - record.keys():
@@ -85,7 +86,7 @@ def _trial(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    lines = _text(path).split("\n")  # not at other marks that end a line: answers may hold them
+    lines = read_text(path).split("\n")  # not at other marks that end a line: answers may hold them
     return [_answer(f"{path}, row {row}", line) for row, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -104,12 +105,3 @@ def _object(where: Path | str, text: str, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{where}: is no JSON object; expected {what} of holdfast stress")
     return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start})") from error

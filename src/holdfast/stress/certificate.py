@@ -15,6 +15,7 @@ from typing import Any
 
 from holdfast.errors import InputError
 from holdfast.evaluation.scores import Rate, wilson
+from holdfast.files import read_text
 from holdfast.stress.costs import (
     Point,
     Record,
@@ -120,11 +121,10 @@ def read_certificate(path: Path | str) -> dict[str, Any]:
     Raises:
         InputError: The file cannot be read, is no certificate, is one of another schema, or its seal does not fit.
     """
+    text = read_text(path, expected="a certificate.json")
     try:
-        certificate = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a certificate.json") from error
-    except ValueError as error:  # bytes that are no text, too
+        certificate = json.loads(text, parse_constant=_refuse_constant)
+    except ValueError as error:
         raise InputError(f"{path}: is not valid JSON ({error}); expected a certificate.json") from error
     if not isinstance(certificate, dict) or not {"schema", "sha256", "attackers"} <= certificate.keys():
         raise InputError(f"{path}: is no certificate; expected the certificate.json that holdfast stress writes")

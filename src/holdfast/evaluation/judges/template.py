@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from holdfast.errors import InputError
+from holdfast.files import read_text
 
 _PLACE = re.compile(r"\{(prompt|answer)\}")
 
@@ -21,12 +22,7 @@ def read_template(path: str, flag: str, needed: Collection[str] = ("prompt", "an
     Raises:
         InputError: The file cannot be read or lacks a placeholder.
     """
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{flag} {path}: is not UTF-8 text (byte {error.start})") from error
+    text = read_text(Path(path).expanduser(), named=f"{flag} {path}")
     missing = [f"{{{name}}}" for name in needed if name not in _PLACE.findall(text)]
     if missing:
         raise InputError(f"{flag} {path}: has no {' and no '.join(missing)}, where that is to stand; write it there")
