@@ -38,6 +38,7 @@ from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.judges import Cache, make_judge
 from holdfast.evaluation.judges.settings import SERVER_JUDGES
 from holdfast.files import versions, write_json
+from holdfast.models import load_tokenizer
 from plans import MARKERS, last_words, left, output_of, unfinished
 
 HERE = Path(__file__).parent
@@ -339,15 +340,18 @@ def run(argv: Sequence[str]) -> None:
         return
     set_up_logging()
     for command in commands:
-        if command.words[0] != "judge" and last_words(command, out) not in (None, " ".join(command.words)):
+        is_another = last_words(command, out) not in (None, " ".join(command.words))
+        if is_another and command.words[0] != "judge" and output_of(command).exists():
             raise InputError(
                 f"--folder {out} holds {command.name} of a run with other settings (its log has them), which would be "
                 "lost; choose another --folder, or remove this one"
             )
     if args.ask_again:
         reopen(commands)
-    if any(command.words[0] == "judge" for command in left(commands, out)):
-        for settings in asked:  # before days of training
+    if any(command.words[0] == "judge" for command in left(commands, out)):  # what is known before days of training
+        for source in filter(None, [args.model, *args.subjects.values()]):
+            load_tokenizer(source)
+        for settings in asked:
             make_judge(settings, Cache()).check()
     remaining = unfinished(commands, out)
     console.print(f"{len(commands)} commands, of which {len(commands) - len(remaining)} are finished already")

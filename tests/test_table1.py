@@ -149,12 +149,15 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(table1, capsys, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_judge_that_cannot_be_asked_is_known_before_anything_is_trained(table1, capsys, tmp_path):
-    words = ["--model", "m", "--folder", str(tmp_path / "out"), "--smoke"]
+def test_what_cannot_be_had_is_known_before_anything_is_trained(table1, model, capsys, tmp_path):
+    words = ["--model", model, "--folder", str(tmp_path / "out"), "--smoke"]
     assert table1.main(words) == 2
     assert "--judge rubric needs --judge_model" in capsys.readouterr().err
     assert table1.main([*words, *JUDGE]) == 2
     assert "the server at http://127.0.0.1:9/v1/ cannot be reached" in capsys.readouterr().err
+    mistyped = f"{model}-2"
+    assert table1.main([*words, "--methods", "sft", "--checkpoint", f"mine={mistyped}", *JUDGE]) == 2
+    assert f"model {mistyped} is neither a folder nor a model on the Hub" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -252,7 +255,7 @@ def test_released_checkpoints_and_a_judge_that_is_away_for_a_while(table1, model
         assert all(prompt.startswith("Bake moon") for prompt, _ in server.graded[asked:])
         changed = {path.parent.name for path, when in finished(folder).items() if made[path] != when}
         assert changed == {f"{attack}-on-released-0-advbench-judged" for attack in table1.ATTACKS}
-    other = ["--checkpoint", "released=owner/other", *JUDGE, "--smoke", "--folder", str(folder)]
+    other = ["--checkpoint", "released=./other", *JUDGE, "--smoke", "--folder", str(folder)]
     assert table1.main(other) == 2
     assert "beavertails-unsafe-on-released-0 of a run with other settings" in capsys.readouterr().err
     assert len(finished(folder)) == len(made)
