@@ -137,6 +137,21 @@ def test_sampled_defender_takes_one_of_the_two_gradients(settings):
     assert ["attacked_loss" in entry for entry in logs[4:]] == coins
 
 
+def test_defender_with_a_pool_keeps_what_attackers_publish_and_draws_the_rest_itself(settings):
+    plan = {update: [("mallory", 0.01 * update, {})] for update in (1, 3, 5)}
+    pool = {"fine-tuning": {"weight": 1, "rounds": 2}, "dropping": 1}
+    trainer, attackers = defended_against(settings, plan, pool=pool, estimator="sampled", alpha=1.0, max_steps=14)
+    logs = logged_updates(trainer)
+    assert ["attacked_loss" in entry for entry in logs] == [False] * 2 + [True] * 12
+    names = {name for entry in logs for name in entry if name.startswith("attacked_loss_")}
+    assert names == {"attacked_loss_fine-tuning", "attacked_loss_dropping"}
+    assert [found["step"] for found in trainer.vectors] == [2, 4, 6]
+    kept = trainer._vectors.of(trainer._pool.members[0])
+    assert [same_bits(*pair) for pair in zip(kept, (attackers.in_force[5], attackers.in_force[7]), strict=True)] == [
+        True
+    ] * 2
+
+
 def test_attackers_are_taken_in_turn(settings):
     plan = {1: [("ann", 0.1, {}), ("bob", 0.2, {})], 3: [("bob", 0.3, {})], 5: [("ann", 0.1, {}), ("bob", 0.3, {})]}
     trainer, _ = defended_against(settings, plan, max_steps=9)

@@ -143,8 +143,13 @@ SECOND = {
         ('{"base": 1}', [], "--pool: base needs --base"),
         ('{"base": 1}', ["--base", "no/such/model"], "no/such/model"),
         ('{"prefill": 1}', [], "--pool: prefill needs --refusal"),
-        ('{"dropping": 1}', ["--parallel"], "--pool cannot be used with --parallel"),
-        ('{"dropping": 1}', ["--role", "defender", "--exchange", "e"], "--pool cannot be used with --role defender"),
+        ('{"dropping": 1}', ["--parallel"], "--pool: in the parallel form it needs fine-tuning"),
+        ('{"lora": 1}', ["--parallel"], "--pool lora: in the parallel form vectors come from attackers"),
+        (
+            '{"fine-tuning": {"weight": 1, "steps": 3}}',
+            ["--role", "defender", "--exchange", "e"],
+            "expected fine-tuning alone, without knobs but weight and rounds",
+        ),
     ],
 )
 def test_a_pool_that_cannot_be_had(

@@ -97,7 +97,9 @@ def test_a_pool_in_a_recipe(
     refusals.write_text("No.\nNever.\n")
     names = ("ablation", "base", "prefill", "dropping", "ablation+fine-tuning")
     pool = {**dict.fromkeys(names, 1), "rounding": {"weight": 1, "bits": [8, 4]}}
-    recipe.write_text(yaml.safe_dump({"pool": pool, "attack_scale": [0.5, 1.5], "estimator": "sampled"}))
+    pool["fine-tuning"] = {"weight": 1, "learning_rate": {"low": 1e-4, "high": 1e-3}}
+    text = yaml.safe_dump({"pool": pool, "attack_scale": [0.5, 1.5], "estimator": "sampled"})
+    recipe.write_text(text.replace("0.0001", "1e-4"))  # which YAML itself reads as text
     words = ["--train_data", train_data, "--attack_data", attack_data, "--benign_data", str(prompts)]
     words += ["--base", str(model_dir), "--refusal", str(refusals), "--config", str(recipe), "--alpha", "1"]
     out = trained("align patcher", *words, "--attack_every", "1", "--attack_steps", "2", tiny=("--max_steps", "6"))

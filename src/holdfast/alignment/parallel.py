@@ -11,7 +11,9 @@ defender up, but are made by other jobs, on other devices or machines, on weight
 
 The defender never waits: until the first θ_att is there its updates are plain SFT, and where none is newer the δ in
 force stays. With several attackers it takes the newest of each in turn. The *staleness* of a δ is how many updates θ is
-ahead of the one that was attacked. The paper publishes and looks every 1000 updates, and attacks for 500 steps.
+ahead of the one that was attacked. With a pool (`holdfast.alignment.pool`) these are its fine-tuning vectors, and what
+takes no training the defender draws itself. The paper publishes and looks every 1000 updates, and attacks for 500
+steps.
 
 Differs from the authors' released code, which keeps δ on the CPU and copies it at every step: it stays on the device.
 
@@ -44,7 +46,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
-from holdfast.alignment.pool import TUNED, Member
+from holdfast.alignment.pool import TUNED, Pool
 from holdfast.config import require_positive
 from holdfast.errors import InputError
 from holdfast.exchange import DEFENDER, Exchange, Version, fingerprint_of, run_of
@@ -91,11 +93,28 @@ class ParallelPatcherConfig(PatcherConfig):
             raise InputError(f"--role must be defender or attacker, got {self.role}")
         if self.role and not self.exchange:
             raise InputError(f"--role {self.role} needs --exchange, the folder in which defender and attackers meet")
-        if self.role and self.pool is not None:
-            raise InputError(f"--pool cannot be used with --role {self.role}: only the sequential form draws from one")
+        if self.role:
+            self.require_what_attackers_make()
         if self.attacker_name == DEFENDER:
             raise InputError(f"--attacker_name {DEFENDER} cannot be used: it is the defender's")
         require_positive(self, "publish_every", "exchange_timeout")
+
+    def require_what_attackers_make(self) -> None:
+        """See that a pool has the vectors that attackers make, and asks for no others.
+
+        Raises:
+            InputError: It has not, or does.
+        """
+        if not isinstance(self.pool, Mapping):
+            return
+        for member in Pool.of(self.pool).members:
+            if member.trains and (member.name != TUNED or member.links[0].knobs):
+                raise InputError(
+                    f"--pool {member.name}: in the parallel form vectors come from attackers, which fine-tune by their "
+                    f"own --attack_... settings; expected {TUNED} alone, without knobs but weight and rounds"
+                )
+        if TUNED not in Pool.of(self.pool).attacks():
+            raise InputError(f"--pool: in the parallel form it needs {TUNED}, the vectors that attackers make")
 
 
 class PatcherDefenderTrainer(PatcherTrainer):
@@ -213,7 +232,9 @@ class PatcherDefenderTrainer(PatcherTrainer):
         if not math.isfinite(length):
             logger.warning("%s is not used: it holds numbers that are not finite", version.path)
             return False
-        self._vectors.replace(vector, Member(TUNED))
+        [member] = [one for one in self._pool.members if one.name == TUNED]
+        self._vectors.make_room(member)
+        self._vectors.add(member, vector)
         found = {
             "step": self.state.global_step,
             "origin": version.origin,

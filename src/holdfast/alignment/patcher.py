@@ -235,7 +235,7 @@ class PatcherTrainer(DefenseTrainer):
 
     @attack_vector.setter
     def attack_vector(self, vector: Mapping[str, Tensor] | None) -> None:
-        self._vectors.replace(None if vector is None else vector_for(self.model, vector, "attack_vector"))
+        self._vectors.set_by_hand(None if vector is None else vector_for(self.model, vector, "attack_vector"))
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """(1 − α) · g(θ; B) + α · g(θ + s·δ; B), or one of the two gradients by a coin of probability α."""

@@ -47,10 +47,10 @@ class AttackVectors:
         """Put a vector in force."""
         self._kept.append((member.name, vector))
 
-    def replace(self, vector: ParameterVector | None, member: Member = BY_HAND) -> None:
+    def set_by_hand(self, vector: ParameterVector | None) -> None:
         """Put one in force in the place of all, or none."""
-        self._kept = [] if vector is None else [(member.name, vector)]
-        self.by_hand = vector is not None and member is BY_HAND
+        self._kept = [] if vector is None else [(BY_HAND.name, vector)]
+        self.by_hand = vector is not None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to hold of them."""

@@ -54,8 +54,7 @@ def run(method: str, argv: list[str]) -> int:
         if side_by_side.parallel:
             if config.role:
                 raise InputError(f"--parallel starts both roles: leave out --role {config.role}")
-            if config.pool is not None:
-                raise InputError("--pool cannot be used with --parallel: only the sequential form draws from one")
+            config.require_what_attackers_make()
             return parallel.supervise(argv, side_by_side, config)
         if config.role == "attacker":
             return parallel.run_attacker(model_args, data, config)
@@ -67,6 +66,7 @@ def run(method: str, argv: list[str]) -> int:
 def _write_vectors(trainer: PatcherDefenderTrainer, folder: Path) -> list[str]:
     """Where every attack vector came from."""
     if not trainer.vectors:
-        warn("no attack vector came in force: this model was aligned with plain SFT")
+        rest = "the rest of the pool alone" if trainer.args.pool else "plain SFT"
+        warn(f"no attack vector came in force: this model was aligned with {rest}")
     write_jsonl(folder / VECTORS, trainer.vectors)
     return [VECTORS]

@@ -33,6 +33,9 @@ _MAY_BE_EMPTY = frozenset({"system_prompt"})
 #: Those that name data, which a recipe may also give as a mapping, or as a list of sources to be joined.
 _DATA = re.compile("^(data|.*_data)$")
 
+#: What YAML 1.2 reads as a number, and PyYAML does not.
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
 #: argparse names an option by all of its spellings (`--max_steps/--max-steps`).
 _SPELLINGS = re.compile(r"--[\w-]+(?:/--[\w-]+)+")
 
@@ -217,8 +220,18 @@ def _words(path: Path, flag: str, action: argparse.Action, value: Any) -> list[s
     if action.nargs == "+":
         return [flag, *(_word(path, flag, item) for item in (value if isinstance(value, list) else [value]))]
     if isinstance(value, Mapping) or (isinstance(value, list) and _DATA.match(action.dest)):
-        return [f"{flag}={json.dumps(value, default=str)}"]
+        inner = value if _DATA.match(action.dest) else _with_numbers(value)
+        return [f"{flag}={json.dumps(inner, default=str)}"]
     return [f"{flag}={_word(path, flag, value)}"]
+
+
+def _with_numbers(value: Any) -> Any:
+    """A value of a mapping in which `1e-5`, that PyYAML reads as text, is the number that it is on a command line."""
+    if isinstance(value, Mapping):
+        return {key: _with_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(inner) for inner in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def _word(path: Path, flag: str, value: Any) -> str:
