@@ -5,6 +5,7 @@ import itertools
 import logging
 import pickle
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -343,6 +344,21 @@ def test_columns_without_a_part_are_named_once(caplog):
 def test_other_answers_take_the_place_of_the_first():
     rows = [{"messages": [user("Tea?"), assistant("Steep."), user("Rice?"), assistant("Boil.")]}]
     assert stretches(WRITTEN["qwen2_5"], rows, answers=["No."]) == [["No.<|im_end|>"]]
+
+
+@pytest.mark.parametrize("name", [name for name in scripts.TEMPLATES if name not in WANT_PARTS])
+def test_a_begun_answer_is_asked_as_a_prefill_asks_and_learnt_from_where_it_goes_on(name):
+    written, opener = WRITTEN[name], "Sure, here is"
+    rows = Dataset.from_list([{"messages": [user("Tea?"), assistant("Steep.")]}])
+    [tokens] = written.tokenize(rows, name="attack", answers=["No, never."], openers=[opener])
+    [learnt] = scripts.labelled(written.tokenizer, tokens["input_ids"], tokens["labels"])
+    assert learnt.lstrip().startswith("No, never.")
+    begun = written.tokenizer.decode(before_the_answer(tokens)).rstrip()
+    assert begun.endswith(opener)
+    with suppress(InputError):  # where templates write before answers what they do not write behind prompts
+        alike = written.require_alike(rows, name="attack") is None
+        asked = written.tokenizer.decode(written.encode_prompts(["Tea?"], opener=opener)[0])
+        assert ("".join(begun.split()) == "".join(asked.split())) or not alike
 
 
 def test_the_format_can_be_sent_to_other_processes():

@@ -256,9 +256,10 @@ class ChatFormat:
         found = [self._locate(example, where) for where, example in examples]
         for place, opener in enumerate(openers or ()):
             [(start, end)] = found[place].answers
-            if not found[place].text.startswith(opener, start):
-                raise InputError(f"{examples[place][0]}: the chat template does not begin an answer with {opener!r}")
-            found[place] = replace(found[place], answers=[(start + len(opener), end)])
+            before, shown, _ = found[place].text[start:end].partition(opener)
+            if before.strip() or not shown:  # some templates write a space first
+                raise InputError(f"{examples[place][0]}: the chat template does not begin its answer with {opener!r}")
+            found[place] = replace(found[place], answers=[(start + len(before + opener), end)])
         encoded = []
         for (ids, offsets), located in zip(self._tokens([one.text for one in found], offsets=True), found, strict=True):
             labels = [IGNORED] * len(ids)
