@@ -307,7 +307,11 @@ def test_an_adapter_is_displaced_alone(settings, member):
         ({"prefill": 1}, {}, "--pool: prefill needs --refusal"),
         ({"prefill": 1}, {"attack_rows": None, "refusal": "t5"}, "--pool: prefill needs harmful prompts"),
         ({"lora": 1}, {"model": lora}, "--pool lora: an adapter cannot be put on another one"),
-        ({"dropping": {"weight": 1, "layer": [0, 7]}}, {}, "there is no layer 7: the model has 2 layers"),
+        (
+            {"dropping": {"weight": 1, "layer": [0, 7]}},
+            {},
+            "--pool dropping: there is no layer 7: the model has 2 layers",
+        ),
         ({"ablation": {"weight": 1, "prompts": 2}}, {}, "--pool ablation: rank 4 takes as many harmful prompts"),
         ({"fine-tuning": {"weight": 1, "rows": 64}}, {}, "rows 64: --attack_data has 12 rows"),
         ("{", {}, "--pool must be a JSON object, got '{'"),

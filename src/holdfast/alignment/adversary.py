@@ -113,7 +113,10 @@ class Adversary:
         attack.require(self._attacker(link, np.random.default_rng(0)))
         if isinstance(layer := link.knobs.get("layer"), Choice):
             for number in layer.values:
-                layer_number(number, self._layers)
+                try:
+                    layer_number(number, self._layers)
+                except InputError as error:
+                    raise InputError(f"--pool {link.name}: {error}") from error
         if not isinstance(attack, Ablation):
             attack.find(self._model, self._attacker(link, np.random.default_rng(0)))
             return
