@@ -128,6 +128,7 @@ def test_chains_hold_their_attacks_in_order():
         ({"fine-tuning": {"weight": 1, "learning_rate": {"low": 0, "high": 1, "log": True}}}, "with low above 0"),
         ({"fine-tuning": {"weight": 1, "learning_rate": {"low": 0, "high": 1}}}, "--learning_rate must be greater"),
         ({"fine-tuning": {"weight": 1, "optimizer": "adam"}}, "optimizer must be one of adamw_torch_fused, sgd, adaf"),
+        ({"lora": {"weight": 1, "lora_rank": 0}}, "--pool lora: lora_rank must be a whole number above 0, got 0"),
         ({"dropping": {"weight": 1, "part": "head"}}, "--pool dropping: part must be one of both, attention, mlp"),
         ({"rounding": {"weight": 1, "bits": [4, 1]}}, "--pool rounding: --bits must be at least 2, got 1"),
         ({"ablation": {"weight": 1, "mlp_scale": [[1, 2]]}}, "--pool ablation: --mlp_scale takes one number, or four"),

@@ -246,6 +246,8 @@ def _check(name: str, knob: str, value: Any, where: str) -> None:
     allowed = attack.space().get(knob)
     if isinstance(value, str) and isinstance(allowed, Choice) and name != BEGUN and value not in allowed.values:
         raise InputError(f"{where}: {knob} must be one of {', '.join(map(str, allowed.values))}, got {value}")
+    if knob == "lora_rank":
+        _count(value, f"{where}: {knob}")  # to the attack itself 0 is none
     try:
         attack(**{knob: value})
     except InputError as error:
