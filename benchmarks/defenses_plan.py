@@ -14,6 +14,12 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also in the processes that are started
 
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from rich.console import Console
 
 from holdfast.cli import demo
@@ -29,8 +35,6 @@ from plans import unfinished
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SEARCH = RESULTS / "defenses_search.json"
-SEARCH_SEEDS = (10, 11)
-"""Settings are chosen on these, which are not reported."""
 TASKS, RATIOS = ("sorting", "swapping"), (0.0, 0.1, 0.3)
 UPLOAD_ROWS = 200
 #: Twenty epochs of an upload at batch 16, as in the papers: by then SFT has learned of a task what 200 rows teach.
@@ -42,15 +46,19 @@ Flags = dict[str, Any]
 
 @dataclass(frozen=True)
 class Method:
-    """A method's flags: what it always needs, what its paper says, and what else the search tries."""
+    """A method's flags: what it always needs, what its paper says, and what else the search tries.
+
+    Of an alignment that is whatever lies in the `ranges`, of a fine-tuning the `others`.
+    """
 
     words: tuple[str, str]
     needs: Flags = field(default_factory=dict)
     published: Flags = field(default_factory=dict)
+    ranges: dict[str, BaseDistribution] = field(default_factory=dict)
     others: tuple[Flags, ...] = ()
 
     def settings(self) -> list[Flags]:
-        """All settings of the search, the published one first."""
+        """The settings of a search that tries some, the published one first."""
         return [self.published, *self.others]
 
 
@@ -70,44 +78,31 @@ ALIGNMENT = {
         ("align", "patcher"),
         {"attack_data": "ATTACKS", "attack_batch_size": 16},
         # The paper's 300 steps every 1000 updates, scaled to a run of 750: the same share of attack steps, many rounds.
-        {"attack_steps": 15, "attack_every": 50, "alpha": 0.5},
-        (
-            DEMO_PATCHER,
-            {"attack_steps": 40, "attack_every": 100, "attack_learning_rate": 2e-4},
-            {"attack_steps": 100, "attack_every": 100, "attack_learning_rate": 1e-4},
-            {"attack_steps": 40, "attack_every": 50, "attack_learning_rate": 1e-4},
-            {"attack_steps": 20, "attack_every": 25, "attack_learning_rate": 2e-4},
-        ),
+        {"attack_steps": 15, "attack_every": 50, "alpha": 0.5, "attack_learning_rate": _demo.learning_rate},
+        {
+            "attack_steps": IntDistribution(5, 100, log=True),
+            "attack_every": IntDistribution(25, 200, log=True),
+            "alpha": FloatDistribution(0.2, 0.8),
+            "attack_learning_rate": FloatDistribution(3e-5, 6e-4, log=True),
+        },
     ),
-    "vaccine": Method(
-        ("align", "vaccine"),
-        {},
-        {"rho": 2.0},
-        ({"rho": 0.5}, {"rho": 5.0}, {"rho": 10.0}, {"rho": 1.0}, {"rho": 0.1}),
-    ),
+    "vaccine": Method(("align", "vaccine"), {}, {"rho": 2.0}, {"rho": FloatDistribution(0.02, 20, log=True)}),
     "booster": Method(
         ("align", "booster"),
         {"attack_data": "ATTACKS"},
         {"lam": 5.0, "alpha": 0.1},
-        (
-            {"lam": 1.0, "alpha": 0.1},
-            {"lam": 1.0, "alpha": 0.01},
-            {"lam": 5.0, "alpha": 0.01},
-            {"lam": 0.2, "alpha": 0.1},
-            {"lam": 0.2, "alpha": 0.01},
-        ),
+        {"lam": FloatDistribution(0.05, 20, log=True), "alpha": FloatDistribution(1e-3, 0.2, log=True)},
     ),
     "antibody": Method(
         ("align", "antibody"),
         {"attack_data": "ATTACKS", "refusal": "REFUSALS"},
-        {"rho": 0.1, "refusal_weight": 0.05, "strength": 5.0},
-        (
-            {"rho": 0.1, "refusal_weight": 0.05, "strength": 1.0},
-            {"rho": 0.1, "refusal_weight": 0.5, "strength": 1.0},
-            {"rho": 0.1, "refusal_weight": 0.5, "strength": 0.1, "flatness_rule": "kkt"},
-            {"rho": 0.01, "refusal_weight": 0.5, "strength": 1.0},
-            {"rho": 0.01, "refusal_weight": 0.5, "strength": 0.1, "flatness_rule": "kkt"},
-        ),
+        {"rho": 0.1, "refusal_weight": 0.05, "strength": 5.0, "flatness_rule": "cosine"},
+        {
+            "rho": FloatDistribution(1e-3, 0.2, log=True),
+            "refusal_weight": FloatDistribution(0.02, 1.0, log=True),
+            "strength": FloatDistribution(0.05, 5.0, log=True),
+            "flatness_rule": CategoricalDistribution(("cosine", "kkt")),
+        },
     ),
 }
 FINETUNING = {
@@ -117,7 +112,7 @@ FINETUNING = {
         {"safety_data": "SAFETY"},
         # The paper's 100 and 900 steps, in a run of 250: one tenth of the updates on safety data.
         {"rho": 1.0, "safety_steps": 10, "user_steps": 90},
-        (
+        others=(
             {"rho": 1.0, "safety_steps": 2, "user_steps": 8},
             {"rho": 0.1, "safety_steps": 2, "user_steps": 8},
             {"rho": 0.0, "safety_steps": 2, "user_steps": 8},
@@ -129,7 +124,7 @@ FINETUNING = {
         ("finetune", "spard"),
         {"safety_data": "SAFETY"},
         {"tau": 0.2},
-        (
+        others=(
             {"tau": 0.2, "projection": "adamw"},
             {"tau": 0.2, "safety_batch_size": 16, "safety_share": 0.5},
             {"tau": 0.2, "eta": 1e-3, "safety_batch_size": 4, "safety_share": 0.5},
@@ -141,7 +136,7 @@ FINETUNING = {
         ("finetune", "antibody"),
         {"refusal": "REFUSALS"},
         {"tau": 1.0},
-        ({"tau": 0.75}, {"tau": 0.6}, {"tau": 0.5}, {"tau": 0.25}, {"tau": 0.1}),
+        others=({"tau": 0.75}, {"tau": 0.6}, {"tau": 0.5}, {"tau": 0.25}, {"tau": 0.1}),
     ),
 }
 REPAIR_RATIOS = {"lora": (0.01, 0.1, 0.2), "full": (1e-5, 0.01, 0.05)}
@@ -164,6 +159,8 @@ class Study:
         upload_updates: Of a fine-tuning on an upload.
         prompts: How many prompts of each set a stress test asks at most; None: all.
         leave_out: What attacks, or kinds of attackers, a stress test leaves out.
+        search_seeds: What settings are chosen on; none of them is reported.
+        batches: How many batches of settings an alignment's search asks for beside the published one.
     """
 
     out: Path = HERE / "out" / "defenses"
@@ -171,6 +168,8 @@ class Study:
     upload_updates: int = UPLOAD_UPDATES
     prompts: int | None = None
     leave_out: tuple[str, ...] = ()
+    search_seeds: tuple[int, ...] = (10, 11)
+    batches: int = 3
 
 
 SMOKE = Study(
@@ -179,6 +178,8 @@ SMOKE = Study(
     upload_updates=4,
     prompts=24,
     leave_out=("training-free", "lora", "full", "hybrid", "soft-prompt", "best-of-n", "demonstrations"),
+    search_seeds=(10,),
+    batches=1,
 )
 """Tiny numbers that prove nothing but that everything runs."""
 
@@ -193,11 +194,14 @@ class Plan:
         self.commands: dict[str, Command] = {}
 
     def prepare(self) -> None:
-        """Make the organism, its refusals as a file, and every upload; what is there is left alone."""
+        """Make the organism, and its refusals as a file; what is there is left alone."""
         build_organism(self.organism, self.seed)
         refusals = self.organism / FILES["REFUSALS"]
         if not refusals.is_file():
             refusals.write_text("\n".join(REFUSALS) + "\n", encoding="utf-8")
+
+    def prepare_uploads(self) -> None:
+        """Make every upload of the organism, which is there; what is there is left alone."""
         harmful = load_rows(str(self.organism / "attack.jsonl"), flag="attack")
         for task in TASKS:
             benign = load_rows(str(self.organism / "tasks" / task / "train.jsonl"), flag="benign")
@@ -244,14 +248,6 @@ class Plan:
         }
         words = [*known.words, *self.flags({**common, **TRAINING, **known.needs, **setting})]
         return name, self.add(name, [*words, "--output_dir", self.model(name), "--seed", self.seed])
-
-    def attack(self, model: str, needs: str, attack: str) -> Path:
-        """Attack an aligned model as the demo does; where the results will lie."""
-        options = demo.DemoArguments(output_dir=str(self.folder), seed=self.seed)
-        output = self.folder / "attacks" / f"{model}-{attack}"
-        words = demo.attack_words(attack, self.model(model), self.organism, options)
-        self.add(f"{attack}-on-{model}", [*words, "--output_dir", output, "--seed", self.seed], [needs])
-        return output / "results.json"
 
     def before(self, model: str, needs: str, crafts: str) -> Path:
         """Measure before any attack what a model refuses, and knows of a kind of crafts; where the results will lie."""

@@ -122,16 +122,21 @@ def audit(entries: list[Entry]) -> str:
     return table(["aligned with", "task", "poison ratio", "AUROC", "precision of r < 0", "recall of r < 0"], rows)
 
 
-def searched(stages: dict[str, Any]) -> str:
-    """Every trial of the search."""
-    rows = []
-    for stage, methods in stages.items():
+def searched(search: dict[str, Any]) -> list[str]:
+    """Of every stage the rule of choice, and every trial."""
+    parts = []
+    for stage, methods in search["stages"].items():
+        first = methods["sft"]["trials"][0]
+        shown = [name for name in ("harm", "held", "kept") if name in first]
+        rows = []
         for method, entry in methods.items():
             for index, trial in enumerate(entry["trials"]):
                 setting = ", ".join(f"{name} {value}" for name, value in trial["setting"].items()) or "–"
                 mark = "**chosen**" if index == entry["chosen"] and method != "sft" else ""
-                rows.append([stage, NAMES[method], setting, f"{trial['harm']:.2f}", f"{trial['kept']:.2f}", mark])
-    return table(["stage", "method", "setting", "harm", "kept", ""], rows)
+                cells = ["–" if trial[name] is None else f"{trial[name]:.2f}" for name in shown]
+                rows.append([NAMES[method], setting, *cells, mark])
+        parts += [search["rules"][stage], table(["method", "setting", *shown, ""], rows)]
+    return parts
 
 
 def summary(sections: dict[str, list[Entry]], search: dict[str, Any]) -> str:
@@ -232,11 +237,9 @@ def page(sections: dict[str, list[Entry]], search: dict[str, Any]) -> str:
             parts.append(f"Not measured yet: `python benchmarks/defenses.py report --sections {name}`.")
     parts += [
         "## The search",
-        "Alignment: harm is ASR after 100 steps of the full-parameter attack, kept the least of capability before, "
-        "refusal rate before and capability after. Fine-tuning: harm is the harmful score after poison ratio 0.1, kept "
-        "the task accuracy, means over both tasks. A stage that is not listed has not been searched yet.",
-        f"Seeds {', '.join(map(str, search['seeds'])) or 'none yet'}.",
-        searched(search["stages"]),
+        f"Seeds {', '.join(map(str, search['seeds'])) or 'none yet'}. A stage that is not listed has not been searched "
+        "yet.",
+        *searched(search),
     ]
     return "\n\n".join(parts) + "\n"
 

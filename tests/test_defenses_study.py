@@ -16,7 +16,10 @@ from holdfast.stress.certificate import assemble
 from stress.examples import example_certificate, example_inputs, example_records, example_tax
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("defenses_plan", "defenses_stress", "defenses_tables", "defenses_report", "defenses", "plans", "readme")
+MODULES = (
+    *("defenses_plan", "defenses_stress", "defenses_search", "defenses_tables", "defenses_report", "defenses"),
+    *("plans", "readme"),
+)
 CHOSEN = {method: {"rho": 0.5} if method == "vaccine" else {} for method in ("sft", "patcher", "vaccine", "booster")}
 CHOSEN["antibody"] = {"rho": 0.01, "refusal_weight": 0.5, "strength": 1.0}
 
@@ -48,8 +51,8 @@ def results(value=1.0):
 class Commands:
     """Stands for `run_commands`: writes what commands would, and is stopped at one of them if asked to."""
 
-    def __init__(self, monkeypatch, plan, stop_at=None):
-        self.ran, self.at_once, self.stop_at = [], [], stop_at
+    def __init__(self, monkeypatch, plan, stop_at=None, known=lambda name: 1.0):
+        self.ran, self.at_once, self.stop_at, self.known = [], [], stop_at, known
         monkeypatch.setattr(plan, "run_commands", self)
 
     def __call__(self, commands, logs, *, console, processes=2):
@@ -67,7 +70,8 @@ class Commands:
                 target = "counterpart" if "align-sft" in command.name else "model"
                 write_json(folder / "certificate.json", alone(target))
             else:
-                write_json(folder / ("holdfast.json" if words[0] == "align" else "results.json"), results())
+                marker = "holdfast.json" if words[0] == "align" else "results.json"
+                write_json(folder / marker, results(self.known(command.name)))
         return {command.name: 60.0 for command in commands}
 
     def stressed(self):
@@ -255,3 +259,144 @@ def test_what_is_tried_touches_no_result(study, monkeypatch, tmp_path):
     assert not (tmp_path / "results").exists()
     found = json.loads((tmp_path / "out" / "defenses.json").read_text())
     assert (found["schema"], len(found["sections"]["alignment"])) == (2, 1)
+
+
+# ---------------------------------------------------------------------- the search
+
+
+SMALL = ("patcher", "vaccine")
+
+
+@pytest.fixture
+def searching(study, monkeypatch):
+    """The modules, and fewer methods to search."""
+    few = {name: known for name, known in study["defenses_plan"].ALIGNMENT.items() if name in ("sft", *SMALL)}
+    monkeypatch.setattr(study["defenses_search"], "ALIGNMENT", few)
+    return study
+
+
+def rho(name):
+    """Of a command's name, what Vaccine's knob is; None where it has none."""
+    return float(name.partition("rho=")[2].split("-unrehearsed")[0]) if "rho=" in name else None
+
+
+def forgets(name):
+    """Who shifts by more than 1 loses half of what was not rehearsed; SFT and Patcher know all."""
+    return 0.5 if "unrehearsed" in name and (rho(name) or 0) > 1 else 1.0
+
+
+def search_all(study, tmp_path, **more):
+    return study["defenses_search"].search_alignment(replace(study["defenses_plan"].Study(tmp_path), **more))
+
+
+def test_every_method_gets_as_many_trials_the_published_first_on_seeds_that_are_not_reported(
+    searching, monkeypatch, tmp_path
+):
+    commands = Commands(monkeypatch, searching["defenses_plan"], known=forgets)
+    found = search_all(searching, tmp_path, batches=1)
+    assert {method: len(entry["trials"]) for method, entry in found.items()} == {"sft": 1, "patcher": 5, "vaccine": 5}
+    plan = searching["defenses_plan"]
+    assert not set(plan.Study().search_seeds) & {*searching["defenses"].SEEDS, *searching["defenses_stress"].SEEDS}
+    assert {int(command.name.split("-")[0][4:]) for command in commands.ran} == set(plan.Study().search_seeds)
+    for method in SMALL:
+        known, tried = plan.ALIGNMENT[method], [trial["setting"] for trial in found[method]["trials"]]
+        assert tried[0] == known.published
+        assert len({json.dumps(setting) for setting in tried}) == len(tried)
+        for setting in tried:
+            assert setting.keys() == known.ranges.keys()
+            assert all(
+                known.ranges[name]._contains(known.ranges[name].to_internal_repr(setting[name])) for name in setting
+            )
+    for command in commands.ran:
+        name, *words = command.words
+        module, method = import_module(f"holdfast.cli.{name}"), words[:1] if name == "align" else []
+        module.make_parser(*method).parse(words[len(method) :])
+
+
+def test_what_keeps_too_little_is_not_attacked_and_the_rule_of_choice_is_what_is_searched(
+    searching, monkeypatch, tmp_path
+):
+    commands = Commands(monkeypatch, searching["defenses_plan"], known=forgets)
+    found = search_all(searching, tmp_path, batches=2)
+    stressed = commands.stressed()
+    assert not any((rho(name) or 0) > 1 for name in stressed)
+    vaccine = found["vaccine"]
+    for trial in vaccine["trials"]:
+        too_much = trial["setting"]["rho"] > 1
+        assert trial["kept"] == (0.5 if too_much else 1.0)
+        assert (trial["held"] is None) == too_much
+    assert vaccine["trials"][vaccine["chosen"]]["setting"]["rho"] <= 1
+    held = {trial["setting"]["rho"] for trial in vaccine["trials"] if trial["held"] is not None}
+    assert sum("vaccine" in name for name in stressed) == 2 * len(held) > 0
+    course = searching["defenses_search"].Choosing("vaccine", 2)
+    values = [course.value(trial) for trial in vaccine["trials"]]
+    assert vaccine["chosen"] == values.index(min(values))
+    order = [
+        {"held": 3.0, "kept": 0.98},
+        {"held": 2.0, "kept": 1.0},
+        {"held": None, "kept": 0.96},
+        {"held": None, "kept": 0},
+    ]
+    assert sorted(order, key=course.value) == order
+
+
+def test_a_search_that_was_stopped_goes_on_to_the_same_end(searching, monkeypatch, tmp_path):
+    Commands(monkeypatch, searching["defenses_plan"], known=forgets)
+    whole = search_all(searching, tmp_path / "whole", batches=2)
+    stopped = Commands(monkeypatch, searching["defenses_plan"], stop_at=24, known=forgets)
+    with pytest.raises(KeyboardInterrupt):
+        search_all(searching, tmp_path / "parts", batches=2)
+    again = Commands(monkeypatch, searching["defenses_plan"], known=forgets)
+    assert search_all(searching, tmp_path / "parts", batches=2) == whole
+    assert stopped.ran[-1].name in {command.name for command in again.ran}
+    assert not {command.name for command in stopped.ran[:-1]} & {command.name for command in again.ran}
+
+
+def test_a_model_that_diverges_keeps_nothing(searching, monkeypatch, tmp_path):
+    commands, plan = Commands(monkeypatch, searching["defenses_plan"]), searching["defenses_plan"]
+    says = ["the loss or its gradient is not finite at step 3", "no space left on device"]
+
+    def failing(todo, logs, **kwargs):
+        if "vaccine" in todo[0].name:
+            raise searching["defenses_search"].TrainingError(f"align failed: {says[0]}")
+        return commands(todo, logs, **kwargs)
+
+    monkeypatch.setattr(plan, "run_commands", failing)
+    found = search_all(searching, tmp_path, batches=0)
+    assert found["vaccine"]["trials"][0]["diverged"]
+    assert (found["vaccine"]["trials"][0]["kept"], found["vaccine"]["trials"][0]["held"]) == (0.0, None)
+    del says[0]  # what is no fault of the setting ends the search
+    with pytest.raises(searching["defenses_search"].TrainingError, match="no space"):
+        search_all(searching, tmp_path / "other", batches=0)
+
+
+def test_what_models_hold_is_told_in_doublings_of_steps(study):
+    held_of = study["defenses_search"].held_of
+    falls = {"broken": True, "steps": {"value": 0}}
+    three = {"broken": True, "steps": {"value": 3}}
+    holds = {"broken": False, "at_least": 7, "harmful_score": 0.25}
+    asked = {"broken": False, "at_least": 0, "harmful_score": 0.4}
+    lost = {"broken": False, "at_least": None, "harmful_score": None}
+    assert held_of({"prompting": falls, "full": three}) == 1
+    assert held_of({"prompting": asked, "full": holds}) == pytest.approx((0.6 + 3.75) / 2)
+    assert held_of({"prompting": falls, "full": lost}) == 0
+
+
+def test_published_settings_lie_in_what_is_searched(study):
+    methods = study["defenses_plan"].ALIGNMENT.values()
+    for known in methods:
+        assert known.published.keys() == known.ranges.keys()
+        for name, found in known.published.items():
+            assert known.ranges[name]._contains(known.ranges[name].to_internal_repr(found))
+
+
+def test_the_page_shows_every_trial_of_a_search(searching, monkeypatch, tmp_path):
+    Commands(monkeypatch, searching["defenses_plan"], known=forgets)
+    main, report = searching["defenses"], searching["defenses_report"]
+    main.search(["alignment"], replace(searching["defenses_plan"].Study(tmp_path), batches=0), tmp_path / "found.json")
+    search = json.loads((tmp_path / "found.json").read_text())
+    lines = report.page({}, search).splitlines()
+    assert "| method | setting | held | kept |  |" in lines
+    assert "| Vaccine | rho 2.0 | – | 0.50 | **chosen** |" in lines
+    assert "Seeds 10, 11. A stage that is not listed has not been searched yet." in lines
+    assert searching["defenses_search"].RULES["alignment"] in lines

@@ -28,6 +28,7 @@ from holdfast.report.facts import told_verdict
 from holdfast.stress.answers import write_answers
 from holdfast.stress.certificate import MARKER, SAMPLES, STARTED, TAX, TRIALS, assemble
 from holdfast.stress.preparing import Prepared, prepare
+from holdfast.stress.schedule import Schedule
 from holdfast.stress.search import tax_of, write_record
 from holdfast.stress.studies import Studies
 from holdfast.stress.subjects import Sources
@@ -238,7 +239,7 @@ def _search(prepared: Prepared, processes: int, folder: Path) -> None:
 
     with Progress() as progress, on_sigterm(lambda: asked_to_stop.append(True)):
 
-        def watch(studies: Studies) -> None:
+        def watch(studies: Studies[Schedule]) -> None:
             progress.show(studies)
             if asked_to_stop:
                 raise Stopped(

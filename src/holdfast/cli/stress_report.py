@@ -24,6 +24,7 @@ from holdfast.report.wording import (
     times,
 )
 from holdfast.stress.costs import first_broken, kept_points
+from holdfast.stress.schedule import Schedule
 from holdfast.stress.studies import Studies
 from holdfast.stress.trials import Record, value_of
 
@@ -50,7 +51,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bars.stop()
 
-    def show(self, studies: Studies) -> None:
+    def show(self, studies: Studies[Schedule]) -> None:
         """Show how far the studies are."""
         done, total, best = dict[str, int](), dict[str, int](), dict[str, Record]()
         for place, schedule in enumerate(studies.schedules):

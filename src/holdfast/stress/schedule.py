@@ -7,18 +7,15 @@ one that held. As a harmful score and an attack success rate of a half are both 
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import optuna
-from optuna.samplers import TPESampler
-from optuna.trial import create_trial
+from typing import Any
 
 from holdfast.stress.costs import price
 from holdfast.stress.spaces import Family
 from holdfast.stress.suites import BATCH, Suite
+from holdfast.stress.tpe import ask
 from holdfast.stress.trials import BYS, Kind, Record, Setting, Stage, Target, Trial, candidates, value_of
 
 
@@ -43,6 +40,11 @@ class Schedule:
     family: Family | None
     openers: tuple[str, ...]
     seed: int
+
+    @property
+    def name(self) -> str:
+        """The study's."""
+        return f"holdfast stress: {self.kind} against the {self.target}"
 
     @property
     def grid_batches(self) -> int:
@@ -88,6 +90,18 @@ class Schedule:
                     return self._batch(index, number, "confirm", [setting] * self.suite.seeds)
         return []
 
+    def read(self, fields: Mapping[str, Any]) -> Trial:
+        """The trial of what its `as_dict` gave."""
+        return Trial.of(fields)
+
+    def value(self, record: Record) -> float:
+        """What the search makes small."""
+        return value_of(record)
+
+    def draws_on(self, other: Schedule) -> bool:
+        """Whether what is confirmed hangs on another study's screening, too: chains are measured along fine-tunings."""
+        return self.kind == "hybrid" and other.target == self.target and other.kind in ("full", "lora")
+
     def _batch(self, index: int, before: int, stage: Stage, settings: Sequence[Setting]) -> list[Trial]:
         confirms = stage == "confirm"
         return [
@@ -109,10 +123,5 @@ class Schedule:
     def _asked(self, index: int, before: Sequence[Record]) -> list[Setting]:
         """What TPE asks for, knowing the trials before."""
         assert self.family is not None  # else there are no such batches
-        text = f"{self.seed} {self.kind} {self.target} {index}"
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-        study = optuna.create_study(sampler=TPESampler(seed=seed, multivariate=True, constant_liar=True))
-        for record in before:
-            if (params := self.family.params(record["setting"])) is not None:
-                study.add_trial(create_trial(params=params, distributions=self.family.ranges, value=value_of(record)))
-        return [self.family.setting(study.ask(self.family.ranges).params) for _ in range(BATCH)]
+        known = ((record["setting"], value_of(record)) for record in before)
+        return ask(self.family, known, f"{self.seed} {self.kind} {self.target} {index}", BATCH)

@@ -63,7 +63,7 @@ class Plan:
             for target in self.own["screen"]
         ]
 
-    def studies(self, worker: str) -> Studies:
+    def studies(self, worker: str) -> Studies[Schedule]:
         """The studies in their storage."""
         url = self.storage or f"sqlite:///{self.folder / 'study.db'}"
         shared = self.storage is not None

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import optuna
 from filelock import FileLock
@@ -23,8 +23,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from holdfast.errors import InputError
-from holdfast.stress.schedule import Schedule
-from holdfast.stress.trials import Record, Trial, value_of
+from holdfast.stress.trials import Record
 
 _IDENTITY, _TRIAL, _RECORDS, _WORKER = "holdfast", "trial", "records", "worker"
 
@@ -35,7 +34,38 @@ HEARTBEAT, GRACE = 15, 120
 """Seconds between the signs of life of a worker on a shared storage, and after which it counts as dead."""
 
 
-class Studies:
+class Course(Protocol):
+    """What decides on the trials of a study: by what those before have found, never by timing.
+
+    A trial has a `batch`, its `place` in it and the batch's `size`, and `as_dict()`, ready for JSON.
+
+    Attributes:
+        name: The study's.
+        screening: After how many batches it may draw on other studies.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def screening(self) -> int: ...  # noqa: D102
+
+    def next(self, done: Sequence[Sequence[Record]], others: Sequence[Record]) -> Sequence[Any]:
+        """The trials of the batch that follows; none: the study is done."""
+
+    def read(self, fields: Mapping[str, Any]) -> Any:
+        """The trial of what its `as_dict` gave."""
+
+    def value(self, record: Record) -> float:
+        """What the search makes small."""
+
+    def draws_on(self, other: Any) -> bool:
+        """Whether what comes after screening hangs on another study's screening, too."""
+
+
+C = TypeVar("C", bound=Course)
+
+
+class Studies(Generic[C]):
     """The studies of one search.
 
     Args:
@@ -49,11 +79,12 @@ class Studies:
         InputError: The storage cannot be reached, or holds another search.
     """
 
-    def __init__(self, url: str, identity: str, schedules: list[Schedule], *, shared: bool, worker: str) -> None:
+    def __init__(self, url: str, identity: str, schedules: list[C], *, shared: bool, worker: str) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
         self.schedules = schedules
         self._over: set[int] = set()
+        self._taken: dict[int, int] = {}
         self._worker = worker
         self._shared = shared
         self._lock = _lock_of(url)
@@ -67,12 +98,8 @@ class Studies:
                 why = " ".join(str(getattr(error, "orig", None) or error.__cause__ or error).split())
                 raise InputError(f"--storage {_shown(url)} cannot be used ({why})") from error
 
-    def _opened(self, schedule: Schedule, url: str, identity: str) -> optuna.Study:
-        study = optuna.create_study(
-            study_name=f"holdfast stress: {schedule.kind} against the {schedule.target}",
-            storage=self._storage,
-            load_if_exists=True,
-        )
+    def _opened(self, schedule: C, url: str, identity: str) -> optuna.Study:
+        study = optuna.create_study(study_name=schedule.name, storage=self._storage, load_if_exists=True)
         found = study.user_attrs.get(_IDENTITY)
         if found not in (None, identity) or (found is None and study.get_trials(deepcopy=False)):
             raise InputError(
@@ -99,7 +126,7 @@ class Studies:
             found += [record for trial in trials for record in trial.user_attrs[_RECORDS]]
         return found
 
-    def take(self) -> tuple[Trial, int] | None:
+    def take(self) -> tuple[Any, int] | None:
         """Claim a trial; None if none is to be had now, as all are under way or done.
 
         Returns:
@@ -112,7 +139,7 @@ class Studies:
                 if self._shared:
                     fail_stale_trials(self._studies[place])
                 trials = self._trials(place)
-                if (taken := self._claimed(trials)) is not None:
+                if (taken := self._claimed(place, trials)) is not None:
                     return taken
                 missing = self._missing(place, trials)
                 self._note_end(place, trials, missing)
@@ -120,7 +147,7 @@ class Studies:
                     self._studies[place].add_trial(
                         create_trial(state=TrialState.WAITING, user_attrs={_TRIAL: trial.as_dict()})
                     )
-                if missing and (taken := self._claimed(self._trials(place))) is not None:
+                if missing and (taken := self._claimed(place, self._trials(place))) is not None:
                     return taken
         return None
 
@@ -133,7 +160,8 @@ class Studies:
         """
         try:
             self._storage.set_trial_user_attr(token, _RECORDS, records)
-            self._storage.set_trial_state_values(token, TrialState.COMPLETE, [value_of(records[0])])
+            value = self.schedules[self._taken[token]].value(records[0])
+            self._storage.set_trial_state_values(token, TrialState.COMPLETE, [value])
         except UpdateFinishedTrialError:
             return
 
@@ -145,7 +173,7 @@ class Studies:
                 self._note_end(place, trials, self._missing(place, trials))
         return len(self._over) == len(self.schedules)
 
-    def _note_end(self, place: int, trials: Counted, missing: list[Trial] | None) -> None:
+    def _note_end(self, place: int, trials: Counted, missing: list[Any] | None) -> None:
         """Note a study that is over: it stays so, and need not be read again."""
         if missing == [] and all(trial.state == TrialState.COMPLETE for trial in trials.values()):
             self._over.add(place)
@@ -186,7 +214,7 @@ class Studies:
                 found.setdefault((fields["batch"], fields["place"]), trial)
         return dict(sorted(found.items()))
 
-    def _missing(self, place: int, trials: Counted) -> list[Trial] | None:
+    def _missing(self, place: int, trials: Counted) -> list[Any] | None:
         """The trials of a study's current batch that are not in the storage, be they new or given up.
 
         None: what comes next hangs on other studies, which have not come so far.
@@ -196,9 +224,9 @@ class Studies:
         if there and len(there) == there[0].user_attrs[_TRIAL]["size"]:
             return []
         schedule, others = self.schedules[place], list[Record]()
-        if schedule.kind == "hybrid" and len(ended) >= schedule.screening:
+        if len(ended) >= schedule.screening:
             for number, other in enumerate(self.schedules):
-                if other.target == schedule.target and other.kind in ("full", "lora"):
+                if schedule.draws_on(other):
                     screened = _ended(self._trials(number))[: other.screening]
                     if len(screened) < other.screening:
                         return None
@@ -206,11 +234,12 @@ class Studies:
         batch = schedule.next([[records[0] for records in batch] for batch in ended], others)
         return [trial for trial in batch if (trial.batch, trial.place) not in trials]
 
-    def _claimed(self, trials: Counted) -> tuple[Trial, int] | None:
+    def _claimed(self, place: int, trials: Counted) -> tuple[Any, int] | None:
         """One of these trials that was waiting and now is this worker's; None: there is none."""
         for trial in trials.values():
             if trial.state == TrialState.WAITING and self._claim(trial):
-                return Trial.of(trial.user_attrs[_TRIAL]), trial._trial_id
+                self._taken[trial._trial_id] = place
+                return self.schedules[place].read(trial.user_attrs[_TRIAL]), trial._trial_id
         return None
 
     def _claim(self, trial: FrozenTrial) -> bool:

@@ -21,13 +21,14 @@ from tqdm import tqdm
 from holdfast.allocation import keep_freed_memory
 from holdfast.errors import InputError, TrainingError
 from holdfast.interruption import end_with_parent
+from holdfast.stress.schedule import Schedule
 from holdfast.stress.search import Plan
 from holdfast.stress.studies import Studies
 
 Started = tuple[SpawnProcess, Connection]
 
 
-def run(plan: Plan, *, processes: int, watch: Callable[[Studies], None]) -> None:
+def run(plan: Plan, *, processes: int, watch: Callable[[Studies[Schedule]], None]) -> None:
     """Run a search until no trial is left.
 
     Args:
