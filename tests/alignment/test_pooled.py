@@ -34,7 +34,7 @@ from holdfast.attacks.low_rank import Adapter, Factors
 from holdfast.attacks.rounding import Rounding
 from holdfast.attacks.simulated import simulate_attack
 from holdfast.data.rendering import ChatFormat
-from holdfast.errors import InputError
+from holdfast.errors import InputError, Stopped
 from holdfast.models import merge
 from holdfast.parameters import snapshot
 from methods import gpt2, lora, mixtral, qwen2
@@ -171,6 +171,25 @@ def test_attackers_optimizers_are_transformers_own(settings, optimizer):
     assert relative_distance(trainer.attack_vector, expected) < 2e-2
 
 
+def test_mean_over_the_coin_is_the_exact_gradient_of_the_same_member(settings):
+    """Member, knobs and factor of an update hang on neither estimator nor α."""
+    pool, taken = {"ablation": 1, "dropping": 1, "prefill": 1, "fine-tuning": 1}, {}
+    for name, changes in {
+        "exact": {"alpha": 0.3},
+        "safe": {"estimator": "sampled", "alpha": 0.0},
+        "attacked": {"estimator": "sampled", "alpha": 1.0},
+    }.items():
+        trainer = pooled(settings, pool, refusal="t5 t6", attack_scale=[0.3, 1.5], attack_every=100, **changes)
+        trainer.attack(trainer.model)
+        taken[name] = []
+        for trainer.state.global_step in range(101, 107):
+            trainer._streams["prefill"].drawn = 0  # which goes on with every draw
+            trainer.training_step(trainer.model, golden_batch("safe"))
+            taken[name].append({key: g.clone() for key, g in gradients(trainer.model).items()})
+    for exact, safe, attacked in zip(*taken.values(), strict=True):
+        assert worst_entry(reference.combined((0.7, safe), (0.3, attacked)), exact) < 1e-6
+
+
 def vectors_of(trainer):
     return [vector for member in trainer._pool.members for vector in trainer._vectors.of(member)]
 
@@ -286,6 +305,33 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, form):
     kept = [vectors_of(trainer) for trainer in (resumed, through)]
     assert len(kept[0]) == len(kept[1])
     assert all(same_bits(*pair) for pair in zip(*kept, strict=True))
+
+
+def test_run_stopped_inside_a_round_ends_with_the_same_bits(tmp_path):
+    """With the model ablated for the moment, or an adapter half trained: the round is undone, and made again."""
+    pool = {
+        "ablation+fine-tuning": {"weight": 1, "rounds": 2, "fine-tuning": {"steps": 3, "rows": 4}},
+        "lora": {"weight": 1, "steps": 3},
+    }
+    through = run_to_resume("pool", str(tmp_path / "through"), pool=pool, refusal=None)
+    through.train()
+    for update in (3, 5):
+        trainer = run_to_resume("pool", str(tmp_path / "stopped"), pool=pool, refusal=None)
+        backward, steps = trainer.backward, []
+
+        def asked(*arguments, trainer=trainer, backward=backward, steps=steps, update=update, **how):
+            steps.append(trainer.state.global_step)
+            if steps.count(update) == 2:  # the second step of its round's attack
+                trainer.ask_to_stop()
+            return backward(*arguments, **how)
+
+        trainer.backward = asked
+        with pytest.raises(Stopped, match=f"after step {update} of 7"):
+            trainer.train(resume_from_checkpoint=update > 3)
+    resumed = run_to_resume("pool", str(tmp_path / "stopped"), pool=pool, refusal=None)
+    resumed.train(resume_from_checkpoint=True)
+    assert same_bits(weights(resumed.model), weights(through.model))
+    assert all(same_bits(*pair) for pair in zip(vectors_of(resumed), vectors_of(through), strict=True))
 
 
 @pytest.mark.parametrize("member", ["ablation", "dropping", "rounding", "fine-tuning", "ablation+fine-tuning"])

@@ -127,9 +127,11 @@ def simulate_attack(
             losses.append(trainer.accelerator.gather(loss.reshape(1)).mean().item())
             if not math.isfinite(losses[-1]):
                 break
-            if factors is not None:
+            if factors is None:
+                trainer.accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+            else:
                 factors.take_gradient(take_gradient(trainer.model))
-            trainer.accelerator.clip_grad_norm_(model.parameters() if factors is None else trained, max_grad_norm)
+                nn.utils.clip_grad_norm_(trained, max_grad_norm)
             stepper.step()
             stepper.zero_grad()
             if factors is not None:
