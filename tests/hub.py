@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,18 @@ def go_online(monkeypatch: pytest.MonkeyPatch, address: str, cache: Path) -> Non
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache / "datasets"))
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(cache / "downloads"))
+
+
+def models_in_cache(monkeypatch: pytest.MonkeyPatch, cache: Path, models: Mapping[str, Mapping[str, Path]]) -> None:
+    """Repositories of models as they lie in the cache of the Hub: by name and revision what folder they are."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    for name, revisions in models.items():
+        repository = cache / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        for place, (revision, folder) in enumerate(revisions.items()):
+            commit = str(place) * 40
+            (repository / "refs" / revision).write_text(commit)
+            shutil.copytree(folder, repository / "snapshots" / commit)
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:

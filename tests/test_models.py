@@ -3,10 +3,8 @@
 import json
 import shutil
 
-import huggingface_hub.constants
 import pytest
 import torch
-import transformers.utils.hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +12,7 @@ from helpers import tiny_llama, word_tokenizer
 from holdfast import models
 from holdfast.errors import InputError
 from holdfast.models import load_model, load_model_and_tokenizer, load_tokenizer, require_chat_template
+from hub import models_in_cache
 
 IDS = torch.tensor([[4, 5, 6]])
 
@@ -231,19 +230,7 @@ def test_a_hub_adapter_without_safetensors_is_refused(tmp_path, monkeypatch):
     assert "has no adapter_model.safetensors" in refused(load_model, "org/adapter")
 
 
-def at_revisions(cache, name, revisions):
-    """A repository of the Hub in the local cache, a folder for each of its revisions."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True)
-    for place, (revision, folder) in enumerate(revisions.items()):
-        commit = str(place) * 40
-        (repository / "refs" / revision).write_text(commit)
-        shutil.copytree(folder, repository / "snapshots" / commit)
-
-
 def test_a_revision_is_that_of_weights_tokenizer_and_adapter(folder, adapter, tmp_path, monkeypatch):
-    for module in (huggingface_hub.constants, transformers.utils.hub.constants):
-        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "hub"))
     later, later_adapter = tmp_path / "later", tmp_path / "later-adapter"
     tiny_llama(seed=1).save_pretrained(later)
     tokenizer = word_tokenizer()
@@ -252,8 +239,14 @@ def test_a_revision_is_that_of_weights_tokenizer_and_adapter(folder, adapter, tm
     shutil.copytree(adapter, later_adapter)
     weights = load_file(later_adapter / "adapter_model.safetensors")
     save_file({name: 2 * tensor for name, tensor in weights.items()}, later_adapter / "adapter_model.safetensors")
-    at_revisions(tmp_path / "hub", "org/model", {"main": folder, "v2": later})
-    at_revisions(tmp_path / "hub", "org/adapter", {"main": adapter, "v2": later_adapter})
+    models_in_cache(
+        monkeypatch,
+        tmp_path / "hub",
+        {
+            "org/model": {"main": folder, "v2": later},
+            "org/adapter": {"main": adapter, "v2": later_adapter},
+        },
+    )
     for revision, expected in ((None, folder), ("main", folder), ("v2", later)):
         model, tokenizer = load_model_and_tokenizer("org/model", revision=revision)
         assert (tokenizer.chat_template is not None) == (expected == later)

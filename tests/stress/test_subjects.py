@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from helpers import tiny_llama, word_tokenizer
+from helpers import same_bits, tiny_llama, weights, word_tokenizer
+from holdfast.models import load_model
 from holdfast.stress.subjects import Sources, Subjects
+from hub import models_in_cache
 
 
 @pytest.fixture
@@ -41,3 +43,18 @@ def test_harmless_prompts_need_no_answers(subjects):
     found = subjects({"prompt": "t5", "answer": "t6"})
     assert found.harmless_prompts == ["t5"]
     assert found.harmless_rows is None
+
+
+def test_a_revision_is_that_of_the_model_alone(subjects, tmp_path, monkeypatch):
+    """The counterpart and the public base are other repositories, or folders, which have no revisions."""
+    subjects({"prompt": "t5"})
+    folder, later = tmp_path / "model", tmp_path / "later"
+    tiny_llama(seed=1).save_pretrained(later)
+    word_tokenizer().save_pretrained(later)
+    models_in_cache(monkeypatch, tmp_path / "hub", {"org/model": {"main": folder, "v2": later}})
+    given = dict.fromkeys(("attack_data", "benign_data", "harmless_task_data"))
+    sources = Sources("org/model", str(folder), str(folder), **given, evaluator=lambda: None, load={"revision": "v2"})
+    found = Subjects(sources)
+    assert same_bits(weights(found.fresh("model")), weights(load_model(str(later))))
+    assert same_bits(weights(found.fresh("counterpart")), weights(load_model(str(folder))))
+    assert same_bits(weights(found.base()), weights(load_model(str(folder))))

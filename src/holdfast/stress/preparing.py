@@ -200,7 +200,8 @@ def _known(subjects: Subjects, evaluator: Evaluator, target: Target) -> Own:
 def _model(source: str | None, sources: Sources) -> dict[str, Any] | None:
     if source is None:
         return None
-    return describe_model(source, base_model=sources.load.get("base_model"), revision=sources.load.get("revision"))
+    given = sources.keywords(source)
+    return describe_model(source, base_model=given.get("base_model"), revision=given.get("revision"))
 
 
 def _data(sources: Sources, taken: Mapping[str, Any], evaluator: Evaluator) -> dict[str, Any]:

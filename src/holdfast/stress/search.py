@@ -112,7 +112,7 @@ def tax_of(plan: Plan, names: Iterable[str], tell: Callable[[str], None]) -> dic
     task = None if rows is None else HarmlessTask(load_rows(rows, flag="--harmless_task_data", columns=TRAIN_COLUMNS))
 
     def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        model, tokenizer = load_model_and_tokenizer(source, **sources.load)
+        model, tokenizer = load_model_and_tokenizer(source, **sources.keywords(source))
         return whole_model(model).requires_grad_(True).to(accelerator()), tokenizer
 
     return measure_taxes(

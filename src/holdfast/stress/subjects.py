@@ -34,7 +34,7 @@ class Sources:
         attack_data: The attacker's harmful rows, if it has any.
         benign_data: Its harmless prompts, if it has any.
         harmless_task_data: Rows of a harmless task to be learnt, for the tax; None: without one.
-        load: Keywords of `load_model`.
+        load: Keywords of `load_model`, see `keywords`.
         evaluator: Makes what measures, with all prompts: harmful ones, capability, and those of a harmless task.
         written: `system_prompt`, `chat_template_kwargs` and `raw_text`, as `ChatFormat` has them.
     """
@@ -48,6 +48,10 @@ class Sources:
     evaluator: Callable[[], Evaluator]
     load: Mapping[str, Any] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
+
+    def keywords(self, source: str) -> dict[str, Any]:
+        """Keywords of `load_model` for one of the models; a revision is that of the one that is measured."""
+        return {name: value for name, value in self.load.items() if name != "revision" or source == self.model}
 
 
 class Subjects:
@@ -64,12 +68,12 @@ class Subjects:
 
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
-        model, self.tokenizer = load_model_and_tokenizer(sources.model, **sources.load)
+        model, self.tokenizer = load_model_and_tokenizer(sources.model, **sources.keywords(sources.model))
         self._model = whole_model(model).requires_grad_(True).to(accelerator())
         self._saved: dict[Target, dict[str, Tensor]] = {"model": _on_host(self._model)}
         self._base: PreTrainedModel | None = None
         if sources.counterpart is not None:
-            other, tokenizer = load_model_and_tokenizer(sources.counterpart, **sources.load)
+            other, tokenizer = load_model_and_tokenizer(sources.counterpart, **sources.keywords(sources.counterpart))
             whole = whole_model(other).requires_grad_(True)
             self._require_twin(whole, tokenizer)
             self._saved["counterpart"] = _on_host(whole)
@@ -111,8 +115,9 @@ class Subjects:
             InputError: It cannot be loaded, or is not what the model was made of.
         """
         if self._base is None:
-            assert self._sources.base is not None  # else no attack needs it
-            found = whole_model(load_model(self._sources.base, **self._sources.load))
+            source = self._sources.base
+            assert source is not None  # else no attack needs it
+            found = whole_model(load_model(source, **self._sources.keywords(source)))
             fitting(self._model, found)
             self._base = found
         return self._base
