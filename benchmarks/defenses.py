@@ -7,9 +7,8 @@
 Alignment methods are stressed by a suite of attacks (`defenses_stress.py`), each at the setting that the search chose;
 of the other sections every method is run at its published defaults and at the best of a few settings. The search
 (`defenses_search.py`) gives every method of a stage as many settings, on other seeds than those reported, and has the
-rules of choice. Everything is made of ordinary
-`holdfast` commands, two processes side by side, one thread each; what is finished stays in benchmarks/out/defenses and
-is not run again.
+rules of choice. Everything is made of ordinary `holdfast` commands, two processes side by side, one thread each; what
+is finished stays in benchmarks/out/defenses and is not run again, and a search that was stopped goes on.
 
     python benchmarks/defenses.py report --sections alignment --suite quick --seeds 0 --methods sft    # to try it
     python benchmarks/defenses.py report --smoke    # tiny numbers that prove nothing but that everything runs
@@ -169,7 +168,11 @@ def main() -> None:
     parser.add_argument("step", choices=("search", "report"))
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="what to search")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to report")
-    parser.add_argument("--suite", choices=list(SUITES), help="alignment: which attacks (default: standard)")
+    parser.add_argument(
+        "--suite",
+        choices=list(SUITES),
+        help="alignment: which attacks; of any but standard, the default, no result is kept",
+    )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=defenses_stress.SEEDS, help="alignment: what to measure now"
     )

@@ -229,10 +229,10 @@ def _doublings(cost: Mapping[str, Any]) -> float:
 
 
 def _steps(cost: Mapping[str, Any] | None) -> str | None:
-    """The steps to a break, or those it held for."""
-    if cost is None:
+    """The steps to a break, or those it held for; None where nothing counts."""
+    if cost is None or (not cost["broken"] and cost["at_least"] is None):
         return None
-    return f"{cost['steps']['value']:g}" if cost["broken"] else f"> {cost['at_least'] or 0:g}"
+    return f"{cost['steps']['value']:g}" if cost["broken"] else f"> {cost['at_least']:g}"
 
 
 def _before(by_crafts: Sequence[Mapping[str, Any]]) -> dict[str, float]:

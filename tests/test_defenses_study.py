@@ -29,7 +29,8 @@ def study(monkeypatch):
     """The modules; no organism is built, as no command is run."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     found = {name: importlib.import_module(name) for name in MODULES}
-    monkeypatch.setattr(found["defenses_plan"].Plan, "prepare", lambda plan: None)
+    for name in ("prepare", "prepare_uploads"):
+        monkeypatch.setattr(found["defenses_plan"].Plan, name, lambda plan: None)
     yield found
     for name in MODULES:
         sys.modules.pop(name)
@@ -45,7 +46,9 @@ def alone(target):
 
 def results(value=1.0):
     rate = Rate.of(round(value * 96), 96).as_dict()
-    return {"results": {"capability": {"capability": rate}, "harmful": {"refusal_rate": rate}}}
+    harmful = {"refusal_rate": rate, "harmful_score": rate}
+    found = {"capability": {"capability": rate}, "harmful": harmful, "task": {"task_accuracy": rate}}
+    return {"results": found, "detection": {"auroc": value}}
 
 
 class Commands:
@@ -54,6 +57,7 @@ class Commands:
     def __init__(self, monkeypatch, plan, stop_at=None, known=lambda name: 1.0):
         self.ran, self.at_once, self.stop_at, self.known = [], [], stop_at, known
         monkeypatch.setattr(plan, "run_commands", self)
+        self.markers = sys.modules["plans"].MARKERS
 
     def __call__(self, commands, logs, *, console, processes=2):
         logs.mkdir(parents=True, exist_ok=True)
@@ -70,12 +74,18 @@ class Commands:
                 target = "counterpart" if "align-sft" in command.name else "model"
                 write_json(folder / "certificate.json", alone(target))
             else:
-                marker = "holdfast.json" if words[0] == "align" else "results.json"
-                write_json(folder / marker, results(self.known(command.name)))
+                write_json(folder / self.markers[words[0]], results(self.known(command.name)))
         return {command.name: 60.0 for command in commands}
 
     def stressed(self):
         return [command.name for command in self.ran if command.words[0] == "stress"]
+
+
+def understood(command):
+    """Parse a command's words as it would."""
+    name, *words = command.words
+    module, method = import_module(f"holdfast.cli.{name}"), [] if name in ("evaluate", "stress", "audit") else words[:1]
+    module.make_parser(*method).parse(words[len(method) :])
 
 
 def stress_all(study, tmp_path, *, seeds=(0, 1), methods=tuple(CHOSEN), **more):
@@ -97,9 +107,7 @@ def test_every_method_of_every_seed_is_stressed_once_alone_and_sft_and_patcher_f
         done.add(command.name)
         assert processes == (1 if command.words[0] == "stress" else 2)
         assert "--counterpart" not in command.words
-        name, *words = command.words
-        module, method = import_module(f"holdfast.cli.{name}"), words[:1] if name == "align" else []
-        module.make_parser(*method).parse(words[len(method) :])
+        understood(command)
     assert [len(entries) for entries in written] == list(range(1, 11))
     assert [(entry["seed"], entry["method"]) for entry in written[-1]] == [
         (seed, method) for seed in (0, 1) for method in study["defenses_plan"].ALIGNMENT
@@ -224,7 +232,8 @@ def test_the_page_tells_what_was_found(study, tmp_path):
     assert f"| Patcher | {held} |" in lines
     assert "| Patcher | ∞ | ∞ | > 20 | 10 [10–20] | ∞ | 1 |" in lines
     (words,) = (line for line in lines if line.startswith("- **Patcher**"))
-    assert "in every one by prompting (∞ times the steps), training-free (∞ times the steps), lora (> 20" in words
+    assert "in every one by prompting (where SFT's falls without a step), training-free (where SFT's falls" in words
+    assert "lora (> 20 times the steps), full (10 [10–20] times the steps)" in words
     assert "in none by base-holder" in words
     assert "falls without a step to base-holder" in words
     assert any(line.startswith("- **Against the cheapest attacker none buys anything**") for line in lines)
@@ -235,6 +244,22 @@ def test_the_page_tells_what_was_found(study, tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_has_no_counterpart_yet_is_not_compared(study):
+    before = {name: results()["results"] for name in ("base", "model")}
+    entry = study["defenses_stress"].entry_of(alone("model"), None, before)
+    patcher = {"seed": 3, "method": "patcher", "seconds": None, "core_seconds": None, **entry}
+    words = study["defenses_tables"].suite_words([patcher])
+    assert "- **Patcher** has not been compared with SFT yet." in words.splitlines()
+    assert "| Patcher | – | – | – | – | – | – |" in study["defenses_tables"].suite_tables([patcher]).splitlines()
+
+
+def test_where_no_attack_leaves_a_model_its_capability_no_steps_are_told(study):
+    entries = entries_of(study)
+    entries[0]["attackers"]["lora"] |= {"broken": False, "at_least": None, "harmful_score": None}
+    lines = study["defenses_tables"].suite_tables(entries).splitlines()
+    assert "| SFT | 0 | 0 | 2; nothing counts in 1 of 2 | 2 | 0 | 0 |" in lines
+
+
 def test_a_page_of_one_attacker_stays_as_it_is(study, monkeypatch, tmp_path):
     report = study["defenses_report"]
     write_json(tmp_path / "defenses.json", {"sections": {"alignment": [{"method": "sft", "points": []}]}})
@@ -243,6 +268,32 @@ def test_a_page_of_one_attacker_stays_as_it_is(study, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="measure it by the suite first"):
         report.main()
     assert not (tmp_path / "page.md").exists()
+
+
+def test_the_other_sections_and_the_search_of_fine_tuning_are_made_of_commands_that_there_are(
+    study, monkeypatch, tmp_path
+):
+    commands, written = Commands(monkeypatch, study["defenses_plan"]), []
+    small = study["defenses_plan"].Study(tmp_path)
+    study["defenses"].report(["finetuning", "combinations", "repair", "audit"], small, written.append)
+    (sections,) = written
+    assert {name: len(found) for name, found in sections.items()} == {
+        "finetuning": 252,
+        "combinations": 90,
+        "repair": 48,
+        "audit": 36,
+    }
+    assert sections["audit"][0]["detection"] == {"auroc": 1.0}
+    assert "low" not in json.dumps(sections)
+    ran = len(commands.ran)
+    found = study["defenses_search"].search_finetuning(small)
+    assert {len(entry["trials"]) for method, entry in found.items() if method != "sft"} == {6}
+    seen = set()
+    for command in (*commands.ran[:ran:7], *commands.ran[ran::7]):
+        if (kind := tuple(command.words[:2])) not in seen:
+            seen.add(kind)
+            understood(command)
+    assert {words[0] for words in seen} == {"align", "finetune", "repair", "audit", "evaluate"}
 
 
 def test_what_is_tried_touches_no_result(study, monkeypatch, tmp_path):
@@ -308,9 +359,7 @@ def test_every_method_gets_as_many_trials_the_published_first_on_seeds_that_are_
                 known.ranges[name]._contains(known.ranges[name].to_internal_repr(setting[name])) for name in setting
             )
     for command in commands.ran:
-        name, *words = command.words
-        module, method = import_module(f"holdfast.cli.{name}"), words[:1] if name == "align" else []
-        module.make_parser(*method).parse(words[len(method) :])
+        understood(command)
 
 
 def test_what_keeps_too_little_is_not_attacked_and_the_rule_of_choice_is_what_is_searched(
