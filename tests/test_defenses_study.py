@@ -439,6 +439,18 @@ def test_published_settings_lie_in_what_is_searched(study):
             assert known.ranges[name]._contains(known.ranges[name].to_internal_repr(found))
 
 
+def test_every_method_takes_what_is_asked_of_it(study, tmp_path):
+    plan = study["defenses_plan"].Plan(10, study["defenses_plan"].Study(tmp_path))
+    for method in ("patcher", "vaccine", "booster", "antibody"):
+        course = study["defenses_search"].Choosing(method, 2)
+        first = [{"setting": one.setting, "kept": 0.5, "held": None} for one in course.next([], [])]
+        for one in (*course.next([], []), *course.next([first], []), *course.next([first, first], [])):
+            _, name = plan.align(method, one.setting)
+            understood(plan.commands[name])
+        assert course.next([first] * 3, []) == []
+    assert len(plan.commands) == 4 * (1 + 4 + 4)
+
+
 def test_the_page_shows_every_trial_of_a_search(searching, monkeypatch, tmp_path):
     Commands(monkeypatch, searching["defenses_plan"], known=forgets)
     main, report = searching["defenses"], searching["defenses_report"]
