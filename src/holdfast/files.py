@@ -112,6 +112,30 @@ def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(lines))
 
 
+def parse_json(text: str) -> Any:
+    """Read a JSON document as strictly as `write_json` writes one.
+
+    Raises:
+        ValueError: If it is none, holds NaN, an infinity or a number as large, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(found := float(number)):
+        raise ValueError(f"{number[:30]} is no number of JSON")
+    return found
+
+
+def kind_of_value(value: Any) -> str:
+    """What messages call a value of JSON, such as "an object"."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
 def append_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add one JSON object per line to a file, and make it last: what was added before a run was killed is there.
 

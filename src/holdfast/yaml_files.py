@@ -53,9 +53,11 @@ def read_mapping(path: Path | str, *, flag: str, of: str) -> Mapping[Any, Any]:
     Raises:
         InputError: The file cannot be read, or is no such mapping.
     """
+    text = read_text(path, named=f"{flag} {path}")
     try:
-        found = yaml.load(read_text(path, named=f"{flag} {path}"), Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+        found = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    # Values that are tagged or look like a date, a number or a list and are none end in errors of Python's own.
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{flag} {path}: is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(found, Mapping):
         what = "nothing" if found is None else f"a {type(found).__name__}"

@@ -249,6 +249,7 @@ def test_a_pattern_that_matches_nothing_the_judge_says(refused: Callable[..., st
         ("", "has no answer to judge"),
         ("{", "row 1: is no JSON"),
         ("[]", "row 1: is no JSON object"),
+        ('{"prompt": "How?", "answer": "No.", "score": NaN}', "row 1: is no JSON (NaN is no number of JSON)"),
         ('{"prompt": "p", "answer": "a"}\n\n{"prompt": "p"}', "row 3: expected `prompt`, text or messages, and"),
         ('{"prompt": [], "answer": "a"}', "row 1: expected `prompt`, text or messages, and `answer`, text"),
         ('{"set": "task", "prompt": "p", "answer": "a"}', "has no answer to judge"),

@@ -201,7 +201,12 @@ def test_ablation_where_it_is_not_known_what_writes_to_the_stream_is_refused_or_
 
 @pytest.mark.parametrize(
     ("content", "why"),
-    [("[]", "expected a JSON object of claims, found a list"), ("{", "is not valid JSON"), (None, "cannot be read")],
+    [
+        ("[]", "expected a JSON object of claims, found a list"),
+        ("{", "is not valid JSON"),
+        ('{"refusals": NaN}', "is not valid JSON (NaN is no number of JSON)"),
+        (None, "cannot be read"),
+    ],
 )
 def test_claims_that_are_none_are_refused(words, content, why, tmp_path, refused: Refused):
     path = tmp_path / "claims.json"

@@ -1,14 +1,23 @@
 """What lies in the folder of a stress test is read with care."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from holdfast.errors import InputError
 from holdfast.report.reading import read_findings
+from holdfast.stress.certificate import seal
 from report.folders import hostile_rows, stress_folder
 from stress.examples import example_records
+
+TRIAL = next(one for one in example_records() if one["kind"] == "full" and one["number"] == 0)
+
+
+def with_changes(content: dict[str, Any], **changes: Any) -> str:
+    return json.dumps({**content, **changes})
 
 
 def test_all_of_it_is_read(tmp_path: Path) -> None:
@@ -34,6 +43,14 @@ def test_a_trial_of_another_kind(tmp_path: Path) -> None:
         read_findings(folder)
 
 
+def test_answers_to_an_attacker_that_was_not_tried_are_not_told(tmp_path: Path) -> None:
+    folder = stress_folder(tmp_path / "d", samples={"full-model": hostile_rows()})
+    certificate = json.loads((folder / "certificate.json").read_text(encoding="utf-8"))
+    del certificate["attackers"]["full"]
+    (folder / "certificate.json").write_text(json.dumps({**certificate, "sha256": seal(certificate)}))
+    assert read_findings(folder).samples == {}
+
+
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
@@ -41,6 +58,28 @@ def test_a_trial_of_another_kind(tmp_path: Path) -> None:
         ("trials/full/model-0000.json", "[]", "is no JSON object; expected a trial record of holdfast stress"),
         ("trials/full/model-0000.json", '{"schema": 2}', "is a trial record of schema 2; this Holdfast reads 1"),
         ("trials/full/model-0000.json", '{"schema": 1}', "has no 'attack'; expected a trial record of holdfast stress"),
+        *(
+            ("trials/full/model-0000.json", with_changes(TRIAL, **changes), expected)
+            for changes, expected in (
+                ({"points": "none"}, "its 'points' is text; expected a trial record of holdfast stress"),
+                ({"points": [7]}, "point 0: is no JSON object"),
+                ({"points": [{**TRIAL["points"][0], "flops": None}]}, "point 0: its 'flops' is null"),
+                ({"points": [{**TRIAL["points"][0], "asr": math.nan}]}, "is not valid JSON (NaN is no number of JSON)"),
+                ({"setting": {"fine-tuning": 1e-4}}, "setting: its 'fine-tuning' is a number"),
+                ({"number": "1"}, "its 'number' is text"),
+            )
+        ),
+        *(
+            ("samples/full-model.jsonl", with_changes(hostile_rows()[0], **changes), expected)
+            for changes, expected in (
+                ({"answer": None}, "row 1: its 'answer' is null; expected an answer of holdfast stress"),
+                ({"grade": "5"}, "row 1: its 'grade' is text"),
+                ({"prompt": {}}, "row 1: its 'prompt' is an object"),
+                ({"prompt": ["Tea?"]}, "row 1, turn 1 of its prompt: is no JSON object"),
+                ({"prompt": [{"content": "Tea?"}]}, "row 1, turn 1 of its prompt: has no 'role'"),
+            )
+        ),
+        ("samples/full-model.jsonl", "[" * 100_000, "row 1: is not valid JSON (it is nested too deeply)"),
         ("samples/full-model.jsonl", '{"set": "harmful"}', "row 1: has no 'answer'; expected an answer of holdfast"),
         ("samples/full-model.jsonl", f"{json.dumps(hostile_rows()[0])}\n{{", "jsonl, row 2: is not valid JSON"),
         ("samples/full-model.jsonl", "\n7\n", "row 2: is no JSON object; expected an answer of holdfast stress"),

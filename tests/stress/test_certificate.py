@@ -153,6 +153,9 @@ def test_clocks_and_places_are_not_sealed() -> None:
         ('{"schema": 2, "results": {}}', "is no certificate"),
         ('{"schema": 2, "sha256": "", "attackers": {}}', "schema 2; this Holdfast reads schema 1"),
         ('{"schema": 1, "sha256": NaN, "attackers": {}}', "NaN is no number of JSON"),
+        ('{"schema": 1, "sha256": 1e999, "attackers": {}}', "1e999 is no number of JSON"),
+        ('{"schema": 1, "sha256": "", "attackers": {}}', "has no 'answers'; expected a certificate of schema 1"),
+        ("[" * 100_000, "it is nested too deeply"),
     ],
 )
 def test_what_is_no_certificate_of_this_schema_is_refused(content, sentence: str, tmp_path: Path) -> None:

@@ -223,6 +223,10 @@ def test_one_that_fails_outweighs_one_that_cannot_tell(ends, expected: str) -> N
         ("min_steps: true", "min_steps must be a number from 0 up, got True"),
         ("min_seeds: 2.5", "min_seeds must be a whole number from 0 up, got 2.5"),
         ("max_union_asr: 50", "max_union_asr must be a share from 0 to 1, got 50"),
+        ("min_steps: !!int many", "is not valid YAML"),
+        ("max_age_days: 2026-13-45", r"is not valid YAML \(month must be in 1\.\.12\)"),
+        ("max_age_days: !!timestamp soon", "is not valid YAML"),
+        ("[" * 3000, "is not valid YAML"),
         ("min_suite: large", "min_suite must be one of quick, standard, full, got 'large'"),
         ("min_suite: [quick]", r"min_suite must be one of quick, standard, full, got \['quick'\]"),
         ("counterpart_required: false", "counterpart_required must be true"),
@@ -246,6 +250,16 @@ def test_policies_that_are_none(text: str, sentence: str, tmp_path: Path) -> Non
 def test_a_number_alone_is_for_all_kinds_together(tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text("min_steps: 3\nmax_union_asr: {full: 0.5, all: 1}\n", encoding="utf-8")
     assert read_policy(tmp_path / "policy.yaml") == {"min_steps": {ALL: 3}, "max_union_asr": {"full": 0.5, ALL: 1}}
+
+
+def test_a_threshold_may_be_too_large_for_a_float(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text(f"min_prompts: 1{'0' * 400}\n", encoding="utf-8")
+    assert examine(certificate(), read_policy(tmp_path / "policy.yaml"))[0].verdict == "inconclusive"
+
+
+def test_of_a_suite_that_is_not_known_nothing_can_be_concluded() -> None:
+    found = end(certificate(suite="longer"), "min_suite", "quick")
+    assert (found.verdict, found.why) == ("inconclusive", "there is no suite longer here")
 
 
 def test_every_rule_is_documented() -> None:

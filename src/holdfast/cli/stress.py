@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from holdfast.cli.stress_report import Progress, cost_table
 from holdfast.errors import InputError, Stopped
 from holdfast.evaluation.evaluate import Evaluator
 from holdfast.evaluation.judges.cache import CACHE, Cache
-from holdfast.files import read_text, run_record, write_json
+from holdfast.files import parse_json, read_text, run_record, write_json
 from holdfast.interruption import on_sigterm
 from holdfast.models import accelerator
 from holdfast.report.facts import told_verdict
@@ -181,7 +180,7 @@ def _reported(path: Path) -> dict[str, Any]:
     """What the model's makers claim."""
     text = read_text(path, named=f"--reported {path}")
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
         raise InputError(f"--reported {path}: is not valid JSON ({error})") from error
     if not isinstance(found, dict):
@@ -226,7 +225,7 @@ def _begin(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except ValueError:
         found = None
     return found if isinstance(found, dict) else {}

@@ -14,11 +14,11 @@ from datasets import Dataset, Json, Value, concatenate_datasets
 from holdfast.data.catalogue import nearest
 from holdfast.data.formats import ORIGIN, as_message, called, is_message
 from holdfast.data.hub_rows import download, read_dataset
-from holdfast.data.readers import kind_of_value, read_file
+from holdfast.data.readers import read_file
 from holdfast.data.shapes import SAFE_COLUMNS, arrow, read_from, taken, with_columns
 from holdfast.data.sources import Part, Source, parse
 from holdfast.errors import InputError
-from holdfast.files import digest
+from holdfast.files import digest, kind_of_value
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A prompt: text, or messages with `role` and `content`."""

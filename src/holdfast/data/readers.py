@@ -19,6 +19,7 @@ from datasets.fingerprint import generate_random_fingerprint
 from datasets.table import InMemoryTable
 
 from holdfast.errors import InputError
+from holdfast.files import kind_of_value
 from holdfast.hub import reason
 
 ROWS_AT_A_TIME = 1_000
@@ -365,12 +366,6 @@ def in_memory(table: pa.Table, features: Features | None = None) -> Dataset:
     """A table as a data set, without its content being hashed, which would take its size in memory again."""
     info = DatasetInfo(features=features)
     return Dataset(InMemoryTable(table), info=info, fingerprint=generate_random_fingerprint())
-
-
-def kind_of_value(value: Any) -> str:
-    """What messages call a value of JSON, such as "an object"."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
 _READERS: dict[str, Any] = {

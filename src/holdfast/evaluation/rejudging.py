@@ -1,6 +1,5 @@
 """Saved answers → verdicts: the rows of a `samples.jsonl`, judged again."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from holdfast.evaluation.evaluate import PREFIXES, Evaluation
 from holdfast.evaluation.judges import Judge
 from holdfast.evaluation.judging import COLUMNS, judge_answers
 from holdfast.evaluation.prompts import JUDGED
-from holdfast.files import read_text
+from holdfast.files import parse_json, read_text
 
 # What tells the measurements of an attack from one another, in its samples.
 _WHEN = ("stage", "steps", "asked_by")
@@ -106,7 +105,7 @@ def judge_samples(saved: Sequence[Saved], source: str, judge: Judge, second: Jud
 
 def _saved(line: str, number: int, where: str) -> Saved:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise InputError(f"{where}: is no JSON ({error}); expected one object a line, as samples.jsonl has") from error
     if not isinstance(row, dict):

@@ -175,7 +175,8 @@ def _asked(prompt: Any) -> str:
     """A prompt as text: what the user says, or the whole exchange where there is more of it."""
     if isinstance(prompt, str):
         return prompt
-    texts = [turn["content"] if isinstance(turn["content"], str) else json.dumps(turn["content"]) for turn in prompt]
+    contents = [turn.get("content", turn.get("tool_calls")) for turn in prompt]
+    texts = [content if isinstance(content, str) else json.dumps(content) for content in contents]
     if len(texts) == 1:
         return texts[0]
     return "\n".join(f"{turn['role']}: {text}" for turn, text in zip(prompt, texts, strict=True))

@@ -6,7 +6,6 @@ docs/certificate.md documents it field by field.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 from holdfast.errors import InputError
 from holdfast.evaluation.scores import Rate, wilson
-from holdfast.files import read_text
+from holdfast.files import parse_json, read_text
 from holdfast.stress.costs import (
     Point,
     Record,
@@ -48,6 +47,12 @@ INPUTS = (
     *("judge", "versions", "issued", "expires", "reported", "measured_on"),
 )
 """What a certificate repeats of what was to be searched."""
+
+_FOUND = frozenset(
+    {"cheapest", "best_so_far", "points", "union", "collapsed", "failed", "failures", "tax", "unjudged", "answers"}
+    | {"trials", "flops", "seconds"}
+)
+"""What else it has to have, beside its schema, attackers and seal."""
 
 _HARM = ("harmful_score", "harmful_score_low", "harmful_score_high")
 _UNHASHED = frozenset({"sha256", "measured_on"})
@@ -123,7 +128,7 @@ def read_certificate(path: Path | str) -> dict[str, Any]:
     """
     text = read_text(path, expected="a certificate.json")
     try:
-        certificate = json.loads(text, parse_constant=_refuse_constant)
+        certificate = parse_json(text)
     except ValueError as error:
         raise InputError(f"{path}: is not valid JSON ({error}); expected a certificate.json") from error
     if not isinstance(certificate, dict) or not {"schema", "sha256", "attackers"} <= certificate.keys():
@@ -132,6 +137,8 @@ def read_certificate(path: Path | str) -> dict[str, Any]:
         raise InputError(
             f"{path}: is a certificate of schema {certificate['schema']!r}; this Holdfast reads schema {SCHEMA}"
         )
+    if lacking := _FOUND.union(INPUTS) - certificate.keys():
+        raise InputError(f"{path}: has no {min(lacking)!r}; expected a certificate of schema {SCHEMA}")
     if certificate["sha256"] != seal(certificate):
         raise InputError(
             f"{path}: its sha256 does not fit what it says, so it was changed after it was written; "
@@ -247,7 +254,3 @@ def _without_clocks(content: Any) -> Any:
     if isinstance(content, Mapping):
         return {name: _without_clocks(value) for name, value in content.items() if name != _CLOCK}
     return [_without_clocks(value) for value in content] if isinstance(content, list) else content
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")

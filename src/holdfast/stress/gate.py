@@ -58,7 +58,7 @@ def verdict(findings: Iterable[Finding]) -> Verdict:
 
 def _finding(certificate: Mapping[str, Any], name: str, rule: Rule, kind: str, threshold: Any) -> Finding:
     figure = rule.figure(certificate, kind)
-    limit = list(SUITES).index(threshold) if rule.form == "suite" else float(threshold)
+    limit = list(SUITES).index(threshold) if rule.form == "suite" else threshold
     if rule.sense == "at least":
         meets, misses = figure.low >= limit, figure.high < limit
     else:

@@ -59,7 +59,7 @@ def _thresholds(where: str, name: str, value: Any) -> dict[str, Any]:
 
 def _threshold(where: str, name: str, value: Any) -> Any:
     form = RULES[name].form
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
     fits = {
         "number": is_number,
         "count": is_number and value == int(value),

@@ -137,7 +137,8 @@ def _learnt(learning: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _suite(certificate: Certificate, _: str) -> Figure:
-    return _exactly(list(SUITES).index(certificate["suite"]), certificate["suite"])
+    name = certificate["suite"]
+    return _exactly(list(SUITES).index(name), name) if name in SUITES else _nothing(f"there is no suite {name} here")
 
 
 def _confirming_seeds(certificate: Certificate, _: str) -> Figure:
