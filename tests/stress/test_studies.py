@@ -7,7 +7,8 @@ import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 
-from holdfast.errors import InputError
+from helpers import files_no_longer_than
+from holdfast.errors import InputError, TrainingError
 from holdfast.stress.studies import Studies
 from holdfast.stress.trials import Trial
 from stress.made import found, schedule
@@ -147,6 +148,22 @@ def test_hybrids_wait_for_what_is_measured_along_fine_tunings(url):
     assert (confirming.kind, confirming.stage, confirming.setting) == ("hybrid", "confirm", prefilled)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_full_disk_is_told_and_the_trial_handed_in_when_there_is_room(url, shared, tmp_path):
+    studies = opened(url, shared=shared)
+    trial, token = studies.take()
+    long = [{**found(trial), "reason": "x" * 10**6}]
+    called = f"--storage {url}" if shared else f"{tmp_path}/study.db"
+    with files_no_longer_than((tmp_path / "study.db").stat().st_size), pytest.raises(TrainingError) as told:
+        studies.finish(token, long)
+    said = str(told.value)
+    assert said.startswith(f"{called} can no longer be used (")
+    assert said.endswith("; the same command goes on from the trials that have ended")
+    assert "SQL" not in said
+    studies.finish(token, long)
+    assert studies.all_records() == long
+
+
 def test_another_search_is_refused(url):
     work(opened(url))
     with pytest.raises(InputError, match="holds another search, of other models, data or settings"):
@@ -164,5 +181,5 @@ def test_another_search_is_refused(url):
 )
 def test_a_storage_that_cannot_be_reached_is_refused(bad, why):
     with pytest.raises(InputError, match=why) as refused:
-        opened(bad)
+        opened(bad, shared=True)
     assert "secret" not in str(refused.value)

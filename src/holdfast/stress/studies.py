@@ -7,12 +7,13 @@ trial whose worker was killed is failed, in the storage's sense, and put there a
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 import optuna
 from filelock import FileLock
@@ -22,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from holdfast.errors import InputError
+from holdfast.errors import InputError, TrainingError
 from holdfast.stress.trials import Record
 
 _IDENTITY, _TRIAL, _RECORDS, _WORKER = "holdfast", "trial", "records", "worker"
@@ -65,6 +66,28 @@ class Course(Protocol):
 C = TypeVar("C", bound=Course)
 
 
+_FAULTS = (SQLAlchemyError, optuna.exceptions.OptunaError)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _told(method: Callable[Concatenate[Studies[Any], _P], _T]) -> Callable[Concatenate[Studies[Any], _P], _T]:
+    """A method whose storage may fail it: that ends the search, which can go on."""
+
+    @functools.wraps(method)
+    def told(self: Studies[Any], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return method(self, *args, **kwargs)
+        except _FAULTS as error:
+            raise TrainingError(
+                f"{self._called} can no longer be used ({_why(error)}); the same command goes on from the trials that "
+                "have ended"
+            ) from error
+
+    return told
+
+
 class Studies(Generic[C]):
     """The studies of one search.
 
@@ -77,6 +100,7 @@ class Studies(Generic[C]):
 
     Raises:
         InputError: The storage cannot be reached, or holds another search.
+        TrainingError: From all methods: it no longer takes or tells anything, as where a disk is full.
     """
 
     def __init__(self, url: str, identity: str, schedules: list[C], *, shared: bool, worker: str) -> None:
@@ -88,28 +112,28 @@ class Studies(Generic[C]):
         self._worker = worker
         self._shared = shared
         self._lock = _lock_of(url)
+        self._called = f"--storage {_shown(url)}" if shared else str(make_url(url).database)
         with self._lock:
             try:
                 self._storage = RDBStorage(
                     url, heartbeat_interval=HEARTBEAT if shared else None, grace_period=GRACE if shared else None
                 )
-                self._studies = [self._opened(schedule, url, identity) for schedule in schedules]
-            except (ImportError, RuntimeError, SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-                why = " ".join(str(getattr(error, "orig", None) or error.__cause__ or error).split())
-                raise InputError(f"--storage {_shown(url)} cannot be used ({why})") from error
+                self._studies = [self._opened(schedule, identity) for schedule in schedules]
+            except (ImportError, RuntimeError, *_FAULTS) as error:
+                raise InputError(f"{self._called} cannot be used ({_why(error)})") from error
 
-    def _opened(self, schedule: C, url: str, identity: str) -> optuna.Study:
+    def _opened(self, schedule: C, identity: str) -> optuna.Study:
         study = optuna.create_study(study_name=schedule.name, storage=self._storage, load_if_exists=True)
         found = study.user_attrs.get(_IDENTITY)
         if found not in (None, identity) or (found is None and study.get_trials(deepcopy=False)):
             raise InputError(
-                f"--storage {_shown(url)} holds another search, of other models, data or settings; "
-                "choose another database"
+                f"{self._called} holds another search, of other models, data or settings; choose another database"
             )
         if found is None:
             study.set_user_attr(_IDENTITY, identity)
         return study
 
+    @_told
     def records(self, place: int) -> list[list[Record]]:
         """The records of the batches of a study that have ended, in order; a trial's own comes first.
 
@@ -118,6 +142,7 @@ class Studies(Generic[C]):
         """
         return [[records[0] for records in batch] for batch in _ended(self._trials(place))]
 
+    @_told
     def all_records(self) -> list[Record]:
         """Every record of every trial that has ended, in the order of studies and numbers."""
         found = []
@@ -126,6 +151,7 @@ class Studies(Generic[C]):
             found += [record for trial in trials for record in trial.user_attrs[_RECORDS]]
         return found
 
+    @_told
     def take(self) -> tuple[Any, int] | None:
         """Claim a trial; None if none is to be had now, as all are under way or done.
 
@@ -151,6 +177,7 @@ class Studies(Generic[C]):
                     return taken
         return None
 
+    @_told
     def finish(self, token: int, records: list[Record]) -> None:
         """Hand in what a trial has found; that of one that was given up meanwhile, and so ran again, is dropped.
 
@@ -165,6 +192,7 @@ class Studies(Generic[C]):
         except UpdateFinishedTrialError:
             return
 
+    @_told
     def done(self) -> bool:
         """Whether no trial is left to run, here or elsewhere."""
         for place in range(len(self.schedules)):
@@ -178,6 +206,7 @@ class Studies(Generic[C]):
         if missing == [] and all(trial.state == TrialState.COMPLETE for trial in trials.values()):
             self._over.add(place)
 
+    @_told
     def release(self, *, everyone: bool = False) -> None:
         """Give up the trials under way of this command's workers, which have ended; of `everyone` where it is alone."""
         for study in self._studies:
@@ -195,7 +224,8 @@ class Studies(Generic[C]):
 
         def beat() -> None:
             while not over.wait(HEARTBEAT):
-                self._storage.record_heartbeat(token)
+                with suppress(*_FAULTS):  # one sign may be missed
+                    self._storage.record_heartbeat(token)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
@@ -285,6 +315,13 @@ def _lock_of(url: str) -> AbstractContextManager[Any]:
             raise InputError(f"--storage {url} cannot be used (there is no folder {Path(parsed.database).parent})")
         return FileLock(f"{parsed.database}.lock")
     return nullcontext()
+
+
+def _why(error: BaseException) -> str:
+    """What the database says, without what was to be done to it."""
+    while (deeper := getattr(error, "orig", None) or error.__cause__) is not None:
+        error = deeper
+    return " ".join(str(error).split())
 
 
 def _shown(url: str) -> str:
