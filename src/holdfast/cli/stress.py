@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from holdfast.models import accelerator
 from holdfast.report.facts import told_verdict
 from holdfast.stress.answers import write_answers
 from holdfast.stress.certificate import MARKER, SAMPLES, STARTED, TAX, TRIALS, assemble
-from holdfast.stress.preparing import Prepared, prepare
+from holdfast.stress.preparing import Prepared, differing, prepare
 from holdfast.stress.schedule import Schedule
 from holdfast.stress.search import tax_of, write_record
 from holdfast.stress.studies import Studies
@@ -35,6 +35,9 @@ from holdfast.stress.workers import run as run_workers
 
 #: A certificate is good for a year: attacks get better.
 _GOOD_FOR = datetime.timedelta(days=365)
+
+#: What a search writes, beside what judges say.
+_WRITTEN = (MARKER, STARTED, "study.db", TRIALS, SAMPLES, TAX)
 
 
 @dataclass
@@ -148,6 +151,7 @@ def run(argv: list[str]) -> int:
         written=options.written,
     )
     with output_dir(folder, marker=MARKER, overwrite=options.overwrite_output_dir):
+        _require_own(folder, overwrite=options.overwrite_output_dir)
         say("loading the models, and measuring what they know")
         prepared = prepare(
             sources,
@@ -194,6 +198,16 @@ def _evaluator(measure: MeasureArguments, seed: int, written: Mapping[str, Any],
     return found
 
 
+def _require_own(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder in which something lies where a search would write, and no search has put it there."""
+    others = [name for name in _WRITTEN if (folder / name).exists()]
+    if others and not overwrite and not (folder / STARTED).is_file():
+        raise InputError(
+            f"--output_dir {folder} holds {others[0]}, and no search was begun there, which {STARTED} would tell of; "
+            "choose another folder or pass --overwrite_output_dir"
+        )
+
+
 def _begin(
     folder: Path, prepared: Prepared, told: Mapping[str, Any], processes: int, *, overwrite: bool
 ) -> dict[str, Any]:
@@ -202,14 +216,15 @@ def _begin(
     if path.is_file() and not overwrite:
         found = _read(path)
         if found.get("identity") != identity:
+            others = differing(found, prepared.inputs) if found else []
             raise InputError(
-                f"--output_dir {folder} holds a search of other models, data or settings ({STARTED}); choose another "
-                "folder or pass --overwrite_output_dir"
+                f"--output_dir {folder} holds another search, {_told_apart(others)} ({STARTED}); choose another folder "
+                "or pass --overwrite_output_dir"
             )
         if (folder / TRIALS).is_dir():
             say(f"going on with the search in {folder}")
         return found
-    for name in (MARKER, STARTED, "study.db", TRIALS, SAMPLES, TAX):  # of a search before
+    for name in _WRITTEN:  # of a search before
         place = folder / name
         shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
     today = datetime.datetime.now(datetime.UTC).date()
@@ -221,6 +236,11 @@ def _begin(
     }
     write_json(path, inputs)
     return inputs
+
+
+def _told_apart(others: Sequence[str]) -> str:
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return f"with another {', '.join(others[:3])}{more}" if others else "which cannot be told any more"
 
 
 def _read(path: Path) -> dict[str, Any]:

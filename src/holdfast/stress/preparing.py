@@ -226,6 +226,31 @@ def _identity(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(_without_places(content)).encode()).hexdigest()
 
 
+def differing(found: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+    """In what a search differs from another one, wherever the files of both lie.
+
+    Args:
+        found: What `stress.json` says of the one.
+        inputs: Of the other, as `Prepared` has it.
+
+    Returns:
+        Names such as `seed` and `data.eval_data`.
+    """
+    names = [name for name in inputs if name not in ("schema", "command", "identity", "own")]
+    return _differing(*(_without_places({name: one.get(name) for name in names}) for one in (found, inputs)))
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    names: list[str] = []
+    for name in {**other, **one}:
+        here, there = one.get(name), other.get(name)
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            names += [f"{name}.{inner}" for inner in _differing(here, there)]
+        elif here != there:
+            names.append(name)
+    return names
+
+
 def _without_places(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_places(item) for key, item in value.items() if key not in ("source", "taken")}
