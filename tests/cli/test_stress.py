@@ -158,12 +158,64 @@ def test_what_a_judge_at_a_server_has_said_is_not_asked_again_after_a_kill(words
     assert certificate["union"]["model"]["asr"] == 1.0
 
 
-def test_another_search_in_the_folder_is_refused(words, tmp_path, capsys):
+def test_an_impatient_interrupt_ends_all_processes_in_one_line(words, tmp_path):
+    """A terminal sends it to all of them; those of a search that has just begun are still importing."""
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "stress.json").write_text('{"identity": "of another"}', encoding="utf-8")
-    assert main([*words, "--leave_out", "soft-prompt", "--output_dir", str(out)]) == 2
-    assert "holds a search of other models, data or settings (stress.json)" in capsys.readouterr().err
+    process = start([*words, "--output_dir", str(out)])
+    while not (out / "study.db").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    time.sleep(1)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.02)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    told = [line for line in said.splitlines() if line]
+    assert told == [
+        "loading the models, and measuring what they know",
+        f"holdfast: interrupted; what was tried is in {out}, and the same command goes on from there",
+    ]
+
+
+@pytest.fixture
+def begun(words, tmp_path, monkeypatch) -> Path:
+    """The folder of a search that was interrupted before a trial had ended."""
+    out = tmp_path / "begun"
+    with monkeypatch.context() as patch:
+        patch.setattr("holdfast.cli.stress.run_workers", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        assert main([*words, "--output_dir", str(out)]) == 130
+    return out
+
+
+def test_another_search_in_the_folder_is_refused(words, begun, capsys):
+    capsys.readouterr()
+    assert main([*words, "--max_new_tokens", "17", "--seed", "7", "--output_dir", str(begun)]) == 2
+    said = capsys.readouterr().err
+    assert f"{begun} holds another search, with another seed, seeds, decoding.max_new_tokens (stress.json); " in said
+    (begun / "stress.json").write_text('{"identity":', encoding="utf-8")
+    assert main([*words, "--output_dir", str(begun)]) == 2
+    assert "holds another search, which cannot be told any more (stress.json); choose" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["trials", "samples", "tax", "study.db"])
+def test_what_no_search_has_written_is_left_alone(words, name, tmp_path, capsys):
+    mine = tmp_path / "out" / name / "mine.jsonl"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 2
+    assert (
+        f"out holds {name}, and no search was begun there, which stress.json would tell of" in capsys.readouterr().err
+    )
+    assert mine.exists()
+
+
+def test_what_a_process_of_a_search_cannot_write_is_told_in_one_line(words, begun, capfd):
+    (begun / "tax").touch()
+    assert main([*words, "--output_dir", str(begun)]) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == f"holdfast: [Errno 20] Not a directory: '{begun / 'tax' / 'model.json'}'"
 
 
 def test_what_does_not_fit_is_refused(words, organism, model_dir, tmp_path, refused: Refused):

@@ -61,7 +61,8 @@ def words_of_search(organism):
 
 
 def start(words):
-    """The command, on its own."""
+    """The command, on its own, as at a terminal of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    said = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-m", "holdfast", *words]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, start_new_session=True, **said)

@@ -11,7 +11,9 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from uuid import uuid4
@@ -39,7 +41,8 @@ def run(plan: Plan, *, processes: int, watch: Callable[[Studies[Schedule]], None
 
     Raises:
         InputError: From a process.
-        TrainingError: A process was killed.
+        OSError: From a process, as where a disk is full.
+        TrainingError: From a process, or one was killed.
     """
     keep_freed_memory()
     worker = uuid4().hex
@@ -48,13 +51,14 @@ def run(plan: Plan, *, processes: int, watch: Callable[[Studies[Schedule]], None
     context = multiprocessing.get_context("spawn")
     started: list[Started] = []
     try:
-        for number in range(processes):
-            ours, theirs = context.Pipe(duplex=False)
-            taxed = list(plan.taxed)[number::processes]
-            process = context.Process(target=_work, args=(plan, worker, taxed, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            started.append((process, ours))
+        with _deaf():
+            for number in range(processes):
+                ours, theirs = context.Pipe(duplex=False)
+                taxed = list(plan.taxed)[number::processes]
+                process = context.Process(target=_work, args=(plan, worker, taxed, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                started.append((process, ours))
         while any(process.is_alive() for process, _ in started):
             watch(studies)
             _raise_what_they_raised(started)
@@ -62,10 +66,26 @@ def run(plan: Plan, *, processes: int, watch: Callable[[Studies[Schedule]], None
         _raise_what_they_raised(started)
         watch(studies)
     finally:
-        for process, _ in started:
-            process.kill()
-            process.join()
+        with _deaf():  # who interrupts twice would leave some, to which Python's own end sends what they do not hear
+            for process, _ in started:
+                process.kill()
+                process.join()
         studies.release()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Put off Ctrl-C and SIGTERM, for good in the processes that are begun meanwhile.
+
+    Whoever wants the search to end tells the process that began them, and a terminal or a scheduler tells all.
+    """
+    signals = {signal.SIGINT, signal.SIGTERM}
+    resource_tracker.ensure_running()  # which the first process would else begin, and with it unblock both
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # which processes inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 def _raise_what_they_raised(started: list[Started]) -> None:
@@ -86,9 +106,6 @@ def _work(plan: Plan, worker: str, taxed: list[str], connection: Connection) -> 
     from holdfast.cli.console import set_up_logging
     from holdfast.stress.search import tax_of, work
 
-    # Whoever wants the search to end tells the process that began this one.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     end_with_parent()
     tqdm.set_lock(threading.RLock())  # its own, of processes, would be left behind by one that is killed
     set_up_logging()
@@ -97,6 +114,6 @@ def _work(plan: Plan, worker: str, taxed: list[str], connection: Connection) -> 
     try:
         tax_of(plan, taxed, lambda _: None)
         work(plan, worker)
-    except (InputError, TrainingError) as error:
+    except (InputError, TrainingError, OSError) as error:
         connection.send(error)
     connection.close()
