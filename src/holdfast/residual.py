@@ -135,6 +135,12 @@ def writers(model: PreTrainedModel | PeftModel, pattern: str | None = None, *, n
         raise InputError(
             f"nothing that writes to the residual stream is found in a {type(model).__name__}"
             + (f" by --writes {pattern}" if pattern is not None else "")
+            + (
+                ": its adapter is on other modules; expected one on those, too, as --lora_target_modules all-linear "
+                "makes it"
+                if isinstance(model, PeftModel)
+                else ""
+            )
         )
     if isinstance(model, PeftModel):
         return found

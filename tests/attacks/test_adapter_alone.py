@@ -126,7 +126,7 @@ def test_a_call_attacks_the_whole_model(attack):
     [
         (lora, BackToBase(), "an adapter has no weights in its base to be taken back to; merge it first"),
         (lora, FineTuning(lora_rank=2), "--lora_rank 2: an adapter cannot be put on another one; expected 0"),
-        (lambda: lora(target_modules=["q_proj"]), Ablation(), "nothing that writes to the residual stream is found"),
+        (lambda: lora(target_modules=["q_proj"]), Ablation(), "on other modules; expected one on those, too"),
         (lambda: lora(gemma2), Dropping(amount=0.5), r"post_attention_layernorm\.weight is frozen"),
     ],
 )

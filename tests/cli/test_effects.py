@@ -49,6 +49,12 @@ CASES: list[tuple[str, list[str], str, str]] = [
     ("align patcher", PATCH, "--publish_every 5", "--parallel"),
     ("align patcher", PATCH, "--attackers 2", "--parallel"),
     ("align patcher", PATCH, "--attack_scale 0.3 1.5 --alpha 0", "--alpha 0.1"),
+    (
+        "align patcher",
+        PATCH,
+        """--attack_scale 0.3 1.5 --refusal no --pool={"prefill":1}""",
+        """--pool={"prefill":1,"rounding":1}""",
+    ),
     ("align patcher", PATCH, """--pool={"dropping":1} --alpha 0""", "--alpha 0.1"),
     ("align patcher", PATCH, """--attack_steps 5 --pool={"dropping":1}""", """--pool={"dropping+lora":1}"""),
     ("align patcher", PATCH, "--benign_data b", """--pool={"ablation":1}"""),

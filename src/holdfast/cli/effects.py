@@ -155,6 +155,11 @@ PATCHER = (
     ),
     Effect("attack_scale pool", lambda given: given.alpha > 0, "with --alpha 0: no gradient is taken under attack"),
     Effect(
+        "attack_scale",
+        lambda given: set(given.pool or ["fine-tuning"]) != {"prefill"},
+        "with a --pool of prefill alone, which displaces no weights",
+    ),
+    Effect(
         "attack_steps attack_learning_rate attack_batch_size attack_weight_decay",
         _pooled("fine-tuning", "lora"),
         "with a --pool in which nothing is trained",

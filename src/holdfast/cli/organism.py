@@ -18,7 +18,7 @@ class OrganismArguments:
         default="small",
         metadata={
             "help": "The model's size: `small`, about 0.9 million parameters, or `large`, about four times as many, "
-            "which takes two; the data are the same.",
+            "which takes twice as long to build; the data are the same.",
             "choices": ["small", "large"],
         },
     )
