@@ -195,7 +195,7 @@ def test_a_base_that_does_not_fit(build, sentence):
 @pytest.mark.parametrize(
     ("attack", "settings", "sentence"),
     [
-        (Rounding, {"bits": 1}, "--bits must be at least 2, got 1"),
+        (Rounding, {"bits": 1}, "--bits must lie between 2 and 32, got 1"),
         (Pruning, {"share": 1.0}, "--share must lie between 0 and 1, both excluded, got 1.0"),
         (Noise, {"amount": 0.0}, "--amount must be greater than 0"),
         (BackToBase, {"rank": -1}, "--rank must not be negative"),

@@ -192,7 +192,7 @@ def test_what_writes_to_the_stream_under_a_name_of_its_own_can_be_named(
         ("dropping --layer 2", "there is no layer 2: the model has 2 layers, numbered from 0 to 1"),
         ("dropping --writes nothing", "name those that do by a regular expression with --writes"),
         ("dropping --writes (", "--writes '(' is not a regular expression"),
-        ("rounding --bits 1", "--bits must be at least 2, got 1"),
+        ("rounding --bits 1", "--bits must lie between 2 and 32, got 1"),
         ("best-of-n --n 1", "--n must be at least 2, got 1"),
         ("base --base {missing}", "is neither a folder nor a model on the Hub"),
         (

@@ -35,8 +35,8 @@ class Rounding(WeightChange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits < 2:
-            raise InputError(f"--bits must be at least 2, got {self.bits}")
+        if not 2 <= self.bits <= 32:
+            raise InputError(f"--bits must lie between 2 and 32, got {self.bits}")
 
     def find(self, model: PreTrainedModel | PeftModel, attacker: Attacker) -> Found:
         """As for `WeightChange`. It costs nothing."""
