@@ -65,7 +65,7 @@ def test_checkpoint_of_another_method_is_refused(tmp_path):
             read()
 
 
-@pytest.mark.parametrize("other", [None, FORMAT + 1])
+@pytest.mark.parametrize("other", [None, 1, FORMAT + 1])
 def test_checkpoint_of_another_format_is_refused(tmp_path, other):
     """Those before the first had no number."""
     save_state(tmp_path, {"updates": 3}, write=True, **OF)

@@ -149,9 +149,16 @@ def require_not_negative(config: Any, *names: str) -> None:
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:
-    """The mapping that a flag gives as JSON; InputError if it is no JSON object."""
+    """The mapping that a flag gives as JSON; InputError if it is no JSON object, or has a key twice."""
+
+    def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise InputError(f"--{name}: the key {twice[0]!r} stands more than once in {text!r}")
+        return dict(pairs)
+
     try:
-        parsed = json.loads(text)
+        parsed = json.loads(text, object_pairs_hook=read)
     except json.JSONDecodeError:
         parsed = None
     if not isinstance(parsed, dict):

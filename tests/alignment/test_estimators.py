@@ -260,6 +260,9 @@ def test_adapter_is_displaced_alone(settings):
         ({"attack_scale": [0.0, 1.0, 2.0]}, "takes two numbers"),
         ({"attack_scale": [float("nan"), 1.0]}, "got nan 1.0"),
         ({"attack_scale": [0.0, float("inf")]}, "got 0.0 inf"),
+        ({"attack_scale": 0.5}, "takes two numbers, .*; got 0.5"),
+        ({"attack_scale": ["low", "high"]}, "takes two numbers, .*; got low high"),
+        ({"attack_scale": None}, "takes two numbers, .*; got None"),
     ],
 )
 def test_settings_out_of_range(settings, changes, sentence):

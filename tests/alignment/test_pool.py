@@ -130,10 +130,12 @@ def test_chains_hold_their_attacks_in_order():
         ({"fine-tuning": {"weight": 1, "optimizer": "adam"}}, "optimizer must be one of adamw_torch_fused, sgd, adaf"),
         ({"lora": {"weight": 1, "lora_rank": 0}}, "--pool lora: lora_rank must be a whole number above 0, got 0"),
         ({"dropping": {"weight": 1, "part": "head"}}, "--pool dropping: part must be one of both, attention, mlp"),
-        ({"rounding": {"weight": 1, "bits": [4, 1]}}, "--pool rounding: --bits must be at least 2, got 1"),
+        ({"rounding": {"weight": 1, "bits": [4, 1]}}, "--pool rounding: --bits must lie between 2 and 32, got 1"),
         ({"ablation": {"weight": 1, "mlp_scale": [[1, 2]]}}, "--pool ablation: --mlp_scale takes one number, or four"),
         ({"ablation": {"weight": 1, "own_directions": 1}}, "own_directions: expected true or false, got 1"),
         ({"prefill": {"weight": 1, "opener": " "}}, "--pool prefill: --opener is empty"),
+        ({1: 1}, "--pool has no member '1'; expected fine-tuning"),
+        ({"rounding": {"weight": 1, "bits": [4, 5000]}}, "--pool rounding: --bits must lie between 2 and 32, got 5000"),
         ([1], r"--pool must be a mapping from members to weights, got \[1\]"),
     ],
 )

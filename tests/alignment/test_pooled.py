@@ -307,6 +307,29 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, form):
     assert all(same_bits(*pair) for pair in zip(*kept, strict=True))
 
 
+def test_a_run_goes_on_with_those_vectors_alone_that_its_pool_keeps_now(tmp_path):
+    through = run_to_resume("pool of vectors", str(tmp_path), pool={"fine-tuning": {"weight": 1, "rounds": 3}})
+    through.train()
+    newest = through.method_state()
+    kept = [name for name in newest if name != "attack_vectors_of" and not name.endswith("by_hand")]
+    assert len(kept) == 3
+    for pool, count in (({"fine-tuning": 1}, 1), ({"dropping": 1, "fine-tuning": 0}, 0), (None, 1)):
+        resumed = run_to_resume("pool of vectors", str(tmp_path), pool=pool)
+        resumed.load_method_state(newest)
+        assert [id(one) for one in vectors_of(resumed)] == [id(newest[name]) for name in kept[3 - count :]]
+    through.attack_vector = dict(through.attack_vector)
+    resumed.load_method_state(through.method_state())
+    assert resumed.attack_vector is not None
+
+
+def test_a_vector_set_by_hand_is_no_member_in_the_logs(settings):
+    trainer = pooled(settings, {"dropping": 1, "fine-tuning": 1}, max_steps=2)
+    trainer.attack_vector = {name: torch.ones_like(weight) for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    names = {name for entry in logged_updates(trainer) for name in entry if name.startswith("attacked_loss")}
+    assert names == {"attacked_loss"}
+
+
 def test_run_stopped_inside_a_round_ends_with_the_same_bits(tmp_path):
     """With the model ablated for the moment, or an adapter half trained: the round is undone, and made again."""
     pool = {
@@ -361,6 +384,7 @@ def test_an_adapter_is_displaced_alone(settings, member):
         ({"ablation": {"weight": 1, "prompts": 2}}, {}, "--pool ablation: rank 4 takes as many harmful prompts"),
         ({"fine-tuning": {"weight": 1, "rows": 64}}, {}, "rows 64: --attack_data has 12 rows"),
         ("{", {}, "--pool must be a JSON object, got '{'"),
+        ('{"dropping": 1, "dropping": 0}', {}, "--pool: the key 'dropping' stands more than once in"),
     ],
 )
 def test_pools_that_cannot_be_had(settings, pool, changes, sentence):

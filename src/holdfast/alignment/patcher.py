@@ -152,8 +152,13 @@ class PatcherConfig(DefenseConfig):
         require_not_negative(self, "attack_weight_decay")
         if self.estimator not in ESTIMATORS:
             raise InputError(f"--estimator must be {' or '.join(ESTIMATORS)}, got {self.estimator}")
-        bounds = self.attack_scale
-        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] < math.inf:
+        given: Any = self.attack_scale
+        bounds = given if isinstance(given, list | tuple) else [given]
+        if (
+            len(bounds) != 2
+            or not all(isinstance(bound, int | float) for bound in bounds)
+            or not 0 <= bounds[0] <= bounds[1] < math.inf
+        ):
             raise InputError(
                 "--attack_scale takes two numbers, the least factor and the greatest, the least not below 0 and not "
                 f"above the greatest; got {' '.join(map(str, bounds))}"
@@ -285,7 +290,7 @@ class PatcherTrainer(DefenseTrainer):
         if self.args.estimator == "sampled":
             self.count_tokens(window)
         self.log_metric("attacked_loss", loss)
-        if self.args.pool is not None:
+        if self.args.pool is not None and member is not BY_HAND:
             self.log_metric(f"attacked_loss_{member.name}", loss)
         return loss, gradient
 
@@ -324,8 +329,8 @@ class PatcherTrainer(DefenseTrainer):
         return self._vectors.state()
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
-        """Put the saved vectors in force again."""
-        self._vectors.load(state)
+        """Put the saved vectors in force again, as far as the pool still draws them."""
+        self._vectors.load(state, [member for member in self._pool.members if member.weight > 0])
 
     def before_the_first_update(self) -> None:
         """See that the run has what its attacks will need; called when a checkpoint has been taken up.

@@ -195,7 +195,7 @@ class Pool:
 
 
 def _member(name: str, given: Any) -> Member:
-    parts = name.split("+")
+    parts = str(name).split("+")  # a recipe's may be a number
     for part in parts:
         if part not in _ATTACKS:
             raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from holdfast.alignment.pool import Member
@@ -60,8 +60,13 @@ class AttackVectors:
             "attack_vector_set_by_hand": self.by_hand,
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state` gave."""
+    def load(self, state: Mapping[str, Any], members: Iterable[Member]) -> None:
+        """Take up what `state` gave, of what these members keep: a run may go on with another pool."""
+        rounds = {member.name: member.rounds for member in (BY_HAND, *members)}
         names = state["attack_vectors_of"]
-        self._kept = [(name, state[f"attack_vector_{number}"]) for number, name in enumerate(names)]
+        self._kept = [
+            (name, state[f"attack_vector_{number}"])
+            for number, name in enumerate(names)
+            if names[number:].count(name) <= rounds.get(name, 0)
+        ]
         self.by_hand = state["attack_vector_set_by_hand"]
