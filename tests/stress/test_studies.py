@@ -177,6 +177,8 @@ def test_another_search_is_refused(url):
         ("sqlite:////nowhere/at/all.db", "there is no folder /nowhere/at"),
         ("postgresql+psycopg://u:secret@127.0.0.1:1/db", r"u:\*\*\*@127.0.0.1:1/db cannot be used"),
         ("nosuch://host/db", "cannot be used"),
+        ("sqlite://", "is a database in memory, which processes do not share; name a file"),
+        ("sqlite:///:memory:", "is a database in memory, which processes do not share; name a file"),
     ],
 )
 def test_a_storage_that_cannot_be_reached_is_refused(bad, why):

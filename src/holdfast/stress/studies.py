@@ -310,7 +310,9 @@ def _lock_of(url: str) -> AbstractContextManager[Any]:
         parsed = make_url(url)
     except SQLAlchemyError as error:
         raise InputError(f"--storage {url} is no address of a database, such as sqlite:///study.db") from error
-    if parsed.get_backend_name() == "sqlite" and parsed.database:
+    if parsed.get_backend_name() == "sqlite":
+        if parsed.database in (None, "", ":memory:"):
+            raise InputError(f"--storage {url} is a database in memory, which processes do not share; name a file")
         if not Path(parsed.database).parent.is_dir():
             raise InputError(f"--storage {url} cannot be used (there is no folder {Path(parsed.database).parent})")
         return FileLock(f"{parsed.database}.lock")
