@@ -20,6 +20,6 @@ def draws(seed: int, purpose: str, number: int) -> np.random.Generator:
     Args:
         seed: The run's seed.
         purpose: What is drawn.
-        number: The update's or the round's, from 0.
+        number: The update's, from 0, or the round's, from 1.
     """
     return np.random.default_rng((seed, zlib.crc32(purpose.encode()), number))

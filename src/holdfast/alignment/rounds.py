@@ -42,7 +42,7 @@ def simulate_round(
         batches: The harmful batches that go on from round to round.
         rows: The prepared rows behind them, for a pool that varies these.
         chosen: What the round draws from.
-        number: The round's, from 0.
+        number: The round's, from 1.
 
     Returns:
         As from `simulate_attack`.
