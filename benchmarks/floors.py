@@ -31,7 +31,7 @@ from holdfast.cli import demo
 from holdfast.cli import main as holdfast
 from holdfast.cli.workers import Command, run_commands
 from holdfast.files import versions, write_json
-from holdfast.stress.certificate import MARKER, read_certificate
+from holdfast.stress.certificate import MARKER
 from plans import unfinished
 from readme import fill_block
 
@@ -202,11 +202,8 @@ def main() -> None:
         found.append({**told, "floor": floor.known, **most, "holds": holds})
     lines = table(found)
     console.print("\n".join(lines), soft_wrap=True, markup=False)
-    certificates = [read_certificate(folder / MARKER) for folder in folders.values()]
-    took = {str(seed): one["seconds"] for seed, one in zip(folders, certificates, strict=True)}
-    console.print(f"seconds by seed: {took}")
     if args.suite == "standard" and tuple(args.seeds) == SEEDS:
-        record = {"schema": 1, "versions": versions(), "suite": args.suite, "seconds": took, "floors": found}
+        record = {"schema": 1, "versions": versions(), "suite": args.suite, "floors": found}
         write_json(ROOT / "benchmarks" / "results" / "floors.json", record)
         fill_block("floors", "\n".join(lines), ROOT / "docs" / "methods.md")
 
