@@ -184,8 +184,8 @@ def test_a_system_column_of_prompts_is_their_system_turn(
     ("more", "expected"),
     [
         ({"system": 3}, "row 1: 'system' must be text"),
-        ({"tools": "[{}]"}, "row 1: an evaluation has no place for tools"),
-        ({"chat_template_kwargs": {"a": 1}}, "row 1: an evaluation has no place for chat_template_kwargs"),
+        ({"tools": "[{}]"}, "row 1: prompts that are asked have no place for tools"),
+        ({"chat_template_kwargs": {"a": 1}}, "row 1: prompts that are asked have no place for chat_template_kwargs"),
         *(
             (
                 {"system": "Be kind.", "prompt": [{"role": role, "content": "Hi."}]},
