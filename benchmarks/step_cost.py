@@ -37,7 +37,8 @@ from transformers.trainer_callback import PrinterCallback
 from holdfast.alignment.patcher import PatcherTrainer
 from holdfast.files import versions, write_json
 from holdfast.parameters import ParameterVector, displaced, trainable_parameters
-from holdfast.trainer import DefenseTrainer, Window
+from holdfast.trainer import DefenseTrainer
+from holdfast.window import Window
 from live_memory import PeakMeter, peak_meter
 
 RESULTS = Path(__file__).parent / "results" / "step_cost.json"

@@ -1,8 +1,8 @@
 """DefenseTrainer: TRL's SFTTrainer whose update is one *defended gradient*.
 
-A *window* is all micro-batches of one optimizer update on this rank. A method says what its gradient over a window is
-and nothing else; accumulation, DDP, FSDP2, mixed precision, clipping, schedules, logging and checkpoints stay the base
-trainer's. Without a method of its own this trainer is supervised fine-tuning, the baseline of every stage.
+A method says what its gradient over a window (`holdfast.window`) is and nothing else; accumulation, DDP, FSDP2, mixed
+precision, clipping, schedules, logging and checkpoints stay the base trainer's. Without a method of its own this trainer
+is supervised fine-tuning, the baseline of every stage.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -34,36 +33,11 @@ from holdfast.optimizers import check_optimizer
 from holdfast.parameters import ParameterVector, put_gradient, take_gradient
 from holdfast.precision import compute_in_bf16, keep_in_float32
 from holdfast.resuming import ResumableTrainer
+from holdfast.window import Window
 
 logger = logging.getLogger(__name__)
 
 _NO_SHARDING = "--fsdp was asked for, but this run would not shard: start it with torchrun on GPUs"
-
-
-@dataclass(frozen=True)
-class Window:
-    """Micro-batches on this rank, and what their losses are divided by.
-
-    L(θ; B), the loss of a window, is the mean cross-entropy over its completion tokens on all ranks. What a model or a
-    method takes a mean of in every micro-batch is averaged over the micro-batches: the auxiliary loss of a
-    Mixture-of-Experts model's routers, and the weighted loss of Antibody's fine-tuning.
-
-    Attributes:
-        batches: The micro-batches.
-        tokens: How many completion tokens the update's micro-batches hold, over all ranks.
-        micro_batches: How many micro-batches the update has on every rank.
-    """
-
-    batches: list[Batch]
-    tokens: Tensor | int | None
-    micro_batches: int
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def parts(self) -> list[Window]:
-        """Every micro-batch as a window of its own; their losses add up to this one's."""
-        return [replace(self, batches=[batch]) for batch in self.batches]
 
 
 class DefenseTrainer(ResumableTrainer):

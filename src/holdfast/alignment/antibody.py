@@ -39,7 +39,8 @@ from holdfast.data.batches import Batch
 from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP, refusal_view, without_refusals
 from holdfast.errors import InputError
 from holdfast.parameters import TINY, ParameterVector, displaced, dot, norm
-from holdfast.trainer import DefenseTrainer, Window
+from holdfast.trainer import DefenseTrainer
+from holdfast.window import Window
 
 SMOOTHING = 0.99
 """The share of the past in the moving average of λ_t under the `cosine` rule."""

@@ -32,7 +32,8 @@ from transformers import PreTrainedModel
 from holdfast.config import DefenseConfig, require_not_negative, require_positive
 from holdfast.data.batches import Batch
 from holdfast.parameters import TINY, ParameterVector, displaced, norm
-from holdfast.trainer import DefenseTrainer, Window
+from holdfast.trainer import DefenseTrainer
+from holdfast.window import Window
 
 
 @dataclass

@@ -51,7 +51,7 @@ from holdfast.config import require_positive
 from holdfast.errors import InputError
 from holdfast.exchange import DEFENDER, Exchange, Version, fingerprint_of, run_of
 from holdfast.parameters import ParameterVector, norm, trainable_parameters
-from holdfast.trainer import Window
+from holdfast.window import Window
 
 logger = logging.getLogger(__name__)
 

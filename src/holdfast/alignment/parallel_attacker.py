@@ -25,7 +25,8 @@ from holdfast.exchange import DEFENDER, Exchange, Version, fingerprint_of, opene
 from holdfast.models import adapts_tied_embeddings, below_adapter
 from holdfast.parameters import ParameterVector, local, share_moved, trainable_parameters
 from holdfast.precision import keep_in_float32
-from holdfast.trainer import DefenseTrainer, Window
+from holdfast.trainer import DefenseTrainer
+from holdfast.window import Window
 
 logger = logging.getLogger(__name__)
 

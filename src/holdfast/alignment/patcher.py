@@ -67,7 +67,8 @@ from holdfast.data.refusals import REFUSAL_HELP
 from holdfast.errors import InputError
 from holdfast.models import load_model
 from holdfast.parameters import ParameterVector, displaced, vector_for
-from holdfast.trainer import DefenseTrainer, Window
+from holdfast.trainer import DefenseTrainer
+from holdfast.window import Window
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,8 @@ from holdfast.config import DefenseConfig, require_not_negative
 from holdfast.errors import InputError
 from holdfast.layers import token_mixers
 from holdfast.parameters import TINY, ParameterVector, take_gradient
-from holdfast.trainer import DefenseTrainer, Window
+from holdfast.trainer import DefenseTrainer
+from holdfast.window import Window
 
 Outputs = dict[nn.Module, Tensor]
 """One tensor per token mixer, of its output's shape (rows, tokens, width)."""

@@ -34,7 +34,8 @@ from holdfast.evaluation.evaluate import Evaluation
 from holdfast.models import load_model, load_tokenizer, merge
 from holdfast.parameters import ParameterVector, share_moved, snapshot_on_host, trainable_parameters
 from holdfast.precision import compute_in_bf16, keep_in_float32
-from holdfast.trainer import DefenseTrainer, Window
+from holdfast.trainer import DefenseTrainer
+from holdfast.window import Window
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -14,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from holdfast.config import json_object
+from holdfast.data.encoding import covered, token_ids
 from holdfast.data.formats import (
     ORIGIN,
     ROW,
@@ -31,7 +31,7 @@ from holdfast.data.formats import (
     text_of,
 )
 from holdfast.data.load import Prompt
-from holdfast.data.spans import AnswerFinder, Located, Span, squeezed
+from holdfast.data.spans import AnswerFinder, Located, squeezed
 from holdfast.errors import InputError
 from holdfast.hub import reason
 
@@ -124,7 +124,7 @@ class ChatFormat:
                 not used, or a prompt is empty; the row is named, counted from 1.
         """
         texts = [self.render_prompt(prompt, f"prompt {row}") + opener for row, prompt in enumerate(prompts, 1)]
-        encoded = [ids for ids, _ in self._tokens(texts)]
+        encoded = [ids for ids, _ in token_ids(self.tokenizer, texts, plain=self.plain is not None)]
         for row, ids in enumerate(encoded, 1):
             if not ids:
                 raise InputError(f"prompt {row} is empty; expected at least one token")
@@ -261,9 +261,11 @@ class ChatFormat:
                 raise InputError(f"{examples[place][0]}: the chat template does not begin its answer with {opener!r}")
             found[place] = replace(found[place], answers=[(start + len(before + opener), end)])
         encoded = []
-        for (ids, offsets), located in zip(self._tokens([one.text for one in found], offsets=True), found, strict=True):
+        texts, plain = [one.text for one in found], self.plain is not None
+        written = token_ids(self.tokenizer, texts, plain=plain, offsets=True)
+        for (ids, offsets), located in zip(written, found, strict=True):
             labels = [IGNORED] * len(ids)
-            for first, last in (_covered(offsets, span) for span in located.answers):
+            for first, last in (covered(offsets, span) for span in located.answers):
                 labels[first:last] = ids[first:last]
             encoded.append((ids, labels))
         return encoded
@@ -317,7 +319,7 @@ class ChatFormat:
                 continue
         return what, ""
 
-    # ------------------------------------------------------------------ the template and the tokenizer
+    # ------------------------------------------------------------------ the template
 
     @cached_property
     def _finder(self) -> AnswerFinder:
@@ -357,40 +359,8 @@ class ChatFormat:
             raise InputError(f"--system_prompt: the chat template does not show it in {where}")
         return text
 
-    def _tokens(self, texts: Sequence[str], *, offsets: bool = False) -> list[tuple[list[int], list[Span]]]:
-        """Token ids of texts, and where in the text each token is from."""
-        if not texts:
-            return []
-        if offsets and not self.tokenizer.is_fast:
-            raise InputError(
-                f"the tokenizer ({type(self.tokenizer).__name__}) does not tell where its tokens come from; expected "
-                "one with a tokenizer.json"
-            )
-        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
-        # A template writes its special tokens itself, and so does text that begins with one.
-        adds = [self.plain is not None and not (bos and text.startswith(bos)) for text in texts]
-        if any(adds) and not all(adds):
-            return [self._tokens([text], offsets=offsets)[0] for text in texts]
-        found = self.tokenizer(list(texts), add_special_tokens=adds[0], return_offsets_mapping=offsets, verbose=False)
-        encoded = []
-        for text, ids, places in zip(
-            texts, found["input_ids"], found["offset_mapping"] if offsets else [[]] * len(texts), strict=True
-        ):
-            # Some tokenizers end every text; prompts go on, and completions have their end already.
-            ended = adds[0] and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id
-            if ended and (not text.endswith(eos) or ids[-2] == ids[-1]):
-                ids, places = ids[:-1], places[:-1]
-            encoded.append((ids, places))
-        return encoded
-
 
 _THOUGHTS = ("<think>", "</think>")
-
-
-def _covered(offsets: Sequence[Span], span: Span) -> Span:
-    """The first token of a span of text, and the one after its last."""
-    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
-    return bisect_right(ends, span[0]), bisect_left(starts, span[1])
 
 
 def _tokenize_batch(

@@ -42,7 +42,8 @@ from holdfast.config import DefenseConfig, require_not_negative, require_positiv
 from holdfast.data.batches import Batch
 from holdfast.errors import InputError
 from holdfast.parameters import ParameterVector, local, snapshot, trainable_parameters, vector_for
-from holdfast.trainer import DefenseTrainer, Window
+from holdfast.trainer import DefenseTrainer
+from holdfast.window import Window
 
 logger = logging.getLogger(__name__)
 

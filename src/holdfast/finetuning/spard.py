@@ -42,7 +42,8 @@ from holdfast.config import DefenseConfig, require_positive
 from holdfast.data.batches import Batch
 from holdfast.errors import InputError
 from holdfast.parameters import TINY, local, norm, put_gradient, shift, take_gradient
-from holdfast.trainer import DefenseTrainer, Window
+from holdfast.trainer import DefenseTrainer
+from holdfast.window import Window
 
 ADAMW_BATCHES = 4
 """Safety batches that the released code adds up."""
