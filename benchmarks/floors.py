@@ -114,28 +114,23 @@ FLOORS = (
 """What was found by hand before there were suites."""
 
 
-def plan(seed: int, suite: str, out: Path) -> tuple[list[Command], list[str]]:
-    """What makes the models of a seed, and the words of the stress test; SFT's model is its counterpart."""
-    options = demo.DemoArguments(output_dir=str(out), seed=seed, suite=suite)
-    commands = {command.name: command for command in demo.commands(options, out)}
-    words = list(commands[demo.STRESS].words)
-    if not any(floor.method == "SFT" for floor in FLOORS if floor.seed == seed):
-        place = words.index("--counterpart")
-        del words[place : place + 2]
-    words[words.index("--output_dir") + 1] = str(out / suite)
-    names = ["organism", "align-patcher", *(["align-sft"] if "--counterpart" in words else [])]
-    return [commands[name] for name in names], words
+def plan(seed: int, out: Path, *, compared: bool) -> list[Command]:
+    """What makes the models of a seed: the demo's commands."""
+    commands = demo.commands(demo.DemoArguments(output_dir=str(out), seed=seed), out)
+    names = ("organism", "align-patcher", "align-sft") if compared else ("organism", "align-patcher")
+    return [command for command in commands if command.name in names]
 
 
 def stress(seed: int, suite: str, out: Path) -> Path:
-    """The folder of a seed's stress test, run if it is not finished."""
-    making, words = plan(seed, suite, out)
+    """The folder of a seed's stress test, run if it is not finished; SFT's model, where it has floors, is compared."""
     folder = out / suite
     if not (folder / MARKER).is_file():
         console.print(f"seed {seed}")
-        run_commands(unfinished(making, out), out / "logs", console=console)
-        words[words.index("--overwrite_output_dir") + 1] = "false"  # one that was stopped goes on
-        if code := holdfast(words):
+        compared = any(floor.method == "SFT" for floor in FLOORS if floor.seed == seed)
+        run_commands(unfinished(plan(seed, out, compared=compared), out), out / "logs", console=console)
+        words = demo.stress_words(suite, out / "patcher", out / "organism", seed)
+        words += ["--counterpart", str(out / "sft")] if compared else []
+        if code := holdfast([*words, "--output_dir", str(folder)]):
             raise SystemExit(code)
     return folder
 

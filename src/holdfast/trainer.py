@@ -1,8 +1,8 @@
 """DefenseTrainer: TRL's SFTTrainer whose update is one *defended gradient*.
 
 A method says what its gradient over a window (`holdfast.window`) is and nothing else; accumulation, DDP, FSDP2, mixed
-precision, clipping, schedules, logging and checkpoints stay the base trainer's. Without a method of its own this trainer
-is supervised fine-tuning, the baseline of every stage.
+precision, clipping, schedules, logging and checkpoints stay the base trainer's. Without a method of its own this is
+supervised fine-tuning, the baseline of every stage.
 """
 
 from __future__ import annotations
