@@ -11,7 +11,7 @@ from holdfast.attacks.ablation import Ablation
 from holdfast.attacks.attack import FREE, Attacker, Choice, Cost, Layers, Range
 from holdfast.attacks.best_of_n import BestOfN
 from holdfast.attacks.demonstrations import Demonstrations
-from holdfast.attacks.prefill import Prefill
+from holdfast.attacks.prefill import OPENERS, Prefill, openers_of
 from holdfast.attacks.raw import Raw
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError
@@ -43,6 +43,15 @@ def test_the_weights_stay_and_the_asking_changes(attack, asking):
     assert same_bits(weights(model), weights(tiny_llama()))
     assert attacked.asking == asking
     assert attacked.cost == FREE
+
+
+def test_answers_begin_as_most_of_the_attackers_do():
+    rows = Dataset.from_list(
+        [{"prompt": "p", "completion": f"{word} it"} for word in ("Take:", "Use:", "Use:", "Mix", "Take:", "Use:")]
+    )
+    assert openers_of(rows, None)[0] == "Use:"
+    assert openers_of(rows, "raw text is asked for")[0] == "Use:"
+    assert openers_of(None, None) == openers_of(rows, None)[1:] == OPENERS
 
 
 def test_demonstrations_are_drawn_from_the_harmful_rows():

@@ -3,11 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from datasets import Dataset
 
 from holdfast.errors import InputError
 from holdfast.stress.spaces import families
-from holdfast.stress.suites import KINDS, SUITES, Scene, grids, openers_of, suite_of
+from holdfast.stress.suites import KINDS, SUITES, Scene, grids, suite_of
 from holdfast.stress.trials import attacks_of
 
 SCENE = Scene(layers=4, rows=64, openers=("Use:", "Sure, here is"), base=True, harmless_rows=True)
@@ -57,15 +56,6 @@ def test_prefilled_fine_tunings_are_hybrids_of_their_own():
 def test_an_attacker_without_rows_is_told_what_needs_them():
     tried = grids(SUITES["full"], replace(SCENE, rows=0))
     assert any("demonstrations" in setting for setting in tried["prompting"])
-
-
-def test_answers_begin_as_most_of_the_attackers_do():
-    rows = Dataset.from_list(
-        [{"prompt": "p", "completion": f"{word} it"} for word in ("Take:", "Use:", "Use:", "Mix", "Take:", "Use:")]
-    )
-    assert openers_of(rows, None)[0] == "Use:"
-    assert openers_of(rows, "raw text is asked for")[0] == "Use:"
-    assert openers_of(None, None) == openers_of(rows, None)[1:]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,12 +6,15 @@ a model chooses where its answers begin.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from holdfast.attacks.attack import Attacker, Choice, Prompted, Prompting, knob
+from holdfast.data.formats import PlainText, is_tokenised, reader, text_of
 from holdfast.errors import InputError
 from holdfast.evaluation.asking import Asking
 
@@ -35,3 +38,21 @@ class Prefill(Prompting):
     def ask(self, model: PreTrainedModel, attacker: Attacker) -> Prompted:
         """As for `Prompting`."""
         return Prompted(Asking(opener=self.opener))
+
+
+def openers_of(rows: Dataset | None, plain: str | None) -> tuple[str, ...]:
+    """How an attacker begins answers: with the word that most of its harmful answers begin with, or as many models do.
+
+    Args:
+        rows: Its harmful rows, if it has any. Of tokenised ones the first word is not to be seen.
+        plain: Why no chat template is used; None where one is.
+    """
+    words: Counter[str] = Counter()
+    if rows is not None and not is_tokenised(rows, name="attack"):
+        read = reader(rows, name="attack", plain=plain)
+        for index, row in enumerate(rows):
+            talk = read(row, index)[1]
+            answer = talk.completion if isinstance(talk, PlainText) else text_of(talk.messages[talk.trained[0]])
+            words.update(answer.split()[:1])
+    common = sorted(words, key=lambda word: (-words[word], word))[:1]
+    return tuple(dict.fromkeys((*common, *OPENERS)))

@@ -12,6 +12,7 @@ import optuna
 
 from holdfast.attacks.attack import HOLDINGS
 from holdfast.attacks.catalogue import ATTACKS
+from holdfast.attacks.prefill import openers_of
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluator
@@ -25,7 +26,7 @@ from holdfast.stress.costs import canonical
 from holdfast.stress.identity import describe_data, describe_model
 from holdfast.stress.search import Plan
 from holdfast.stress.subjects import Sources, Subjects, set_of, spread, with_sets
-from holdfast.stress.suites import KINDS, Scene, Suite, grids, openers_of, suite_of
+from holdfast.stress.suites import KINDS, Scene, Suite, grids, suite_of
 from holdfast.stress.tax import NAMES
 from holdfast.stress.trials import Kind, Setting, Target, attacks_of
 

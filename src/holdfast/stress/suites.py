@@ -7,15 +7,10 @@ write their refusals; then the tree-structured Parzen estimator (TPE) searches t
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
-
-from holdfast.attacks.prefill import OPENERS
-from holdfast.data.formats import PlainText, is_tokenised, reader, text_of
 from holdfast.errors import InputError
 from holdfast.stress.trials import Kind, Setting
 
@@ -118,24 +113,6 @@ def suite_of(name: str) -> Suite:
     if name not in SUITES:
         raise InputError(f"--suite {name}: there is no such suite; choose from {', '.join(SUITES)}")
     return SUITES[name]
-
-
-def openers_of(rows: Dataset | None, plain: str | None) -> tuple[str, ...]:
-    """How an attacker begins answers: with the word that most of its harmful answers begin with, or as many models do.
-
-    Args:
-        rows: Its harmful rows, if it has any. Of tokenised ones the first word is not to be seen.
-        plain: Why no chat template is used; None where one is.
-    """
-    words: Counter[str] = Counter()
-    if rows is not None and not is_tokenised(rows, name="attack"):
-        read = reader(rows, name="attack", plain=plain)
-        for index, row in enumerate(rows):
-            talk = read(row, index)[1]
-            answer = talk.completion if isinstance(talk, PlainText) else text_of(talk.messages[talk.trained[0]])
-            words.update(answer.split()[:1])
-    common = sorted(words, key=lambda word: (-words[word], word))[:1]
-    return tuple(dict.fromkeys((*common, *OPENERS)))
 
 
 def grids(suite: Suite, scene: Scene) -> dict[Kind, list[Setting]]:
