@@ -237,14 +237,22 @@ PATCHERS: dict[str, dict[str, Any]] = {
         "attack_every": 1,
         "attack_scale": [0.3, 1.5],
         "refusal": "t5 t6 t7",
-        "pool": {"ablation": {"weight": 2, "prompts": 4}, "dropping": 1, "prefill": 1, "dropping+ablation": 1},
+        "pool": {
+            "ablation": {"weight": 2, "prompts": 4},
+            "dropping": 1,
+            "prefill": 1,
+            "dropping+ablation": 1,
+            "dropping+prefill": 1,
+        },
     },
     "pool of vectors": {
         "attack_every": 1,
+        "refusal": "t5 t6 t7",
         "pool": {
             "fine-tuning": {"weight": 1, "rounds": 2, "steps": [2, 3], "rows": [2, 4], **_SGD},
             "lora": {"weight": 1, "lora_rank": 2, "steps": 2, **_SGD},
             "ablation+fine-tuning": {"weight": 1, "ablation": {"layer": -1}, "fine-tuning": {"steps": 2, **_SGD}},
+            "fine-tuning+prefill": {"weight": 1, "rounds": 2, "fine-tuning": {"steps": 2, **_SGD}},
         },
     },
 }

@@ -152,6 +152,25 @@ def test_defender_with_a_pool_keeps_what_attackers_publish_and_draws_the_rest_it
     ] * 2
 
 
+def test_defender_begins_the_answers_at_what_attackers_publish(settings):
+    """Each vector goes to one of the members that train."""
+    plan = {update: [("mallory", 0.01 * update, {})] for update in range(1, 12, 2)}
+    pool = {
+        "fine-tuning": {"weight": 1, "rounds": 2},
+        "fine-tuning+prefill": {"weight": 1, "prefill": {"opener": "t50"}},
+    }
+    changes = {"refusal": "t5 t6", "estimator": "sampled", "alpha": 1.0, "max_steps": 16}
+    trainer, attackers = defended_against(settings, plan, pool=pool, **changes)
+    names = {name for entry in logged_updates(trainer) for name in entry if name.startswith("attacked_loss_")}
+    assert names == {"attacked_loss_fine-tuning", "attacked_loss_fine-tuning+prefill"}
+    published = [attackers.in_force[found["step"] + 1] for found in trainer.vectors]
+    assert len(published) == 6
+    for member in trainer._pool.members:
+        kept = trainer._vectors.of(member)
+        assert 1 <= len(kept) <= member.rounds
+        assert all(any(same_bits(one, other) for other in published) for one in kept)
+
+
 def test_attackers_are_taken_in_turn(settings):
     plan = {1: [("ann", 0.1, {}), ("bob", 0.2, {})], 3: [("bob", 0.3, {})], 5: [("ann", 0.1, {}), ("bob", 0.3, {})]}
     trainer, _ = defended_against(settings, plan, max_steps=9)

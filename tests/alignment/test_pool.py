@@ -91,6 +91,15 @@ def test_chains_hold_their_attacks_in_order():
     assert not only("dropping+ablation", 1).trains
 
 
+@pytest.mark.parametrize("member", ["ablation", "fine-tuning", "lora", "ablation+fine-tuning"])
+def test_a_chain_that_ends_with_a_prefill_displaces_as_what_comes_before_it(member):
+    before, begun = only(member, 1), only(f"{member}+prefill", {"weight": 1, "prefill": {"opener": ["a", "b"]}})
+    assert (begun.links, begun.trains) == (before.links, before.trains)
+    assert begun.begun.knobs["opener"].values == ("a", "b")
+    assert before.begun is None
+    assert only("prefill", 1).links == ()
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
@@ -106,7 +115,17 @@ def test_chains_hold_their_attacks_in_order():
         ({"ablation+tuning": 1}, "--pool has no member 'tuning'"),
         ({"ablation+ablation": 1}, r"--pool ablation\+ablation: expected different attacks"),
         ({"lora+fine-tuning": 1}, "at most one of fine-tuning and lora"),
-        ({"ablation+prefill": 1}, "no prefill, which does not displace the weights"),
+        ({"prefill+prefill": 1}, r"--pool prefill\+prefill: expected different attacks"),
+        (
+            {"prefill+ablation": 1},
+            r"--pool prefill\+ablation: prefill changes how a model is asked, so",
+        ),
+        ({"ablation+prefill+dropping": 1}, "prefill changes how a model is asked, so nothing can come after it"),
+        ({"ablation+prefill": {"weight": 1, "rounds": 2}}, "rounds is no mapping of knobs; expected weight, and a map"),
+        (
+            {"ablation+prefill": {"weight": 1, "prefill": {"opener": ["a", ""]}}},
+            r"--pool ablation\+prefill: prefill: --opener is empty",
+        ),
         ({"ablation": {"weight": 1, "steps": 3}}, "--pool ablation has no steps; expected weight, prompts, layer"),
         ({"dropping": {"weight": 1, "rounds": 3}}, "--pool dropping has no rounds; expected weight, layer, part"),
         (

@@ -31,6 +31,7 @@ from holdfast.attacks.chain import Chain
 from holdfast.attacks.dropping import Dropping
 from holdfast.attacks.finetuning import FineTuning
 from holdfast.attacks.low_rank import Adapter, Factors
+from holdfast.attacks.prefill import OPENERS, Prefill
 from holdfast.attacks.rounding import Rounding
 from holdfast.attacks.simulated import simulate_attack
 from holdfast.data.rendering import ChatFormat
@@ -108,6 +109,40 @@ def test_displaced_gradient_is_that_at_the_suites_own_attacked_weights(settings,
     assert worst_entry(found, reference.plain(build(), [golden_batch("safe")])) > 1e-2
 
 
+@pytest.mark.parametrize("member", ["ablation", "dropping+ablation", "fine-tuning", "ablation+fine-tuning"])
+def test_begun_answers_are_refused_at_the_suites_own_attacked_weights(settings, member):
+    """As the suite's chain attacks the model and begins its answers, so is the gradient taken."""
+    knobs, attack = MEMBERS[member]
+    knobs = knobs if "+" in member else {member: knobs}
+    attacker = Attacker(
+        ChatFormat(word_tokenizer()),
+        harmful_prompts=HARMFUL["prompt"],
+        harmless_prompts=HARMLESS["prompt"],
+        harmful_rows=HARMFUL,
+    )
+    chain = Chain((attack, Prefill("t50 t51")))(tiny_llama(), attacker)
+    attacked = tiny_llama()
+    attacked.load_state_dict(chain.model.state_dict())
+    name = f"{member}+prefill"
+    pool = {name: {"weight": 1, **knobs, "prefill": {"opener": chain.asking.opener}}}
+    trainer = pooled(settings, pool, alpha=1.0, refusal="t5 t6")
+    batch = next(copy.copy(trainer._begun[name]))
+    found = displaced_gradient(trainer)
+    assert worst_entry(found, reference.plain(attacked, [batch])) < (1e-3 if "fine-tuning" in member else 1e-5)
+    assert worst_entry(found, reference.plain(tiny_llama(), [batch])) > 1e-2
+
+
+def test_begun_answers_are_refused_where_an_adapter_led(settings):
+    pool = {"lora+prefill": {"weight": 1, "lora": {"lora_rank": 2, **TUNING}, "prefill": {"opener": "t50"}}}
+    trainer = pooled(settings, pool, alpha=1.0, refusal="t5 t6", attack_scale=[1.5, 1.5])
+    batch = next(copy.copy(trainer._begun["lora+prefill"]))
+    found, attacked = displaced_gradient(trainer), tiny_llama()
+    with torch.no_grad():
+        for name, weight in attacked.named_parameters():
+            weight += 1.5 * trainer.attack_vector[name]
+    assert worst_entry(found, reference.plain(attacked, [batch])) < 1e-5
+
+
 @pytest.mark.parametrize("member", ["ablation", "fine-tuning"])
 def test_factor_of_a_members_displacement(settings, member):
     knobs, attack = MEMBERS[member]
@@ -173,7 +208,8 @@ def test_attackers_optimizers_are_transformers_own(settings, optimizer):
 
 def test_mean_over_the_coin_is_the_exact_gradient_of_the_same_member(settings):
     """Member, knobs and factor of an update hang on neither estimator nor α."""
-    pool, taken = {"ablation": 1, "dropping": 1, "prefill": 1, "fine-tuning": 1}, {}
+    members = ("ablation", "dropping", "prefill", "fine-tuning", "dropping+prefill", "fine-tuning+prefill")
+    pool, taken = dict.fromkeys(members, 1), {}
     for name, changes in {
         "exact": {"alpha": 0.3},
         "safe": {"estimator": "sampled", "alpha": 0.0},
@@ -183,7 +219,8 @@ def test_mean_over_the_coin_is_the_exact_gradient_of_the_same_member(settings):
         trainer.attack(trainer.model)
         taken[name] = []
         for trainer.state.global_step in range(101, 107):
-            trainer._streams["prefill"].drawn = 0  # which goes on with every draw
+            for begun in trainer._begun.values():
+                begun.drawn = 0  # which goes on with every draw
             trainer.training_step(trainer.model, golden_batch("safe"))
             taken[name].append({key: g.clone() for key, g in gradients(trainer.model).items()})
     for exact, safe, attacked in zip(*taken.values(), strict=True):
@@ -253,7 +290,7 @@ def test_begun_answers_are_refused_and_only_refusals_are_learnt(settings):
     opener, refusal = "t50 t51", "t5 t6 t7"
     pool = {"prefill": {"weight": 1, "opener": opener}}
     trainer = pooled(settings, pool, alpha=1.0, refusal=refusal)
-    batch = next(copy.copy(trainer._begun))
+    batch = next(copy.copy(trainer._begun["prefill"]))
     words = word_tokenizer()
     asked = {tuple(words(prompt)["input_ids"]) for prompt in HARMFUL["prompt"]}
     begun, refused = (words(text, add_special_tokens=False)["input_ids"] for text in (opener, refusal))
@@ -266,6 +303,24 @@ def test_begun_answers_are_refused_and_only_refusals_are_learnt(settings):
         assert tuple(before[: -len(begun)]) in asked
     expected = reference.plain(tiny_llama(), [batch])
     assert worst_entry(displaced_gradient(trainer), expected) < 1e-5
+
+
+@pytest.mark.parametrize("member", ["prefill", "dropping+prefill"])
+def test_answers_begin_as_most_of_the_attack_data_do_or_in_words_of_many_models(settings, monkeypatch, member):
+    """Unless a pool gives openers: of another member of it they are that member's alone."""
+    rows = HARMFUL.map(lambda row: {**row, "completion": f"t60 {row['completion']}"})
+    known, begin = {}, PatcherTrainer.begun_and_refused
+
+    def noted(self, dataset, refusal, openers, *, name):
+        known[len(known)] = openers
+        assert dataset is rows
+        return begin(self, dataset, refusal, openers, name=name)
+
+    monkeypatch.setattr(PatcherTrainer, "begun_and_refused", noted)
+    given = {"weight": 1, "prefill": {"opener": ["t61", "t62"]}}
+    pool = {member: 1, "rounding+prefill": given, "ablation+prefill": 0}
+    pooled(settings, pool, refusal="t5", attack_rows=rows)
+    assert known == {0: ("t60", *OPENERS), 1: ("t61", "t62")}
 
 
 def test_live_memory_is_a_buffer_for_every_vector_kept_and_the_copy_of_what_moves(settings, monkeypatch):
@@ -375,6 +430,14 @@ def test_an_adapter_is_displaced_alone(settings, member):
         ({"base": 1}, {}, "--pool: base needs --base"),
         ({"prefill": 1}, {}, "--pool: prefill needs --refusal"),
         ({"prefill": 1}, {"attack_rows": None, "refusal": "t5"}, "--pool: prefill needs harmful prompts"),
+        ({"dropping+prefill": 1}, {}, "--pool: prefill needs --refusal"),
+        ({"dropping+prefill": 1}, {"attack_rows": None, "refusal": "t5"}, "--pool: prefill needs harmful prompts"),
+        ({"lora+prefill": 1}, {"model": lora, "refusal": "t5"}, "--pool lora: an adapter cannot be put on another one"),
+        (
+            {"dropping+prefill": {"weight": 1, "dropping": {"layer": 7}}},
+            {"refusal": "t5"},
+            "--pool dropping: there is no layer 7: the model has 2 layers",
+        ),
         ({"lora": 1}, {"model": lora}, "--pool lora: an adapter cannot be put on another one"),
         (
             {"dropping": {"weight": 1, "layer": [0, 7]}},

@@ -12,8 +12,9 @@ defender up, but are made by other jobs, on other devices or machines, on weight
 The defender never waits: until the first θ_att is there its updates are plain SFT, and where none is newer the δ in
 force stays. With several attackers it takes the newest of each in turn. The *staleness* of a δ is how many updates θ is
 ahead of the one that was attacked. With a pool (`holdfast.alignment.pool`) these are its fine-tuning vectors, and what
-takes no training the defender draws itself. The paper publishes and looks every 1000 updates, and attacks for 500
-steps.
+takes no training the defender draws itself; a vector goes to one of its members that train, drawn by weight, and of
+`fine-tuning+prefill` the defender begins the answers. The paper publishes and looks every 1000 updates, and attacks for
+500 steps.
 
 Differs from the authors' released code, which keeps δ on the CPU and copies it at every step: it stays on the device.
 
@@ -46,7 +47,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
 from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
-from holdfast.alignment.pool import TUNED, Pool
+from holdfast.alignment.pool import BEGUN, TUNED, Link, Pool
 from holdfast.config import require_positive
 from holdfast.errors import InputError
 from holdfast.exchange import DEFENDER, Exchange, Version, fingerprint_of, run_of
@@ -108,10 +109,10 @@ class ParallelPatcherConfig(PatcherConfig):
         if not isinstance(self.pool, Mapping):
             return
         for member in Pool.of(self.pool).members:
-            if member.trains and (member.name != TUNED or member.links[0].knobs):
+            if member.trains and member.links != (Link(TUNED, {}),):
                 raise InputError(
                     f"--pool {member.name}: in the parallel form vectors come from attackers, which fine-tune by their "
-                    f"own --attack_... settings; expected {TUNED} alone, without knobs but weight and rounds"
+                    f"own --attack_... settings; expected {TUNED}, or {TUNED}+{BEGUN}, without knobs for {TUNED}"
                 )
         if TUNED not in Pool.of(self.pool).attacks():
             raise InputError(f"--pool: in the parallel form it needs {TUNED}, the vectors that attackers make")
@@ -232,7 +233,8 @@ class PatcherDefenderTrainer(PatcherTrainer):
         if not math.isfinite(length):
             logger.warning("%s is not used: it holds numbers that are not finite", version.path)
             return False
-        [member] = [one for one in self._pool.members if one.name == TUNED]
+        member = self._pool.draw(self._draws("round"), self._pool.trained)
+        assert member is not None  # else the pool was refused
         self._vectors.make_room(member)
         self._vectors.add(member, vector)
         found = {

@@ -20,8 +20,9 @@ of an update hang on the run's seed and on the update's number alone (`holdfast.
 
 With a `pool` δ is drawn at every update from several simulated attacks by weight: vectors of full or LoRA fine-tuning
 of the last rounds, refusal-direction ablation, dropping, interpolation towards the public base, rounding, and chains of
-them (`holdfast.alignment.pool`). One member displaces nothing: `prefill` takes the gradient on harmful prompts whose
-answers begin as an attacker begins them and refuse all the same, g(θ; P), in the place of g(θ + δ; B).
+them (`holdfast.alignment.pool`). A member that ends with `prefill` takes its gradient on harmful prompts whose answers
+begin as an attacker begins them and refuse all the same, g(θ + δ; P), in the place of g(θ + δ; B); alone it displaces
+nothing, so δ = 0.
 
 Differs from the authors' released code:
 
@@ -43,7 +44,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,12 +55,13 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from holdfast.alignment.adversary import Adversary
 from holdfast.alignment.draws import draws
-from holdfast.alignment.pool import BEGUN, Member, Pool
+from holdfast.alignment.pool import BEGUN, Link, Member, Pool
 from holdfast.alignment.rounds import simulate_round
 from holdfast.alignment.vectors import BY_HAND, AttackVectors
-from holdfast.attacks.attack import whole_model
+from holdfast.attacks.attack import Choice, whole_model
 from holdfast.attacks.back_to_base import BackToBase
 from holdfast.attacks.changes import changed
+from holdfast.attacks.prefill import openers_of
 from holdfast.config import DefenseConfig, json_object, require_not_negative, require_positive
 from holdfast.data.batches import Batch
 from holdfast.data.refusals import REFUSAL_HELP
@@ -179,8 +180,9 @@ class PatcherTrainer(DefenseTrainer):
         model: As for `DefenseTrainer`.
         args: The configuration.
         train_dataset: Refusals to harmful prompts, and helpful answers to benign ones to keep capability.
-        attack_dataset: Harmful prompts with harmful answers, for the simulated attacker. It may be left out where
-            `attack_vector` or `attack_batches` is set by hand.
+        attack_dataset: Harmful prompts with harmful answers, for the simulated attacker, and for ablation and begun
+            answers. It may be left out where nothing in the pool takes it, or `attack_vector` or `attack_batches` is
+            set by hand.
         benign_dataset: Harmless prompts, whose answers play no part, for a pool with ablation.
         **kwargs: As for `DefenseTrainer`.
 
@@ -218,13 +220,11 @@ class PatcherTrainer(DefenseTrainer):
             self._attack_rows = self.prepared(attack_dataset, "attack")
             self.attack_batches = self.stream(self._attack_rows, "attack", self.args.attack_batch_size)
         self._pool.require_rows(None if self._attack_rows is None else len(self._attack_rows), self.args.world_size)
-        self._begun: Iterator[Batch] | None = None
-        if BEGUN in self._pool.attacks():
-            if attack_dataset is None:
-                raise InputError(f"--pool: {BEGUN} needs harmful prompts; give --attack_data")
-            openers = self._pool.openers()
-            begun = self.begun_and_refused(attack_dataset, self.args.refusal, openers, name="attack")
-            self._begun = self.stream(begun, BEGUN)
+        self._begun = {
+            member.name: self.stream(self._begun_rows(member.begun, attack_dataset), member.name)
+            for member in self._pool.members
+            if member.begun is not None and member.weight > 0
+        }
         self._vectors = AttackVectors()
         self.add_callback(_BeforeTheFirstUpdate(self))
 
@@ -259,7 +259,7 @@ class PatcherTrainer(DefenseTrainer):
         loss, gradient = self._safe_gradient(model, window)
         gradient *= 1 - alpha
         gradient += alpha * attacked_gradient
-        if member.name != BEGUN:
+        if member.begun is None:
             self.log_metric("loss_gap", attacked_loss - self.cross_entropy(loss, window))
         return loss, gradient
 
@@ -272,19 +272,17 @@ class PatcherTrainer(DefenseTrainer):
     def _attacked_gradient(
         self, model: torch.nn.Module, window: Window, member: Member
     ) -> tuple[Tensor, ParameterVector]:
-        """L(θ + s·δ; B) and its gradient, δ the member's; or, of answers that are begun, L(θ; P)."""
+        """L(θ + s·δ; B) and its gradient, δ the member's, if any; of one that begins answers, L(θ + s·δ; P)."""
         chosen = self._draws("attack")
         scale = float(self._draws("scale").uniform(*self.args.attack_scale))
-        place: AbstractContextManager[None]
-        if member.name == BEGUN:
-            assert self._begun is not None
-            window, place = self.draw(self._begun, len(window)), nullcontext()
-        elif member.trains:
+        if member.begun is not None:
+            window = self.draw(self._begun[member.name], len(window))
+        if member.trains:
             vectors = self._vectors.of(member)
             place = displaced(self.model, vectors[int(chosen.integers(len(vectors)))], scale)
-            self.log_metric("attack_scale", scale)
         else:
             place = changed(self.model, self._adversary.changes(member, chosen), scale)
+        if member.links:
             self.log_metric("attack_scale", scale)
         with place:
             loss, gradient = self.loss_and_gradient(model, window, quiet=True)
@@ -306,7 +304,7 @@ class PatcherTrainer(DefenseTrainer):
         """
         args, number = self.args, self.state.global_step // self.args.attack_every
         batches, chosen = self._batches_to_attack_with(), draws(args.seed, "round", number)
-        member = self._pool.draw(chosen, [one.name for one in self._pool.members if one.trains])
+        member = self._pool.draw(chosen, self._pool.trained)
         assert member is not None  # else none is due
         self._vectors.make_room(member)
         found = simulate_round(
@@ -340,7 +338,7 @@ class PatcherTrainer(DefenseTrainer):
             InputError: No vector was set by hand, and there are no batches to attack with.
         """
         if self._simulates_attacks():
-            if self._pool.trains:
+            if self._pool.trained:
                 self._batches_to_attack_with()
             if self._vectors.newest is None and self.state.max_steps <= self.args.attack_every:
                 logger.warning(
@@ -353,9 +351,19 @@ class PatcherTrainer(DefenseTrainer):
     def _simulates_attacks(self) -> bool:
         return not self._vectors.by_hand
 
+    def _begun_rows(self, link: Link, rows: Dataset | None) -> Dataset:
+        """The harmful prompts, answers begun as an attacker who knows the attack data would, unless it is told how."""
+        if rows is None:
+            raise InputError(f"--pool: {BEGUN} needs harmful prompts; give --attack_data")
+        assert self._format is not None
+        given = link.knobs.get("opener")
+        openers = given.values if isinstance(given, Choice) else openers_of(rows, self._format.plain)
+        return self.begun_and_refused(rows, self.args.refusal, openers, name="attack")
+
     def _attack_is_due(self) -> bool:
         step = self.state.global_step
-        return self._simulates_attacks() and self._pool.trains and step > 0 and step % self.args.attack_every == 0
+        is_time = step > 0 and step % self.args.attack_every == 0
+        return is_time and self._simulates_attacks() and bool(self._pool.trained)
 
     def _drawn_member(self) -> Member | None:
         """What δ is to be taken from in this update; None: from nothing yet."""

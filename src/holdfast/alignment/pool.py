@@ -4,11 +4,14 @@ A pool is a mapping from members to weights, or to mappings with a weight and kn
 
     {"fine-tuning": {"weight": 0.5, "rounds": 3, "learning_rate": {"low": 5e-5, "high": 5e-4, "log": true}},
      "ablation": 0.3,
-     "ablation+fine-tuning": {"weight": 0.2, "ablation": {"layer": -1}, "fine-tuning": {"steps": [1, 5, 20]}}}
+     "ablation+fine-tuning": {"weight": 0.2, "ablation": {"layer": -1}, "fine-tuning": {"steps": [1, 5, 20]}},
+     "fine-tuning+prefill": 0.2}
 
 A member is an attack of the suite, or several joined by `+` that come one after the other, each found on what those
-before it have made. A knob is a value, a list of values of which one is drawn, or a range {low, high, log}; the knobs
-are those of the attack itself (`holdfast attack METHOD --help`), and are checked by it.
+before it have made. A draw of it is a displacement of the weights, or none, and with `prefill` as the last of its
+attacks answers that are begun as an attacker begins them. A knob is a value, a list of values of which one is drawn, or
+a range {low, high, log}; the knobs are those of the attack itself (`holdfast attack METHOD --help`), and are checked by
+it.
 """
 
 from __future__ import annotations
@@ -51,7 +54,6 @@ _DRAWN = {
     "dropping": ("layer", "part", "amount"),
     "base": ("kept",),
     "rounding": ("bits",),
-    BEGUN: ("opener",),
 }
 _PROMPTS, _RANK = 16, 16
 
@@ -110,14 +112,16 @@ class Member:
     Attributes:
         name: Its name.
         weight: How often it is drawn, beside the others' weights.
-        links: Its attacks, in order.
+        links: Its attacks on the weights, in order.
         rounds: Of how many rounds its vectors are kept, if it has any.
+        begun: Its prompting, which begins answers, if it has one.
     """
 
     name: str
     weight: float = 1.0
     links: tuple[Link, ...] = (Link(TUNED, {}),)
     rounds: int = 1
+    begun: Link | None = None
 
     @property
     def trains(self) -> bool:
@@ -148,19 +152,12 @@ class Pool:
 
     def attacks(self) -> set[str]:
         """The names of all attacks in it that are ever drawn."""
-        return {link.name for member in self.members if member.weight > 0 for link in member.links}
+        return {name for member in self.members if member.weight > 0 for name in member.name.split("+")}
 
     @property
-    def trains(self) -> bool:
-        """Whether there are attacks to simulate."""
-        return any(member.trains and member.weight > 0 for member in self.members)
-
-    def openers(self) -> tuple[str, ...]:
-        """How answers are begun that it begins."""
-        links = [link for member in self.members for link in member.links if link.name == BEGUN]
-        opener = links[0].knobs["opener"] if links else Choice(())
-        assert isinstance(opener, Choice)
-        return opener.values
+    def trained(self) -> list[str]:
+        """The names of the members that are ever drawn and take training: of the attacks to simulate."""
+        return [member.name for member in self.members if member.trains and member.weight > 0]
 
     def require_rows(self, count: int | None, ranks: int) -> None:
         """See that simulated attacks have the rows that they draw, and that ranks can share them.
@@ -201,11 +198,10 @@ def _member(name: str, given: Any) -> Member:
             raise InputError(
                 f"--pool has no member {part!r}; expected {', '.join(_ATTACKS)}, or several of them joined by +"
             )
-    if len(parts) > 1 and (len(set(parts)) < len(parts) or BEGUN in parts or {TUNED, ADAPTED} <= set(parts)):
-        raise InputError(
-            f"--pool {name}: expected different attacks, at most one of {TUNED} and {ADAPTED}, and no {BEGUN}, which "
-            "does not displace the weights"
-        )
+    if len(set(parts)) < len(parts) or {TUNED, ADAPTED} <= set(parts):
+        raise InputError(f"--pool {name}: expected different attacks, at most one of {TUNED} and {ADAPTED}")
+    if BEGUN in parts[:-1]:
+        raise InputError(f"--pool {name}: {BEGUN} changes how a model is asked, so nothing can come after it")
     settings = dict(given) if isinstance(given, Mapping) else {"weight": given}
     where = f"--pool {name}"
     weight = settings.pop("weight", None)
@@ -222,7 +218,8 @@ def _member(name: str, given: Any) -> Member:
                 f"{where}: {odd[0]} is no mapping of knobs; expected weight, and a mapping for {' and '.join(parts)}"
             )
         links = tuple(_link(part, dict(settings.get(part, {})), f"{where}: {part}") for part in parts)
-    return Member(name, float(weight), links, rounds)
+    begun = links[-1] if parts[-1] == BEGUN else None
+    return Member(name, float(weight), links if begun is None else links[:-1], rounds, begun)
 
 
 def _link(name: str, given: dict[str, Any], where: str) -> Link:
