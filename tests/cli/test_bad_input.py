@@ -94,8 +94,20 @@ def test_trust_remote_code_among_the_models_keywords(sft: list[str], refused: Re
     assert "--trust_remote_code" in refused(*sft, "--model_init_kwargs", '{"trust_remote_code": true}')
 
 
-def test_patcher_without_attack_data(sft: list[str], refused: Refused) -> None:
-    assert "--attack_data" in refused("align", "patcher", *sft[2:])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", "--attack_data is missing: harmful prompts with harmful answers, which simulated attacks train on"),
+        ("--parallel", "--attack_data is missing"),
+        ("--role attacker --exchange e", "--attack_data is missing"),
+        ("""--pool={"dropping":1,"ablation+lora":1}""", "--attack_data is missing"),
+        ("""--pool={"fine-tuning+prefill":1} --refusal no""", "--attack_data is missing"),
+        ("""--pool={"ablation":1}""", "attack ablation needs harmful prompts; give --attack_data"),
+        ("""--pool={"dropping+prefill":1} --refusal no""", "--pool: prefill needs harmful prompts; give --attack_data"),
+    ],
+)
+def test_patcher_without_attack_data(sft: list[str], words: str, expected: str, refused: Refused) -> None:
+    assert expected in refused("align", "patcher", *sft[2:], *words.split())
 
 
 @pytest.mark.parametrize("alpha", ["-0.1", "1.5", "nan"])
@@ -141,14 +153,25 @@ SECOND = {
         ("dropping", [], "--pool must be a JSON object, got 'dropping'"),
         ('{"ablation": 1}', [], "attack ablation needs harmless prompts; give --benign_data"),
         ('{"base": 1}', [], "--pool: base needs --base"),
-        ('{"base": 1}', ["--base", "no/such/model"], "no/such/model"),
+        ('{"base+lora": 1}', ["--base", "no/such/model"], "no/such/model"),
         ('{"prefill": 1}', [], "--pool: prefill needs --refusal"),
-        ('{"dropping": 1}', ["--parallel"], "--pool: in the parallel form it needs fine-tuning"),
+        ('{"lora+prefill": 1}', [], "--pool: prefill needs --refusal"),
+        (
+            '{"prefill+lora": 1}',
+            [],
+            "--pool prefill+lora: prefill changes how a model is asked, so",
+        ),
+        ('{"ablation": 1}', ["--parallel"], "--pool: in the parallel form it needs fine-tuning"),
         ('{"lora": 1}', ["--parallel"], "--pool lora: in the parallel form vectors come from attackers"),
+        (
+            '{"ablation+fine-tuning+prefill": 1}',
+            ["--parallel", "--refusal", "no"],
+            "--pool ablation+fine-tuning+prefill: in the parallel form vectors come from attackers",
+        ),
         (
             '{"fine-tuning": {"weight": 1, "steps": 3}}',
             ["--role", "defender", "--exchange", "e"],
-            "expected fine-tuning alone, without knobs but weight and rounds",
+            "expected fine-tuning, or fine-tuning+prefill, without knobs for fine-tuning",
         ),
     ],
 )
@@ -161,7 +184,7 @@ def test_a_pool_that_cannot_be_had(
 def test_a_base_that_is_another_model(patcher: list[str], tmp_path: Path, refused: Refused) -> None:
     tiny_llama().save_pretrained(tmp_path / "other")
     expected = "--base is not what the model was made of: its model.embed_tokens.weight has shape (97, 16)"
-    assert expected in refused(*patcher, "--pool", '{"base": 1}', "--base", str(tmp_path / "other"))
+    assert expected in refused(*patcher, "--pool", '{"base+lora": 1}', "--base", str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("command", ["align sft", "align vaccine", "align booster", "align antibody"])

@@ -95,9 +95,10 @@ def test_a_pool_in_a_recipe(
     prompts, refusals, recipe = (tmp_path / name for name in ("harmless.jsonl", "refusals.txt", "recipe.yaml"))
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in read_lines(Path(benign_data))))
     refusals.write_text("No.\nNever.\n")
-    names = ("ablation", "base", "prefill", "dropping", "ablation+fine-tuning")
+    names = ("ablation", "base", "prefill", "dropping", "ablation+fine-tuning", "ablation+prefill")
     pool = {**dict.fromkeys(names, 1), "rounding": {"weight": 1, "bits": [8, 4]}}
     pool["fine-tuning"] = {"weight": 1, "learning_rate": {"low": 1e-4, "high": 1e-3}}
+    pool["fine-tuning+prefill"] = {"weight": 2, "rounds": 2, "prefill": {"opener": ["Rust,", "Sure"]}}
     text = yaml.safe_dump({"pool": pool, "attack_scale": [0.5, 1.5], "estimator": "sampled"})
     recipe.write_text(text.replace("0.0001", "1e-4"))  # which YAML itself reads as text
     words = ["--train_data", train_data, "--attack_data", attack_data, "--benign_data", str(prompts)]
@@ -107,6 +108,14 @@ def test_a_pool_in_a_recipe(
     assert record["config"]["pool"] == pool
     assert record["data"]["benign_data"] == str(prompts)
     assert record["taken"]["benign_data"][0]["rows"] == 4
+    assert record["log"]["attacked_loss"] > 0
+
+
+def test_a_pool_in_which_nothing_is_trained_needs_no_attack_data(trained: Callable[..., Path], train_data: str) -> None:
+    pool = """--pool={"dropping":1,"rounding":1}"""
+    words = ["--train_data", train_data, pool, "--attack_every", "1", "--alpha", "1", "--estimator", "sampled"]
+    record = read_json(trained("align patcher", *words) / "holdfast.json")
+    assert record["data"].keys() == record["taken"].keys() == {"train_data"}
     assert record["log"]["attacked_loss"] > 0
 
 

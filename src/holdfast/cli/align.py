@@ -9,6 +9,7 @@ from holdfast.alignment.antibody import AntibodyAlignmentConfig, AntibodyAlignme
 from holdfast.alignment.booster import BoosterConfig, BoosterTrainer
 from holdfast.alignment.parallel import ParallelPatcherConfig, PatcherDefenderTrainer
 from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.pool import Pool
 from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
 from holdfast.cli import parallel, training
 from holdfast.cli.arguments import AlignData, AttackedAlignData, PatcherData
@@ -43,6 +44,11 @@ def run(method: str, argv: list[str]) -> int:
     chosen, parsed = _METHODS[method], make_parser(method).parse(argv)
     if method == "patcher":
         model_args, data, config, side_by_side, _ = parsed
+        if data.attack_data is None and (config.pool is None or Pool.of(config.pool).trained):
+            raise InputError(
+                "--attack_data is missing: harmful prompts with harmful answers, which simulated attacks train on; a "
+                "--pool in which nothing is trained can do without"
+            )
         defends_beside = config.role == "defender" or side_by_side.parallel
         if defends_beside and 0 < config.max_steps <= config.attack_every:
             warn(

@@ -134,9 +134,17 @@ class AttackedAlignData(AlignData):
 
 
 @dataclass
-class PatcherData(AttackedAlignData):
-    """The data of Patcher."""
+class PatcherData(AlignData):
+    """The data of Patcher, which simulates attacks unless nothing in its pool is trained."""
 
+    attack_data: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Simulated attacks: harmful prompts with harmful answers; {HARMFUL_HELP} A --pool of members that "
+            "neither train nor look at harmful prompts does without."
+        },
+        kw_only=True,
+    )
     benign_data: str | None = field(
         default=None,
         metadata={"help": "Harmless prompts, for a --pool with ablation; answers play no part."},

@@ -164,6 +164,11 @@ PATCHER = (
         _pooled("fine-tuning", "lora"),
         "with a --pool in which nothing is trained",
     ),
+    Effect(
+        "attack_data",
+        _pooled("fine-tuning", "lora", "ablation", "prefill"),
+        "with a --pool that takes no harmful prompts",
+    ),
     Effect("benign_data", _pooled("ablation"), "without a --pool with ablation"),
     Effect("base", _pooled("base"), "without a --pool with base"),
     Effect("refusal", _pooled("prefill"), "without a --pool with prefill"),

@@ -22,7 +22,7 @@ from trl import get_peft_config
 from holdfast.alignment.parallel import ParallelPatcherConfig
 from holdfast.alignment.parallel_attacker import PatcherAttackerTrainer
 from holdfast.checkpoint import last_checkpoint
-from holdfast.cli.arguments import AttackedAlignData, ModelArguments
+from holdfast.cli.arguments import ModelArguments, PatcherData
 from holdfast.cli.boundary import building, working
 from holdfast.cli.console import say, stderr
 from holdfast.cli.runs import announce, keep_apart, model_keywords, output_dir
@@ -70,7 +70,7 @@ class ParallelArguments:
 # ---------------------------------------------------------------------- one attacker
 
 
-def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: ParallelPatcherConfig) -> int:
+def run_attacker(model_args: ModelArguments, data: PatcherData, config: ParallelPatcherConfig) -> int:
     """Attack until the defender is done. Writes `attacker.json`; no model, whose place is the exchange.
 
     Raises:
@@ -78,6 +78,7 @@ def run_attacker(model_args: ModelArguments, data: AttackedAlignData, config: Pa
         Stopped: SIGTERM came; nothing is written.
         TrainingError: Nothing new came for `--exchange_timeout` seconds.
     """
+    assert data.attack_data is not None  # as is required where vectors are made
     source, folder = model_args.model_name_or_path, Path(config.output_dir)
     keep_apart(folder, folder, source)
     with output_dir(folder, marker=ATTACKER_MARKER, overwrite=data.overwrite_output_dir):
