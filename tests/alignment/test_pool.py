@@ -134,7 +134,7 @@ def test_a_chain_that_ends_with_a_prefill_displaces_as_what_comes_before_it(memb
         ),
         (
             {"ablation+fine-tuning": {"weight": 1, "steps": 3}},
-            r"steps is no mapping of knobs; .* for ablation and",
+            "steps is no mapping of knobs; expected weight, rounds, and a mapping for ablation and fine-tuning",
         ),
         ({"ablation+fine-tuning": {"weight": 1, "ablation": {"steps": 3}}}, "fine-tuning: ablation has no steps"),
         ({"fine-tuning": {"weight": 1, "rounds": 0}}, "rounds must be a whole number above 0, got 0"),

@@ -215,7 +215,8 @@ def _member(name: str, given: Any) -> Member:
     else:
         if odd := [key for key, value in settings.items() if key not in parts or not isinstance(value, Mapping)]:
             raise InputError(
-                f"{where}: {odd[0]} is no mapping of knobs; expected weight, and a mapping for {' and '.join(parts)}"
+                f"{where}: {odd[0]} is no mapping of knobs; expected weight,{' rounds,' if trains else ''} and a "
+                f"mapping for {' and '.join(parts)}"
             )
         links = tuple(_link(part, dict(settings.get(part, {})), f"{where}: {part}") for part in parts)
     begun = links[-1] if parts[-1] == BEGUN else None
