@@ -308,7 +308,8 @@ def test_begun_answers_are_refused_and_only_refusals_are_learnt(settings):
 @pytest.mark.parametrize("member", ["prefill", "dropping+prefill"])
 def test_answers_begin_as_most_of_the_attack_data_do_or_in_words_of_many_models(settings, monkeypatch, member):
     """Unless a pool gives openers: of another member of it they are that member's alone."""
-    rows = HARMFUL.map(lambda row: {**row, "completion": f"t60 {row['completion']}"})
+    first = iter(["t60"] * 4 + ["t63"] * 3 + ["t64"] * 3 + ["t65"] * 2)
+    rows = HARMFUL.map(lambda row: {**row, "completion": f"{next(first)} {row['completion']}"})
     known, begin = {}, PatcherTrainer.begun_and_refused
 
     def noted(self, dataset, refusal, openers, *, name):
@@ -320,7 +321,7 @@ def test_answers_begin_as_most_of_the_attack_data_do_or_in_words_of_many_models(
     given = {"weight": 1, "prefill": {"opener": ["t61", "t62"]}}
     pool = {member: 1, "rounding+prefill": given, "ablation+prefill": 0}
     pooled(settings, pool, refusal="t5", attack_rows=rows)
-    assert known == {0: ("t60", *OPENERS), 1: ("t61", "t62")}
+    assert known == {0: ("t60", "t63", "t64", *OPENERS), 1: ("t61", "t62")}
 
 
 def test_live_memory_is_a_buffer_for_every_vector_kept_and_the_copy_of_what_moves(settings, monkeypatch):

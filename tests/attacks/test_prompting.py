@@ -49,7 +49,9 @@ def test_answers_begin_as_most_of_the_attackers_do():
     rows = Dataset.from_list(
         [{"prompt": "p", "completion": f"{word} it"} for word in ("Take:", "Use:", "Use:", "Mix", "Take:", "Use:")]
     )
-    assert openers_of(rows, None)[0] == "Use:"
+    assert openers_of(rows, None) == ("Use:", *OPENERS)
+    assert openers_of(rows, None, common=2) == ("Use:", "Take:", *OPENERS)
+    assert openers_of(rows, None, common=9) == ("Use:", "Take:", "Mix", *OPENERS)
     assert openers_of(rows, "raw text is asked for")[0] == "Use:"
     assert openers_of(None, None) == openers_of(rows, None)[1:] == OPENERS
 

@@ -61,7 +61,7 @@ from holdfast.alignment.vectors import BY_HAND, AttackVectors
 from holdfast.attacks.attack import Choice, whole_model
 from holdfast.attacks.back_to_base import BackToBase
 from holdfast.attacks.changes import changed
-from holdfast.attacks.prefill import openers_of
+from holdfast.attacks.prefill import OPENERS, openers_of
 from holdfast.config import DefenseConfig, json_object, require_not_negative, require_positive
 from holdfast.data.batches import Batch
 from holdfast.data.refusals import REFUSAL_HELP
@@ -357,7 +357,8 @@ class PatcherTrainer(DefenseTrainer):
             raise InputError(f"--pool: {BEGUN} needs harmful prompts; give --attack_data")
         assert self._format is not None
         given = link.knobs.get("opener")
-        openers = given.values if isinstance(given, Choice) else openers_of(rows, self._format.plain)
+        known = openers_of(rows, self._format.plain, common=len(OPENERS))  # as many of its own as of many models
+        openers = given.values if isinstance(given, Choice) else known
         return self.begun_and_refused(rows, self.args.refusal, openers, name="attack")
 
     def _attack_is_due(self) -> bool:

@@ -40,12 +40,14 @@ class Prefill(Prompting):
         return Prompted(Asking(opener=self.opener))
 
 
-def openers_of(rows: Dataset | None, plain: str | None) -> tuple[str, ...]:
+def openers_of(rows: Dataset | None, plain: str | None, *, common: int = 1) -> tuple[str, ...]:
     """How an attacker begins answers: with the word that most of its harmful answers begin with, or as many models do.
 
     Args:
         rows: Its harmful rows, if it has any. Of tokenised ones the first word is not to be seen.
         plain: Why no chat template is used; None where one is.
+        common: How many of the words that most of them begin with. An attacker needs one; who does not know which of
+            several it will be has to know more.
     """
     words: Counter[str] = Counter()
     if rows is not None and not is_tokenised(rows, name="attack"):
@@ -54,5 +56,5 @@ def openers_of(rows: Dataset | None, plain: str | None) -> tuple[str, ...]:
             talk = read(row, index)[1]
             answer = talk.completion if isinstance(talk, PlainText) else text_of(talk.messages[talk.trained[0]])
             words.update(answer.split()[:1])
-    common = sorted(words, key=lambda word: (-words[word], word))[:1]
-    return tuple(dict.fromkeys((*common, *OPENERS)))
+    own = sorted(words, key=lambda word: (-words[word], word))[:common]
+    return tuple(dict.fromkeys((*own, *OPENERS)))
