@@ -741,6 +741,20 @@ def test_fsdp_that_would_silently_become_ddp_is_refused(settings):
         trainer_of(settings, fsdp=True, use_cpu=True)
 
 
+def test_of_several_gpus_a_process_takes_one_and_says_so(settings, monkeypatch, caplog):
+    """As on a machine of two, but for the device, which stays the CPU: without torchrun that would be DataParallel."""
+    alone = trainer_of(settings)
+    alone.train()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with caplog.at_level(logging.WARNING, logger="holdfast"):
+        trainer = trainer_of(settings, bf16=False, dataloader_pin_memory=False)
+    assert (trainer.args.n_gpu, trainer.args.train_batch_size) == (1, 4)
+    assert "2 GPUs are to be seen, and one process trains on the first of them alone" in caplog.text
+    trainer.train()
+    assert logged(trainer) == logged(alone)
+
+
 def test_bucket_views_are_refused(settings):
     trainer = trainer_of(settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from holdfast.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 RAW_TEXT_HELP = "Take prompts and completions as they stand, in training as in evaluation, without the chat template."
 _MAPPINGS = (
@@ -33,7 +36,8 @@ class DefenseConfig(SFTConfig):
 
     Where no accelerator is found, CPU and float32 are chosen; `bf16=True` then means bf16 autocast on the CPU. Weights
     that are trained are float32 in any case, and those of a model that comes in half precision are computed on in bf16
-    (`holdfast.precision`). The loss always falls on assistant tokens only.
+    (`holdfast.precision`). The loss always falls on assistant tokens only. A process trains on one GPU: for several,
+    torchrun starts one for each.
 
     Args:
         num_train_epochs: Passes over the train data; by default 3, unless `max_steps` is given. -1 is none given.
@@ -105,6 +109,7 @@ class DefenseConfig(SFTConfig):
             if self.activation_offloading:
                 raise InputError("--activation_offloading needs an accelerator to take the activations from")
         super().__post_init__()
+        self._take_one_gpu()
         require_positive(self, "pad_to_multiple_of")
         if unknown := (self.activation_checkpointing_kwargs or {}).keys() - _CHECKPOINTING:
             raise InputError(
@@ -115,6 +120,19 @@ class DefenseConfig(SFTConfig):
             raise InputError("--fsdp_config state_dict_type must be FULL_STATE_DICT: others are read by unpickling")
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise InputError("--push_to_hub needs --hub_strategy end: only a finished model is published")
+
+    def _take_one_gpu(self) -> None:
+        """Of several GPUs that one process sees, transformers would take all by `nn.DataParallel`.
+
+        Its replicas run the forward of the original model, as TRL patches it; and all else here runs on one device.
+        """
+        if self.n_gpu > 1:
+            logger.warning(
+                "%d GPUs are to be seen, and one process trains on the first of them alone; torchrun starts one for "
+                "each, and CUDA_VISIBLE_DEVICES chooses",
+                self.n_gpu,
+            )
+            self._n_gpu = 1
 
     def _choose_length(self) -> None:
         """Steps or epochs, whichever was given, and not both: transformers would take the steps without a word."""
