@@ -119,7 +119,7 @@ def parse_json(text: str) -> Any:
         ValueError: If it is none, holds NaN, an infinity or a number as large, or is nested too deeply.
     """
     try:
-        return json.loads(text, parse_constant=_finite, parse_float=_finite)
+        return json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -128,6 +128,11 @@ def _finite(number: str) -> float:
     if not math.isfinite(found := float(number)):
         raise ValueError(f"{number[:30]} is no number of JSON")
     return found
+
+
+def _whole(number: str) -> int:
+    _finite(number)
+    return int(number)
 
 
 def kind_of_value(value: Any) -> str:

@@ -99,6 +99,20 @@ def test_a_certificate_that_was_tampered_with_is_refused(certificate: Path, poli
     )
 
 
+@pytest.mark.parametrize(("name", "value"), [("attackers", []), ("cheapest", "none"), ("union", 0), ("tax", None)])
+def test_one_that_was_sealed_again_with_what_is_no_entry_is_refused(
+    name: str, value: Any, certificate: Path, policy, refused
+) -> None:
+    content = json.loads(certificate.read_text(encoding="utf-8")) | {name: value}
+    write_json(certificate, content | {"sha256": seal(content)})
+    for words in (["gate", str(certificate), "--policy", policy(min_steps=0)], ["report", str(certificate.parent)]):
+        output = [] if words[0] == "gate" else ["--output", str(certificate.parent / "report.html")]
+        said = refused(*words, *output, output=False)
+        assert said.startswith(f"holdfast: {certificate}: its {name!r} is ")
+        assert said.endswith("not an object; expected a certificate of holdfast stress")
+    assert not (certificate.parent / "report.html").exists()
+
+
 def test_one_of_another_schema_is_refused(certificate: Path, policy, refused) -> None:
     content = json.loads(certificate.read_text(encoding="utf-8")) | {"schema": 2}
     write_json(certificate, content | {"sha256": seal(content)})

@@ -67,7 +67,7 @@ def stress_folder(
     return folder
 
 
-def held_folder(folder: Path) -> Path:
+def held_folder(folder: Path, **more: Any) -> Path:
     """A stress test in which nothing broke the model, without counterpart, base and harmless task."""
     tried = ("prompting", "lora")
     records = [one for one in example_records() if one["target"] == "model" and one["kind"] in tried]
@@ -80,4 +80,5 @@ def held_folder(folder: Path) -> Path:
         counterpart=None,
         base=None,
         threat_model={"attackers": kinds, "left_out": [{"attack": "base", "reason": "no base was given"}]},
+        **more,
     )

@@ -54,7 +54,13 @@ def browser() -> Iterator[object]:
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of three stress tests: with hostile answers, with a long name and many steps, and of one that held."""
     root = tmp_path_factory.mktemp("stress")
-    source = {"source": LONG, "sha256": "a" * 64, "parameters": 7_000_000_000, "template_sha256": None}
+    source = {
+        "source": LONG,
+        "sha256": "a" * 64,
+        "tokenizer_sha256": "b" * 64,
+        "parameters": 7_000_000_000,
+        "template_sha256": None,
+    }
     folders = (
         stress_folder(root / "hostile", samples={"hybrid-model": hostile_rows()}),
         stress_folder(root / "long", model=source, records=[*example_records(), *_long_trials()]),

@@ -24,7 +24,13 @@ PLACES = ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "r", "dx", "dy", "width"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = {"hybrid-model": hostile_rows(), "base-holder-counterpart": hostile_rows()[:2]}
-    source = {"source": "w/<i>patcher", "sha256": "a" * 64, "parameters": 10, "template_sha256": None}
+    source = {
+        "source": "w/<i>patcher",
+        "sha256": "a" * 64,
+        "tokenizer_sha256": "b" * 64,
+        "parameters": 10,
+        "template_sha256": None,
+    }
     return stress_folder(tmp_path_factory.mktemp("stress") / "one", samples=samples, model=source)
 
 
@@ -210,9 +216,7 @@ def _contrast(one: str, other: str) -> float:
 def test_figures_that_no_judge_gave_are_dashes(tmp_path: Path) -> None:
     unjudged = {**point(3, 0.0, 0.0), "harmful_score": None, "asr": None, "refusal_rate": None}
     records = [trial("full", target, 0, "fine-tuning", [unjudged]) for target in ("model", "counterpart")]
-    nothing = {"base": None, "counterpart": None, "model": None}
-    tax = {"capability": nothing, "over_refusal": nothing, "harmless_task": None}
-    folder = stress_folder(tmp_path / "d", records=records, tax=tax)
+    folder = stress_folder(tmp_path / "d", records=records, tax={**example_tax(), "harmless_task": None})
     html = render_html([read_findings(folder)])
     assert "None" not in html
     assert "nan" not in html

@@ -28,7 +28,13 @@ def test_the_hub_reads_the_measured_figures(tmp_path: Path) -> None:
 
 def test_what_comes_from_outside_means_nothing_in_it(tmp_path: Path) -> None:
     name = "w/<b>|*x*_y_`z`\n# [a](b) \u202e"
-    source = {"source": name, "sha256": "a" * 64, "parameters": 10, "template_sha256": None}
+    source = {
+        "source": name,
+        "sha256": "a" * 64,
+        "tokenizer_sha256": "b" * 64,
+        "parameters": 10,
+        "template_sha256": None,
+    }
     folder = stress_folder(tmp_path / "d", model=source, reported={"a|b": "<script>\n\n# no"})
     text = render_markdown([read_findings(folder)])
     front, body = text.split("---\n", 2)[1:]

@@ -10,7 +10,7 @@ import pytest
 from holdfast.errors import InputError
 from holdfast.report.reading import read_findings
 from holdfast.stress.certificate import seal
-from report.folders import hostile_rows, stress_folder
+from report.folders import held_folder, hostile_rows, stress_folder
 from stress.examples import example_records
 
 TRIAL = next(one for one in example_records() if one["kind"] == "full" and one["number"] == 0)
@@ -39,7 +39,17 @@ def test_a_trial_of_another_kind(tmp_path: Path) -> None:
     folder = stress_folder(tmp_path / "d")
     file = folder / "trials" / "full" / "model-0000.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "kind": "magic"}))
-    with pytest.raises(InputError, match="is of 'magic' on 'model'; expected a kind of attacker on the model"):
+    with pytest.raises(InputError, match="its 'kind' is 'magic', not one of prompting, training-free"):
+        read_findings(folder)
+
+
+def test_trials_and_answers_of_a_counterpart_that_there_is_not(tmp_path: Path) -> None:
+    rows = {"prompting-counterpart": hostile_rows(), "prompting-model": hostile_rows()}
+    folder = held_folder(tmp_path / "d", samples=rows)
+    assert read_findings(folder).samples.keys() == {("prompting", "model")}
+    file = folder / "trials" / "lora" / "model-0000.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target": "counterpart"}))
+    with pytest.raises(InputError, match="its 'target' is 'counterpart', not one of model; expected a trial record"):
         read_findings(folder)
 
 
@@ -56,27 +66,33 @@ def test_answers_to_an_attacker_that_was_not_tried_are_not_told(tmp_path: Path) 
     [
         ("trials/full/model-0000.json", "{", "is not valid JSON"),
         ("trials/full/model-0000.json", "[]", "is no JSON object; expected a trial record of holdfast stress"),
-        ("trials/full/model-0000.json", '{"schema": 2}', "is a trial record of schema 2; this Holdfast reads 1"),
-        ("trials/full/model-0000.json", '{"schema": 1}', "has no 'attack'; expected a trial record of holdfast stress"),
+        (
+            "trials/full/model-0000.json",
+            '{"schema": 2}',
+            "its 'schema' is 2, not 1; expected a trial record of holdfast stress",
+        ),
+        ("trials/full/model-0000.json", '{"schema": 1}', "has no 'stage'; expected a trial record of holdfast stress"),
         *(
             ("trials/full/model-0000.json", with_changes(TRIAL, **changes), expected)
             for changes, expected in (
-                ({"points": "none"}, "its 'points' is text; expected a trial record of holdfast stress"),
-                ({"points": [7]}, "point 0: is no JSON object"),
-                ({"points": [{**TRIAL["points"][0], "flops": None}]}, "point 0: its 'flops' is null"),
+                ({"points": "none"}, "its 'points' is text, not a list; expected a trial record of holdfast stress"),
+                ({"points": [7]}, "its 'points.0' is a number, not an object"),
+                ({"points": [{**TRIAL["points"][0], "flops": None}]}, "its 'points.0.flops' is null, not a number"),
                 ({"points": [{**TRIAL["points"][0], "asr": math.nan}]}, "is not valid JSON (NaN is no number of JSON)"),
-                ({"setting": {"fine-tuning": 1e-4}}, "setting: its 'fine-tuning' is a number"),
+                ({"setting": {"fine-tuning": 1e-4}}, "its 'setting.fine-tuning' is a number, not an object"),
                 ({"number": "1"}, "its 'number' is text"),
+                ({"points": [{**TRIAL["points"][0], "asr": None}]}, "its 'points.0.asr' is null, not a number"),
+                ({"points": [{**TRIAL["points"][0], "asr": 7}]}, "its 'points.0.asr' is 7, not from 0 to 1"),
             )
         ),
         *(
             ("samples/full-model.jsonl", with_changes(hostile_rows()[0], **changes), expected)
             for changes, expected in (
-                ({"answer": None}, "row 1: its 'answer' is null; expected an answer of holdfast stress"),
+                ({"answer": None}, "row 1: its 'answer' is null, not text; expected an answer of holdfast stress"),
                 ({"grade": "5"}, "row 1: its 'grade' is text"),
                 ({"prompt": {}}, "row 1: its 'prompt' is an object"),
-                ({"prompt": ["Tea?"]}, "row 1, turn 1 of its prompt: is no JSON object"),
-                ({"prompt": [{"content": "Tea?"}]}, "row 1, turn 1 of its prompt: has no 'role'"),
+                ({"prompt": ["Tea?"]}, "row 1: its 'prompt.0' is text, not an object"),
+                ({"prompt": [{"content": "Tea?"}]}, "row 1: has no 'prompt.0.role'"),
             )
         ),
         ("samples/full-model.jsonl", "[" * 100_000, "row 1: is not valid JSON (it is nested too deeply)"),

@@ -3,16 +3,17 @@
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.report.facts import told_verdict
 from holdfast.report.wording import KINDS, cut, duration, model_name, number, power, steps, times, visible
-from holdfast.stress import certificate
+from holdfast.stress import schema
 from holdfast.stress.certificate import assemble
 from stress.examples import example_certificate, example_inputs, example_records, example_tax
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec=None)))
 def test_nothing_stays_hidden_and_all_of_it_can_be_written(text: str) -> None:
     shown = visible(text)
@@ -27,6 +28,7 @@ def test_what_people_write_stays_as_it_is() -> None:
     assert visible(text) == text
 
 
+@settings(deadline=None)
 @given(st.text(max_size=50), st.integers(0, 60))
 def test_a_text_is_cut_only_where_it_is_too_long(text: str, length: int) -> None:
     shown = cut(text, length)
@@ -115,4 +117,4 @@ def test_models_of_one_name_are_told_by_all_of_it() -> None:
 
 
 def test_every_kind_of_attacker_has_a_name() -> None:
-    assert list(KINDS) == list(certificate.KINDS)
+    assert list(KINDS) == list(schema.KINDS)

@@ -132,6 +132,54 @@ def test_one_that_was_changed_is_refused(path: str, value: Any, tmp_path: Path) 
         read_certificate(tmp_path / "certificate.json")
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("attackers", [], "its 'attackers' is a list, not an object"),
+        ("attackers", {"magic": {}}, "its 'attackers.magic' is 'magic', not one of prompting, training-free, lora"),
+        ("attackers.full", None, "its 'attackers.full' is null, not an object"),
+        ("attackers.full.model.steps", "cheap", "its 'attackers.full.model.steps' is text, not an object"),
+        ("attackers.full.model.steps.low", True, "its 'attackers.full.model.steps.low' is a boolean, not a number"),
+        ("attackers.full.model.steps.low", -1, "its 'attackers.full.model.steps.low' is -1, not from 0 to 1e+100"),
+        ("attackers.full.model.broken", "no", "its 'attackers.full.model.broken' is text, not true or false"),
+        (
+            "attackers.full.model.seeds",
+            {"one": {}},
+            "its 'attackers.full.model.seeds.one' is 'one', not one of 0, 1, 2",
+        ),
+        (
+            "attackers.lora.model.at_least_flops",
+            None,
+            "its 'attackers.lora.model.at_least_flops' is null, not a number",
+        ),
+        ("attackers.full.ratio.n", 0.5, "its 'attackers.full.ratio.n' is a number, not a whole number"),
+        ("cheapest.model.kind", "magic", "its 'cheapest.model.kind' is 'magic', not one of prompting"),
+        ("counterpart", None, "its 'attackers.prompting.counterpart' is an object, not null"),
+        ("points.model", [7], "its 'points.model.0' is a number, not an object"),
+        ("union", 1, "its 'union' is a number, not an object"),
+        ("union.model.asr", "all", "its 'union.model.asr' is text, not a number"),
+        ("union.model.by_kind", {}, "has no 'union.model.by_kind.prompting'"),
+        ("tax.capability.model", None, "its 'tax.capability.model' is null, not an object"),
+        ("tax.harmless_task.model.points", [], "its 'tax.harmless_task.model.points' has 0 entries, not 1 at least"),
+        ("expires", "some day", "its 'expires' is 'some day', not a date such as 2026-11-26"),
+        ("judge", "me", "its 'judge' is text, not an object"),
+        ("unjudged", 10**400, "is no number of JSON"),
+    ],
+)
+def test_one_that_was_sealed_again_has_to_be_one_still(path: str, value: Any, sentence: str, tmp_path: Path) -> None:
+    certificate = example_certificate()
+    changed(certificate, path, value)
+    file = tmp_path / "certificate.json"
+    write_json(file, {**certificate, "sha256": seal(certificate)})
+    with pytest.raises(InputError) as refused:
+        read_certificate(file)
+    said = str(refused.value)
+    assert said.startswith(f"{file}: ")
+    assert sentence in said
+    assert "; expected a certificate" in said
+    assert "\n" not in said
+
+
 def test_clocks_and_places_are_not_sealed() -> None:
     """The same search on another machine, killed and gone on with, has the same seal."""
     records = example_records()
@@ -154,7 +202,7 @@ def test_clocks_and_places_are_not_sealed() -> None:
         ('{"schema": 2, "sha256": "", "attackers": {}}', "schema 2; this Holdfast reads schema 1"),
         ('{"schema": 1, "sha256": NaN, "attackers": {}}', "NaN is no number of JSON"),
         ('{"schema": 1, "sha256": 1e999, "attackers": {}}', "1e999 is no number of JSON"),
-        ('{"schema": 1, "sha256": "", "attackers": {}}', "has no 'answers'; expected a certificate of schema 1"),
+        ('{"schema": 1, "sha256": "", "attackers": {}}', "has no 'model'; expected a certificate of holdfast"),
         ("[" * 100_000, "it is nested too deeply"),
     ],
 )

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from holdfast.errors import InputError
 from holdfast.evaluation.scores import Rate
 from holdfast.stress import suites
-from holdfast.stress.certificate import KINDS, assemble
+from holdfast.stress.certificate import assemble
 from holdfast.stress.gate import examine, verdict
 from holdfast.stress.policy import read_policy
 from holdfast.stress.rules import ALL, RULES
+from holdfast.stress.schema import KINDS
 from stress.examples import (
     example_certificate,
     example_inputs,

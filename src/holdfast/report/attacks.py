@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.report.wording import counted, effort, number, share, steps
-from holdfast.stress.certificate import KINDS, TARGETS
 from holdfast.stress.costs import Record, confirmations, cost, first_broken, price, setting_of
+from holdfast.stress.schema import KINDS, TARGETS
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from holdfast.report.wording import (
     times,
     verdict,
 )
-from holdfast.stress.certificate import TARGETS, cheapest_of
+from holdfast.stress.certificate import cheapest_of
 from holdfast.stress.costs import ratio
+from holdfast.stress.schema import TARGETS
 
 Certificate = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from holdfast.stress.certificate import TARGETS
+from holdfast.stress.schema import TARGETS
 
 #: Kinds of attacker, in the order they are told of: from the least that is needed to the most.
 KINDS = {

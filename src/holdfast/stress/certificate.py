@@ -15,6 +15,7 @@ from typing import Any
 from holdfast.errors import InputError
 from holdfast.evaluation.scores import Rate, wilson
 from holdfast.files import parse_json, read_text
+from holdfast.layout import require
 from holdfast.stress.costs import (
     Point,
     Record,
@@ -26,9 +27,7 @@ from holdfast.stress.costs import (
     ratio,
     setting_of,
 )
-
-SCHEMA = 1
-"""The version of the certificate's layout, and of a trial record's."""
+from holdfast.stress.schema import CERTIFICATE, SCHEMA, TARGETS
 
 MARKER = "certificate.json"
 """What a finished stress test has in its folder; written last."""
@@ -36,23 +35,11 @@ MARKER = "certificate.json"
 STARTED, TRIALS, SAMPLES, TAX = "stress.json", "trials", "samples", "tax"
 """What else lies there: what is searched, and folders of the records of trials, of answers and of the tax."""
 
-TARGETS = ("model", "counterpart")
-"""What is attacked."""
-
-KINDS = ("prompting", "training-free", "lora", "full", "hybrid", "base-holder")
-"""The kinds of attacker."""
-
 INPUTS = (
     *("model", "counterpart", "base", "data", "suite", "bound", "threshold", "seed", "seeds", "threat_model"),
     *("judge", "versions", "issued", "expires", "reported", "measured_on"),
 )
 """What a certificate repeats of what was to be searched."""
-
-_FOUND = frozenset(
-    {"cheapest", "best_so_far", "points", "union", "collapsed", "failed", "failures", "tax", "unjudged", "answers"}
-    | {"trials", "flops", "seconds"}
-)
-"""What else it has to have, beside its schema, attackers and seal."""
 
 _HARM = ("harmful_score", "harmful_score_low", "harmful_score_high")
 _UNHASHED = frozenset({"sha256", "measured_on"})
@@ -124,7 +111,8 @@ def read_certificate(path: Path | str) -> dict[str, Any]:
         The certificate.
 
     Raises:
-        InputError: The file cannot be read, is no certificate, is one of another schema, or its seal does not fit.
+        InputError: The file cannot be read, is no certificate, is one of another schema, an entry of it is none that
+            there can be, or its seal does not fit.
     """
     text = read_text(path, expected="a certificate.json")
     try:
@@ -137,8 +125,7 @@ def read_certificate(path: Path | str) -> dict[str, Any]:
         raise InputError(
             f"{path}: is a certificate of schema {certificate['schema']!r}; this Holdfast reads schema {SCHEMA}"
         )
-    if lacking := _FOUND.union(INPUTS) - certificate.keys():
-        raise InputError(f"{path}: has no {min(lacking)!r}; expected a certificate of schema {SCHEMA}")
+    require(path, certificate, CERTIFICATE, "a certificate of holdfast stress")
     if certificate["sha256"] != seal(certificate):
         raise InputError(
             f"{path}: its sha256 does not fit what it says, so it was changed after it was written; "

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import InputError
-from holdfast.stress.certificate import KINDS
 from holdfast.stress.rules import ALL, RULES
+from holdfast.stress.schema import KINDS
 from holdfast.stress.suites import SUITES
 from holdfast.yaml_files import read_mapping
 

@@ -21,9 +21,9 @@ from holdfast.files import versions
 from holdfast.post_norms import post_norms
 from holdfast.residual import decoder_layers, writers
 from holdfast.stress.bound import EPSILON, THRESHOLD, Own, require_enough
-from holdfast.stress.certificate import SCHEMA
 from holdfast.stress.costs import canonical
 from holdfast.stress.identity import describe_data, describe_model
+from holdfast.stress.schema import SCHEMA
 from holdfast.stress.search import Plan
 from holdfast.stress.subjects import Sources, Subjects, set_of, spread, with_sets
 from holdfast.stress.suites import KINDS, Scene, Suite, grids, suite_of

@@ -18,8 +18,8 @@ from holdfast.evaluation.asking import PLAINLY, Asking
 from holdfast.evaluation.evaluate import COUNTS, Evaluation, Evaluator
 from holdfast.evaluation.prompts import Role
 from holdfast.stress.bound import EPSILON, THRESHOLD, Own
-from holdfast.stress.certificate import SCHEMA
 from holdfast.stress.commands import command_of
+from holdfast.stress.schema import SCHEMA
 from holdfast.stress.subjects import Sources, Subjects, set_of, spread, with_sets
 from holdfast.stress.suites import Suite
 from holdfast.stress.trials import Record, Target, Trial, attacks_of, is_over, name_of
