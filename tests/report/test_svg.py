@@ -3,7 +3,7 @@
 import re
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.report.svg import Plot, Scale
@@ -11,6 +11,7 @@ from holdfast.report.svg import Plot, Scale
 amounts = st.lists(st.just(0.0) | st.floats(1e-6, 1e20), max_size=8)
 
 
+@settings(deadline=None)
 @given(amounts, st.floats(0, 20))
 def test_amounts_keep_their_order_and_stay_inside(values: list[float], room: float) -> None:
     scale = Scale.amounts(values, room=room)
@@ -21,6 +22,7 @@ def test_amounts_keep_their_order_and_stay_inside(values: list[float], room: flo
     assert scale.place(max(values, default=1) or 1) == 100 - room or max(values, default=0) == 0
 
 
+@settings(deadline=None)
 @given(amounts)
 def test_labels_of_amounts_keep_apart(values: list[float]) -> None:
     scale = Scale.amounts(values)
@@ -30,6 +32,7 @@ def test_labels_of_amounts_keep_apart(values: list[float]) -> None:
     assert len({label for _, label in scale.ticks}) == len(scale.ticks)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6))
 def test_counts_are_labelled_at_round_numbers(high: int) -> None:
     ticks = Scale.counts(high).ticks
