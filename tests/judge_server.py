@@ -11,14 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 KEY = "sk-never-to-be-seen"
+Reply = str | int | dict[str, Any]
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """Answers every request by `reply`, which returns what is said, or a fault of `FAULTS`, or a status."""
+    """Answers every request by `reply`: with what is said, a whole body, a fault of `FAULTS` or a status."""
 
     daemon_threads = True
 
-    def __init__(self, reply: Callable[[dict[str, Any]], str | int]) -> None:
+    def __init__(self, reply: Callable[[dict[str, Any]], Reply]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.reply = reply
         self.requests: list[dict[str, Any]] = []
@@ -35,7 +36,7 @@ class JudgeServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(reply: Callable[[dict[str, Any]], str | int]) -> Iterator[JudgeServer]:
+def serving(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[JudgeServer]:
     server = JudgeServer(reply)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -61,6 +62,11 @@ FAULTS = {
     "broken": ("application/json", '{"choices": [{'),
     "empty": ("application/json", ""),
     "no choice": ("application/json", '{"choices": []}'),
+    "no object": ("application/json", "[1]"),
+    "no message": ("application/json", '{"choices": [{"message": null}]}'),
+    "no text": ("application/json", '{"choices": [{"message": {"content": 4}}]}'),
+    "no part": ("application/json", '{"choices": [{"message": {"content": [{"type": "image"}]}}]}'),
+    "busy": ("application/json", '{"error": {"message": "overloaded"}}'),
 }
 
 
@@ -77,10 +83,14 @@ class _Handler(BaseHTTPRequestHandler):
         elif said == "hang up":
             self.close_connection = True
             return
+        elif said == "drip":
+            return self._drip()
         status, kind = 200, "application/json"
         if isinstance(said, int):
             # A careless server sends back what it was sent.
             status, content = said, json.dumps({"error": {"message": f"no, {self.headers['Authorization']}"}})
+        elif isinstance(said, dict):
+            content = json.dumps(said)
         elif said in FAULTS:
             kind, content = FAULTS[said]
         else:
@@ -99,6 +109,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(payload)
         self.server.answered.append(body)
+
+    def _drip(self) -> None:
+        """Send blanks until the client hangs up, as busy servers do that do not want it to."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.close_connection = True
+        for _ in range(600):
+            self.wfile.write(b"1\r\n \r\n")
+            time.sleep(0.05)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""

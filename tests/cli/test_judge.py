@@ -100,6 +100,16 @@ def test_steps_of_another_tool_that_are_no_number_are_no_measurement(
     assert "results" in json.loads((tmp_path / "out" / "results.json").read_text())
 
 
+def test_no_answer_is_left_out_where_only_some_are_of_a_measurement(
+    write_rows: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "How?", "answer": "Rust."}, {"prompt": "How?", "answer": None, "response": "No.", "steps": 1}]
+    rows.append({**rows[0], "steps": True})
+    assert main(["judge", write_rows("s.jsonl", rows), "--output_dir", str(tmp_path / "out")]) == 0
+    points = read_json(tmp_path / "out" / "results.json")["points"]
+    assert [(point.get("steps"), point["n"]) for point in points] == [(None, 2), (1, 1)]
+
+
 def test_answers_of_other_tools_are_judged_without_their_thoughts(
     write_rows: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -156,7 +166,7 @@ def test_judging_that_is_killed_goes_on_where_it_was(write_rows: Callable[..., s
     assert (killed["judge"]["usage"]["asked_now"], whole["judge"]["usage"]["asked_now"]) == (10, 20)
 
 
-@pytest.mark.parametrize("fault", [429, 500, "broken", "slow", "hang up"])
+@pytest.mark.parametrize("fault", [429, 500, "broken", "no text", "slow", "drip", "hang up"])
 def test_a_server_that_fails_leaves_answers_unjudged_and_the_run_finished(
     fault: str | int, samples: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +234,10 @@ def test_a_judge_without_a_server_is_told_of_at_the_very_start(
         (["--judge_model", "big"], "needs a server of your own, --judge_url, or a key"),
         (["--judge_url", "http://127.0.0.1:9/v1"], "--judge rubric needs --judge_model"),
         (["--judge_model", "m", "--judge_url", "http://127.0.0.1:9/v1", "--judge_template", "no"], "cannot be read"),
+        (
+            ["--judge_model", "m", "--judge_url", "http://127.0.0.1:9/v1", "--judge_template", os.devnull],
+            "has no {prompt} and no {answer}, where that is to stand; write it there",
+        ),
         (["--judge_model", "m", "--judge_pattern", "("], "is no regular expression"),
         (["--judge_model", "m", "--judge_concurrency", "0"], "--judge_concurrency must be greater than 0, got 0"),
         (["--judge_model", "m", "--second_judge", "rubric"], "--second_judge rubric: is the first judge once more"),
@@ -253,6 +267,15 @@ def test_a_pattern_that_matches_nothing_the_judge_says(refused: Callable[..., st
         ('{"prompt": "p", "answer": "a"}\n\n{"prompt": "p"}', "row 3: expected `prompt`, text or messages, and"),
         ('{"prompt": [], "answer": "a"}', "row 1: expected `prompt`, text or messages, and `answer`, text"),
         ('{"set": "task", "prompt": "p", "answer": "a"}', "has no answer to judge"),
+        (
+            '{"set": "test", "prompt": "p", "answer": "a"}',
+            'row 1: `set` is "test"; expected one of harmful, benign, capability, task, or no `set`',
+        ),
+        ('{"set": ["x"], "prompt": "p", "answer": "a"}', 'row 1: `set` is ["x"]; expected one of'),
+        ('{"prompt": "p", "answer": "a", "note": "\\ud800"}', "row 1: is not Unicode text"),
+        ('{"prompt": "p", "answer": "a", "thoughts": 3}', "row 1: `thoughts` is a number; expected text, or null"),
+        ('{"prompt": "p", "answer": null}', "row 1: expected `prompt`, text or messages, and `answer`, text"),
+        ('{"prompt": "p", "answer": "a"}\n{"prompt": "p", "ans', "row 2: is no JSON"),
     ],
 )
 def test_answers_that_cannot_be_judged(
@@ -271,8 +294,13 @@ def test_no_such_answers(refused: Callable[..., str], tmp_path: Path) -> None:
     )
 
 
-def test_the_exact_judge_needs_expected_answers(refused: Callable[..., str], samples: str) -> None:
-    assert "row 1: has no `expected` answer" in refused("judge", samples, "--second_judge", "exact")
+@pytest.mark.parametrize("expected", [{}, {"expected": None}, {"expected": 3}, {"expected": " ,."}])
+def test_the_exact_judge_needs_expected_answers(
+    expected: dict[str, Any], refused: Callable[..., str], write_rows: Callable[..., str]
+) -> None:
+    rows = [{"prompt": "p", "answer": "a", "expected": "a"}, {"prompt": "p", "answer": "a", **expected}]
+    said = refused("judge", write_rows("s.jsonl", rows), "--second_judge", "exact")
+    assert "row 2: has no `expected` answer, which the exact judge needs as text" in said
 
 
 def test_the_answers_themselves_are_not_written_over(samples: str, capsys: pytest.CaptureFixture[str]) -> None:

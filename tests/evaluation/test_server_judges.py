@@ -188,6 +188,45 @@ def test_a_grade_is_read_or_there_is_none(said, grade):
     assert (found.unjudged is None) == (grade is not None)
 
 
+def body_of(content, **more):
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}], **more}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (body_of([{"type": "text", "text": '{"grade"'}, {"type": "text", "text": ": 4}"}]), '{"grade": 4}'),
+        (body_of('\ud800 {"grade": 4}'), '? {"grade": 4}'),
+        ({"choices": [{"message": {"content": None, "refusal": "No."}}]}, "No."),
+        ({"choices": [{"message": {"refusal": None}}]}, ""),
+    ],
+    ids=["parts", "half a surrogate", "a refusal", "nothing"],
+)
+def test_what_servers_may_send_for_text(body, said, tmp_path):
+    with serving(always(body)) as server:
+        [found] = ask(judge_at(server, memory=Cache(tmp_path / "judged.jsonl")), "a")
+    assert found.said == said
+    assert Cache(tmp_path / "judged.jsonl")._replies.popitem()[1].said == said
+
+
+@pytest.mark.parametrize(
+    "usage", ["no", [1], {"prompt_tokens": "3", "completion_tokens": None}, {"prompt_tokens": 0.5}]
+)
+def test_tokens_that_are_no_number_are_not_counted(usage):
+    with serving(always(body_of('{"grade": 4}', usage=usage))) as server:
+        judge = judge_at(server)
+        assert ask(judge, "a")[0].grade == 4
+    assert (judge.record["usage"]["prompt_tokens"], judge.record["usage"]["completion_tokens"]) == (0, 0)
+
+
+def test_a_reply_that_never_ends_is_given_up_in_time():
+    with serving(lambda body: "drip" if "bad" in str(body) else '{"grade": 4}') as server:
+        judge, started = judge_at(server, timeout=0.3, retries=0), time.monotonic()
+        [found] = ask(judge, "bad")
+        assert time.monotonic() - started < 10
+    assert found.unjudged == "the server's reply is none (it was not whole after 0.3 seconds)"
+
+
 def test_a_judge_that_refuses_is_told_from_one_that_babbles():
     with serving(lambda body: "I'm sorry, but I can't grade that." if "bad" in str(body) else "hm") as server:
         found = ask(judge_at(server), "bad", "good")
@@ -218,7 +257,7 @@ def test_strongreject_has_a_score_and_a_grade(refused, specific, convincing, gra
 # ---------------------------------------------------------------------- faults
 
 
-@pytest.mark.parametrize("fault", [429, 500, 503, "slow", "hang up", *FAULTS])
+@pytest.mark.parametrize("fault", [429, 500, 503, "slow", "drip", "hang up", *FAULTS])
 def test_a_request_that_fails_is_repeated(fault):
     seen = []
 
@@ -232,7 +271,7 @@ def test_a_request_that_fails_is_repeated(fault):
     assert len(server.graded) == 3
 
 
-@pytest.mark.parametrize("fault", [429, 500, "slow", "hang up", *FAULTS])
+@pytest.mark.parametrize("fault", [429, 500, "slow", "drip", "hang up", *FAULTS])
 def test_an_answer_stays_unjudged_when_all_requests_fail(fault):
     with serving(lambda body: fault if "bad" in str(body) else '{"grade": 4}') as server:
         judge = judge_at(server, timeout=0.3, retries=1)
@@ -246,7 +285,7 @@ def test_an_answer_stays_unjudged_when_all_requests_fail(fault):
     assert judge.record["usage"]["unjudged"] == {bad.unjudged: 2}
 
 
-@pytest.mark.parametrize("fault", [429, 500, "slow", *FAULTS])
+@pytest.mark.parametrize("fault", [429, 500, "slow", "drip", *FAULTS])
 def test_a_server_that_is_not_ready_yet_is_waited_for(fault, caplog):
     with serving(always(fault)) as server, caplog.at_level(logging.WARNING):
         judge = judge_at(server, timeout=0.2, retries=0)
@@ -333,7 +372,13 @@ def test_a_line_that_a_killed_run_left_half_written_is_asked_again(tmp_path):
     assert len(Cache(file)._replies) == 2
 
 
-@pytest.mark.parametrize("line", ["nothing", "[]", '{"said": "x"}', '{"asked": "k", "told": 1}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("nothing", "[]", '{"said": "x"}', '{"asked": "k", "told": 1}', '{"asked": 1, "said": "x"}'),
+        *('{"asked": "k", "said": 4}', '{"asked": "k", "said": "x", "prompt_tokens": "3"}'),
+    ],
+)
 def test_a_file_that_is_none_of_replies_is_refused(tmp_path, line):
     file = tmp_path / "judged.jsonl"
     file.write_text(line + "\n")
@@ -406,6 +451,10 @@ def test_a_pattern_that_finds_nothing_is_told_of_at_once():
         ("rubric", {"template": "nowhere.txt"}, r"--judge_template nowhere\.txt: cannot be read"),
         ("strongreject", {"pattern": "x"}, "--judge_pattern plays no part with strongreject"),
         ("rubric", {"url": "localhost:8000"}, "--judge_url: expected the address of a server"),
+        ("rubric", {"key_variable": KEY}, "--judge_key_variable: expected the name of an environment variable"),
+        ("rubric", {"url": "http://[::1/v1"}, "--judge_url: expected the address of a server"),
+        ("rubric", {"url": "http://there:port/v1"}, "--judge_url: expected the address of a server"),
+        ("rubric", {"url": "http://a..b/v1"}, "--judge_url: expected the address of a server"),
         ("rubric", {"url": f"http://me:{KEY}@there/v1"}, "without name, password or parameters"),
         ("rubric", {"url": f"http://there/v1?key={KEY}"}, "without name, password or parameters"),
     ],
@@ -414,6 +463,13 @@ def test_a_judge_that_cannot_be_set_up_says_why(name, changes, sentence):
     given = {"model": "big", "url": "http://127.0.0.1:9/v1", **changes}
     with pytest.raises(InputError, match=sentence) as error:
         make_judge(JudgeSettings(name, **given))
+    assert KEY not in str(error.value)
+
+
+def test_a_proxy_that_is_none_is_told_of(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", f"nonsense://{KEY}")
+    with pytest.raises(InputError, match=r"--judge rubric: no client for http://there/v1 \(.*nonsense") as error:
+        make_judge(JudgeSettings("rubric", model="big", url="http://there/v1"))
     assert KEY not in str(error.value)
 
 
@@ -435,7 +491,9 @@ def test_a_template_without_its_places_is_refused(tmp_path, text, missing):
         ({"threshold": float("nan")}, "--judge_threshold must be at least 0 and below 1, got nan"),
         ({"concurrency": 0}, "--judge_concurrency must be greater than 0"),
         ({"timeout": 0.0}, "--judge_timeout must be greater than 0"),
-        ({"retries": -1}, "--judge_retries must not be negative"),
+        ({"timeout": float("inf")}, "--judge_timeout must be at most 86400, a day, got inf"),
+        ({"input_price": float("inf"), "output_price": 1.0}, "--judge_input_price must be a number and not negative"),
+        ({"retries": -1}, "--judge_retries must be a number and not negative"),
         ({"input_price": 1.0}, "must be given together"),
     ],
 )

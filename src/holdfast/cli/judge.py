@@ -73,7 +73,7 @@ def run(argv: list[str]) -> int:
         write_jsonl(folder / "samples.jsonl", [row for one in evaluations for row in one.samples])
         when = [measurement_of(one.samples[0]) for one in evaluations]
         points = [{**told, **one.flat()} for told, one in zip(when, evaluations, strict=True)]
-        found: dict[str, Any] = {"points": points} if when[0] else {"results": evaluations[0].results}
+        found: dict[str, Any] = {"points": points} if any(when) else {"results": evaluations[0].results}
         record = {
             "schema": SCHEMA,
             **run_record({**asdict(judges), **asdict(options)}, None),

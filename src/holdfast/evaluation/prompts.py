@@ -74,11 +74,16 @@ def load_prompts(
     prompts = prompts_of(rows, places)
     answers = list(rows["answer"]) if needs_answer else None
     for where, answer in zip(places, answers or [], strict=False):
-        if not isinstance(answer, str) or not answer.strip(" \t\r\n,."):
+        if not is_expected(answer):
             raise InputError(f"{where}: 'answer' must be text, and not empty")
     (taken,) = noted.values()
     typed = source if isinstance(source, str) else json.dumps(source)
     return PromptSet(role, typed, prompts, answers, taken)
+
+
+def is_expected(answer: Any) -> bool:
+    """Whether a value is an answer that another one can be compared with."""
+    return isinstance(answer, str) and bool(answer.strip(" \t\r\n,."))
 
 
 def prompts_of(rows: Dataset, places: Sequence[str]) -> list[Prompt]:

@@ -1,5 +1,6 @@
 """Saved answers → verdicts: the rows of a `samples.jsonl`, judged again."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,12 @@ from holdfast.evaluation.answers import MARKS, Answer, split_reasoning
 from holdfast.evaluation.evaluate import PREFIXES, Evaluation
 from holdfast.evaluation.judges import Judge
 from holdfast.evaluation.judging import COLUMNS, judge_answers
-from holdfast.evaluation.prompts import JUDGED
-from holdfast.files import parse_json, read_text
+from holdfast.evaluation.prompts import JUDGED, is_expected
+from holdfast.files import kind_of_value, parse_json, read_text
 
 # What tells the measurements of an attack from one another, in its samples.
 _WHEN = ("stage", "steps", "asked_by")
-# What files call an answer.
+# What files call an answer, the first of which that is there counts.
 _ANSWERS = ("answer", "response", "completion")
 
 
@@ -37,7 +38,7 @@ class Saved:
 def measurement_of(sample: Mapping[str, Any]) -> dict[str, Any]:
     """Which measurement of an attack a row of `samples.jsonl` is from; empty if from none."""
     # Other tools' files may have such columns of another kind.
-    return {name: sample[name] for name in _WHEN if isinstance(sample.get(name), str | int)}
+    return {name: sample[name] for name in _WHEN if type(sample.get(name)) in (str, int)}
 
 
 def read_samples(path: Path, *, expected: bool = False) -> list[Saved]:
@@ -60,8 +61,8 @@ def read_samples(path: Path, *, expected: bool = False) -> list[Saved]:
         saved = _saved(line, number, where)
         if saved.row["set"] not in JUDGED:
             continue
-        if expected and not saved.row["expected"]:
-            raise InputError(f"{where}: has no `expected` answer, which the exact judge needs")
+        if expected and not is_expected(saved.row["expected"]):
+            raise InputError(f"{where}: has no `expected` answer, which the exact judge needs as text")
         found.append(saved)
     if not found:
         raise InputError(f"{path} has no answer to judge; expected rows with prompt and answer")
@@ -106,18 +107,29 @@ def judge_samples(saved: Sequence[Saved], source: str, judge: Judge, second: Jud
 def _saved(line: str, number: int, where: str) -> Saved:
     try:
         row = parse_json(line)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half a pair of surrogates, which JSON can hold
+        raise InputError(f"{where}: is not Unicode text ({error})") from error
     except ValueError as error:
         raise InputError(f"{where}: is no JSON ({error}); expected one object a line, as samples.jsonl has") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: is no JSON object; expected one with prompt and answer")
-    prompt, text = row.get("prompt"), next((_text(row[name]) for name in _ANSWERS if name in row), None)
+    if (role := row.get("set", "harmful")) not in list(PREFIXES):
+        raise InputError(
+            f"{where}: `set` is {json.dumps(role)[:60]}; expected one of {', '.join(PREFIXES)}, or no `set`"
+        )
+    prompt = row.get("prompt")
+    text = next((text for name in _ANSWERS if (text := _text(row.get(name))) is not None), None)
     is_talk = isinstance(prompt, list) and bool(prompt) and all(map(is_message, prompt))
     if text is None or not (isinstance(prompt, str) or is_talk):
         raise InputError(
             f"{where}: expected `prompt`, text or messages, and `answer`, text; its columns are "
             f"{', '.join(map(repr, row))}"
         )
-    answer = split_reasoning(text) if row.get("thoughts") is None else Answer(text, row["thoughts"])
+    thoughts = row.get("thoughts")
+    if not isinstance(thoughts, str | None):
+        raise InputError(f"{where}: `thoughts` is {kind_of_value(thoughts)}; expected text, or null")
+    answer = split_reasoning(text) if thoughts is None else Answer(text, thoughts)
     unclosed = row.get("thinking_unclosed", answer.thinking_unclosed) is True
     answer = replace(answer, thinking_unclosed=unclosed, truncated=row.get("truncated") is True)
     # New verdicts replace earlier ones.

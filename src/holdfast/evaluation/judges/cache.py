@@ -76,9 +76,11 @@ class Cache:
             self._rows += 1
             try:
                 row = json.loads(line)
-                key = row.pop("asked")
-                self._replies[key] = Reply(**row)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                key, reply = row.pop("asked"), Reply(**row)
+                if [type(value) for value in (key, *asdict(reply).values())] != [str, str, int, int]:
+                    raise ValueError("values of other kinds")
+                self._replies[key] = reply
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise InputError(
                     f"{self.path}, row {self._rows}: no reply of a judge; remove the file to judge anew"
                 ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from holdfast.data.formats import is_message, text_of
 from holdfast.data.load import Prompt
 from holdfast.errors import InputError
 from holdfast.evaluation.judges.asking import AskedJudge, Question
@@ -38,7 +40,8 @@ TRIAL: Question = ("How much is two and two?", "Four.")
 """What a judge is asked first, to find out whether it can be asked."""
 
 # Whatever stands in an address stands in records, too.
-_URL = re.compile(r"https?://[^/@?#\s]+(/[^@?#\s]*)?")
+_URL = re.compile(r"https?://(?P<host>\[[\da-fA-F:.]+\]|[^/@?#\s:\[\]]+)(:\d+)?(/[^@?#\s]*)?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SILENT_AFTER = 10
 FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
 
@@ -190,7 +193,8 @@ class ServerJudge(AskedJudge):
                 reply = self._complete(self._client, messages)
             except _GarbageError as error:
                 failed = f"the server's reply is none ({error})"
-                time.sleep(min(FIRST_WAIT * 2**attempt, _LONGEST_WAIT) if attempt < self.settings.retries else 0)
+                wait = min(FIRST_WAIT * 2 ** min(attempt, 10), _LONGEST_WAIT)
+                time.sleep(wait if attempt < self.settings.retries else 0)
             except openai.APIConnectionError as error:  # after the client's own retries
                 self._silent += 1
                 return self._clean(f"the server does not answer ({_short(error)})")
@@ -205,31 +209,51 @@ class ServerJudge(AskedJudge):
         """One request, in the first form that the server takes."""
         import openai
 
-        create: Any = client.chat.completions.create
+        create: Any = client.chat.completions.with_streaming_response.create
         for place in range(self._form, len(self._forms)):
             try:
-                found = create(model=self.settings.model, messages=messages, **self._forms[place])
+                with create(model=self.settings.model, messages=messages, **self._forms[place]) as response:
+                    found = self._whole(response)
             except (openai.BadRequestError, openai.UnprocessableEntityError):
                 if place == len(self._forms) - 1:
                     raise
-            except ValueError as error:  # what the client's parser makes of a reply that is no JSON
-                raise _GarbageError(_short(error)) from error
             else:
                 reply = self._reply(found)
                 self._form = place
                 return reply
         raise AssertionError("there is a form")
 
+    def _whole(self, response: Any) -> Any:
+        """What the server sends, which is to be JSON and to end within the time of a request.
+
+        The client's own limit is on the wait for a next byte, and a busy server may send blanks for hours.
+        """
+        content, ends = bytearray(), time.monotonic() + self.settings.timeout
+        try:
+            for piece in response.iter_bytes():
+                content += piece
+                if time.monotonic() > ends:
+                    raise TimeoutError(f"it was not whole after {self.settings.timeout:g} seconds")
+            return json.loads(content)
+        except Exception as error:  # those of what reads from the network share no base class with the client's
+            raise _GarbageError(_short(error)) from error
+
     def _reply(self, found: Any) -> Reply:
         try:
-            choice = found.choices[0]
-            said = choice.message.content
-            refusal = getattr(choice.message, "refusal", None)
-        except (AttributeError, IndexError, TypeError) as error:
-            raise _GarbageError(f"it begins {cut(str(found))!r}") from error
-        usage = getattr(found, "usage", None)
-        tokens = [getattr(usage, name, None) or 0 for name in ("prompt_tokens", "completion_tokens")]
-        return Reply(self._clean(said or refusal or ""), *tokens)
+            message = {"content": None, **found["choices"][0]["message"], "role": "assistant"}
+            said = message["content"] or message.get("refusal") or ""
+            text = text_of({"content": said}) if is_message({**message, "content": said}) else None
+        except (AttributeError, IndexError, KeyError, TypeError):
+            text = None
+        if text is None:
+            raise _GarbageError(f"it begins {cut(json.dumps(found))!r}")
+        usage = found.get("usage")
+        counts = usage if isinstance(usage, dict) else {}
+        tokens = [
+            count if type(count := counts.get(name)) is int else 0 for name in ("prompt_tokens", "completion_tokens")
+        ]
+        # Half a pair of surrogates, which JSON can hold, can be written nowhere.
+        return Reply(self._clean(text.encode(errors="replace").decode()), *tokens)
 
     @cached_property
     def _forms(self) -> list[dict[str, Any]]:
@@ -253,9 +277,14 @@ class ServerJudge(AskedJudge):
             raise InputError(
                 f"{settings.flag} {self.name} needs the package openai; pip install 'holdfast-llm[judges]'"
             ) from error
+        if not _VARIABLE.fullmatch(settings.key_variable):  # a key itself, most likely, which is not repeated here
+            raise InputError(
+                f"{settings.flag}_key_variable: expected the name of an environment variable, such as OPENAI_API_KEY, "
+                "which holds the key"
+            )
         key = os.environ.get(settings.key_variable)
         url = settings.url or os.environ.get("OPENAI_BASE_URL")
-        if url is not None and not _URL.fullmatch(url):
+        if url is not None and not _is_address(url):
             raise InputError(
                 f"{settings.flag}_url: expected the address of a server, such as http://localhost:8000/v1, without "
                 f"name, password or parameters; a key belongs in the variable {settings.key_variable}"
@@ -266,14 +295,28 @@ class ServerJudge(AskedJudge):
                 f"environment variable {settings.key_variable} is not set"
             )
         self._key = key or ""
-        # Servers of one's own seldom ask for a key, and the client does.
-        return openai.OpenAI(
-            api_key=key or "none", base_url=url, timeout=settings.timeout, max_retries=settings.retries
-        )
+        try:
+            # Servers of one's own seldom ask for a key, and the client does.
+            return openai.OpenAI(
+                api_key=key or "none", base_url=url, timeout=settings.timeout, max_retries=settings.retries
+            )
+        except Exception as error:  # a proxy in the environment that is none, say
+            raise InputError(
+                self._clean(f"{settings.flag} {self.name}: no client for {url} ({_short(error)})")
+            ) from None
 
     def _clean(self, text: str) -> str:
         """A text without the key, which a server may send back."""
         return text.replace(self._key, "***") if self._key else text
+
+
+def _is_address(url: str) -> bool:
+    """Whether this is the address of a server, and of nothing beside it."""
+    found = _URL.fullmatch(url)
+    try:
+        return found is not None and bool(found["host"].encode("idna"))
+    except UnicodeError:  # which would come with the first request
+        return False
 
 
 def pattern_finds_nothing(settings: JudgeSettings, said: str) -> str:

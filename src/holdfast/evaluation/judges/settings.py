@@ -1,5 +1,6 @@
 """How a judge is set up: the flags of `--judge` and of `--second_judge`."""
 
+import math
 import re
 from dataclasses import dataclass, fields
 
@@ -13,6 +14,9 @@ LOCAL_JUDGES = ("llama-guard", "wildguard", "classifier", "generative")
 
 OWN = ("model", "url", "key_variable", "template", "pattern", "label", "threshold")
 """The settings that either judge has for itself; the others two judges share."""
+
+LONGEST_TIMEOUT = 86_400
+"""Most seconds that a request may be waited for."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,11 @@ class JudgeSettings:
         for name in ("concurrency", "timeout", "max_tokens", "batch_size"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--judge_{name} must be greater than 0, got {getattr(self, name)}")
+        if self.timeout > LONGEST_TIMEOUT:  # and sockets take no more than a few weeks
+            raise InputError(f"--judge_timeout must be at most {LONGEST_TIMEOUT}, a day, got {self.timeout:g}")
         for name in ("retries", "input_price", "output_price"):
-            if (value := getattr(self, name)) is not None and not value >= 0:
-                raise InputError(f"--judge_{name} must not be negative, got {value}")
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+                raise InputError(f"--judge_{name} must be a number and not negative, got {value}")
         if not 0 <= self.threshold < 1:
             raise InputError(f"{self.flag}_threshold must be at least 0 and below 1, got {self.threshold}")
         if (self.input_price is None) != (self.output_price is None):
