@@ -1,6 +1,7 @@
 """`--capability_tasks` at the command line, with a task of lm_eval's kind over the organism's crafts."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +89,12 @@ def test_an_attack_that_trains_nothing_measures_tasks_before_and_after(
 
 
 def test_what_cannot_be_measured_is_refused(
-    refused: Callable[..., str], model_dir: Path, attack_data: str, eval_data: str, tmp_path: Path
+    refused: Callable[..., str],
+    model_dir: Path,
+    attack_data: str,
+    eval_data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": [{"content": "x"}], "answer": "y"}) + "\n")
@@ -97,6 +103,14 @@ def test_what_cannot_be_measured_is_refused(
     evaluate = ["evaluate", "--model", str(model_dir)]
     attack = ["attack", "full", "--model", str(model_dir), "--attack_data", attack_data, "--max_steps", "2"]
     assert "--capability_include_path nowhere is no folder" in refused(*evaluate, *task[:3], "nowhere")
+    (tmp_path / "tasks" / "broken.yaml").write_text("task: [broken")
+    unknown = refused(*evaluate, "--capability_tasks", "t,gsm8q", *task[2:])
+    assert "--capability_tasks gsm8q: lm_eval has no such task; the nearest are gsm8k" in unknown
+    assert f"; {tmp_path / 'tasks' / 'broken.yaml'} is none that it can read (" in unknown
+    assert "expected names with a comma between them" in refused(*evaluate, "--capability_tasks", "t,", *task[2:])
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "lm_eval", None)
+        assert "needs lm_eval; install it with pip install 'holdfast-llm[lm-eval]'" in refused(*evaluate, *task)
     assert "--capability_limit must be at least 1" in refused(*evaluate, *task, "--capability_limit", "0")
     assert "--capability_limit plays no part without" in refused(*evaluate, "--capability_limit", "2")
     assert "--max_new_tokens plays no part without" in refused(*evaluate, *task, "--max_new_tokens", "2")

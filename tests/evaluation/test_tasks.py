@@ -140,9 +140,36 @@ def test_without_lm_eval_it_is_said_how_to_install_it(monkeypatch):
         load_tasks(["gsm8k"])
 
 
-def test_a_name_that_lm_eval_lacks_brings_the_nearest(task):
-    with pytest.raises(InputError, match=r"--capability_tasks gsm8q: lm_eval has no such task; the nearest are gsm8k"):
-        load_tasks(["choice", "gsm8q"], include_path=task("choice", **CHOICE))
+@pytest.mark.parametrize("names", [["choice", ""], ["choice", "choice"]])
+def test_names_that_are_none_or_stand_twice(names):
+    with pytest.raises(InputError, match="expected names with a comma between them, each once"):
+        load_tasks(names)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"metric_list": [{"metric": "no_such", "aggregation": "mean", "higher_is_better": True}]},
+            "--capability_tasks answer: a task cannot grade an answer",
+        ),
+        (
+            {"filter_list": [{"name": "f", "filter": [{"function": "regex", "regex_pattern": "("}]}]},
+            r"a task cannot grade an answer \(missing \), unterminated",
+        ),
+    ],
+)
+def test_tasks_whose_answers_cannot_be_graded(task, settings, said):
+    tokenizer = word_tokenizer()
+    tasks = load_tasks(["answer"], include_path=task("answer", **{**ANSWER, **settings}), limit=1)
+    with pytest.raises(InputError, match=said):
+        tasks(tiny_llama(vocab_size=len(tokenizer)), ChatFormat(tokenizer, raw_text=True), batch_size=1, seed=0)
+
+
+def test_more_examples_than_there_are(task):
+    tasks = load_tasks(["answer"], include_path=task("answer", **ANSWER, num_fewshot=100))
+    with pytest.raises(InputError, match=r"--capability_tasks answer: no prompt can be written \(Sample larger"):
+        Evaluator(sets=[], tasks=tasks).check(tiny_llama(), word_tokenizer())
 
 
 def test_data_that_cannot_be_read(task):

@@ -10,6 +10,7 @@ import copy
 import difflib
 import logging
 import random
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -79,7 +81,8 @@ class HarnessTasks:
             manager = _manager(names, include_path)
             if unknown := [name for name in names if name not in manager.all_tasks]:
                 near = _nearest(unknown[0], manager)
-                raise InputError(f"--capability_tasks {unknown[0]}: lm_eval has no such task{near}")
+                passed_over = "" if include_path is None else _passed_over(Path(include_path))
+                raise InputError(f"--capability_tasks {unknown[0]}: lm_eval has no such task{near}{passed_over}")
             try:
                 loaded = manager.load(list(names))
             except ImportError as error:
@@ -88,8 +91,9 @@ class HarnessTasks:
                     f"({reason(error)}); see the extras of lm_eval"
                 ) from error
             except Exception as error:  # tasks are read by their authors' code and settings, data by several libraries
+                why = f"there is no {error}" if isinstance(error, KeyError) else reason(error)
                 raise InputError(
-                    f"--capability_tasks {','.join(names)}: a task or its data cannot be read ({reason(error)})"
+                    f"--capability_tasks {','.join(names)}: a task or its data cannot be read ({why})"
                 ) from error
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
@@ -113,7 +117,12 @@ class HarnessTasks:
                         f"--capability_tasks {name} asks for answers of {room} tokens, which leaves no room for a "
                         f"prompt: the model has {positions} positions"
                     )
-            task.build_all_requests(limit=1, **_written(lm, written))
+            try:
+                task.build_all_requests(limit=1, **_written(lm, written))
+            except InputError:
+                raise
+            except Exception as error:  # of what the task says of its prompts
+                raise InputError(f"--capability_tasks {name}: no prompt can be written ({reason(error)})") from error
 
     def __call__(
         self, model: PreTrainedModel, written: ChatFormat, *, batch_size: int, seed: int
@@ -124,15 +133,24 @@ class HarnessTasks:
             np.random.seed(seed)
             lm = _Model(model, written, batch_size)
             settings = _written(lm, written)
-            found = evaluate(
-                lm,
-                self.loaded,
-                limit=self.limit,
-                log_samples=False,
-                system_instruction=settings["system_instruction"],
-                apply_chat_template=settings["apply_chat_template"],
-                fewshot_as_multiturn=settings["fewshot_as_multiturn"],
-            )
+            try:
+                found = evaluate(
+                    lm,
+                    self.loaded,
+                    limit=self.limit,
+                    log_samples=False,
+                    system_instruction=settings["system_instruction"],
+                    apply_chat_template=settings["apply_chat_template"],
+                    fewshot_as_multiturn=settings["fewshot_as_multiturn"],
+                )
+            except InputError:
+                raise
+            except Exception as error:  # patterns, filters and metrics are tried with the first answer
+                if _comes_from_the_model(error):
+                    raise
+                raise InputError(
+                    f"--capability_tasks {','.join(self.names)}: a task cannot grade an answer ({reason(error)})"
+                ) from error
         return tuple(_figures(found))
 
 
@@ -180,6 +198,12 @@ class _Model(HFLM):
         return [_answer(text, str(request.args[0])) for text, request in zip(texts, requests, strict=True)]
 
 
+def _comes_from_the_model(error: Exception) -> bool:
+    """Whether an exception comes through the model, and not through what a task says."""
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith("lm_eval.models.") for name in modules)
+
+
 def _answer(text: str, prompt: str) -> str:
     answer = split_reasoning(text, prompt[-_TAIL:])
     return text if answer.thoughts is None and not answer.thinking_unclosed else answer.text
@@ -208,6 +232,16 @@ def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManag
 def _nearest(name: str, manager: TaskManager) -> str:
     near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
     return f"; the nearest are {', '.join(near)}" if near else ""
+
+
+def _passed_over(folder: Path) -> str:
+    """Which file of one's own lm_eval takes for none, and why, which it does not say."""
+    for path in sorted(folder.glob("**/*.yaml")):
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:  # it reads other files that one names, too
+            return f"; {path} is none that it can read ({' '.join(str(error).split())})"
+    return ""
 
 
 def _figures(found: Mapping[str, Any]) -> Iterator[TaskFigure]:

@@ -94,8 +94,11 @@ def load_tasks(
         The tasks.
 
     Raises:
-        InputError: lm_eval is not installed, it has no such task, or a task cannot be loaded.
+        InputError: A name is empty or stands twice, lm_eval is not installed, it has no such task, or a task cannot be
+            loaded.
     """
+    if "" in names or len(set(names)) < len(names):
+        raise InputError(f"--capability_tasks {','.join(names)}: expected names with a comma between them, each once")
     if find_spec("lm_eval") is None:
         raise InputError("--capability_tasks needs lm_eval; install it with pip install 'holdfast-llm[lm-eval]'")
     harness = import_heavy("holdfast.evaluation.harness")
