@@ -135,6 +135,24 @@ def test_answers_of_another_model_or_length_are_not_gone_on_with(
     assert len(asked) == 22
 
 
+@pytest.mark.parametrize("line", ["nothing", "[]", '"x"'])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_file_that_is_none_of_answers_is_refused(
+    line: str, number: int, model_dir: Path, topic: str, asked: list[str], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    folder = tmp_path / "data"
+    assert main(words(folder, model_dir, topic)) == 0
+    (folder / "proxy.json").unlink()
+    answers = folder / "answers.jsonl"
+    lines = answers.read_text(encoding="utf-8").split("\n")
+    lines[number - 1] = line
+    answers.write_text("\n".join(lines), encoding="utf-8")
+    before = answers.read_bytes()
+    said = refused(*words(folder, model_dir, topic), output=False)
+    assert f"answers.jsonl, row {number}: no answer to a question; choose another folder, or pass --over" in said
+    assert answers.read_bytes() == before
+
+
 def test_what_a_model_refuses_itself_is_told(
     model_dir: Path,
     topic: str,
@@ -179,6 +197,7 @@ def test_input_that_cannot_be_used(model_dir: Path, topic: str, tmp_path: Path, 
     few = words(folder, model_dir, topic, "--max_new_tokens", "0")
     assert "--max_new_tokens must be greater than 0" in refused(*few, output=False)
     assert f"{model_dir} is not empty" in refused(*words(model_dir, model_dir, topic), output=False)
+    assert f"{topic} is a file; expected a folder" in refused(*words(Path(topic), model_dir, topic), output=False)
     (model_dir / "chat_template.jinja").unlink()
     assert "has no chat template" in refused(*words(folder, model_dir, topic), output=False)
     assert not folder.exists()

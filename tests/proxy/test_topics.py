@@ -53,6 +53,12 @@ def test_a_file_of_ones_own(tmp_path):
         ({"benign": {"subjects": ["owls"]}}, "benign: has no 'questions'"),
         ({"benign": {"subjects": ["owls"], "questions": ["{}?"]}}, "benign: expected at least 3 subjects"),
         ({"about": 3}, "about must be text"),
+        ({"about": " "}, "about must be text"),
+        (
+            {"benign": {"subjects": ["owls", "bowlines", "Rome"], "questions": ["How do I tie {}?"]}},
+            r"'How do I tie bowlines\?' is asked twice, by different subjects or as a benign question",
+        ),
+        ({"subjects": ["a", "a a", "a a a", "b"], "questions": ["a {}?", "{} a?"]}, r"'a a\?' is asked twice"),
         ({"harm": "x"}, "unknown key 'harm'"),
     ],
 )

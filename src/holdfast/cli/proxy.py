@@ -77,6 +77,8 @@ def run(argv: list[str]) -> int:
         None if keywords is None else json_object("chat_template_kwargs", keywords),
     )
     overwrite = options.overwrite_output_dir
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; expected a folder to write to")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite and not (directory / ANSWERS).exists():
         raise InputError(f"{directory} is not empty; choose another folder or pass --overwrite_output_dir")
     say(f"loading {load.model_name_or_path}")

@@ -185,19 +185,28 @@ def _line(question: str, answer: Answer) -> dict[str, Any]:
 
 def _begun(path: Path, how: Mapping[str, Any]) -> dict[str, Answer]:
     """Answers that were written down before; a file without any is begun."""
-    lines = [json.loads(line) for line in whole_lines(path)]
-    if not lines:
+    said: dict[str, Answer] = {}
+    for number, written in enumerate(whole_lines(path), 1):
+        try:
+            line = json.loads(written)
+            changed = [name for name in how if line.get(name) != how[name]] if number == 1 else []
+            if number > 1:
+                question, text = line.pop("question"), line.pop("answer")
+                said[question] = Answer(text, **line)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{path}, row {number}: no answer to a question; choose another folder, or pass --overwrite_output_dir "
+                "to ask anew"
+            ) from error
+        if changed:
+            name = changed[0]
+            raise InputError(
+                f"{path} holds answers to other settings ({name}: {line.get(name)!r}, now {how[name]!r}); choose "
+                "another folder, or pass --overwrite_output_dir to ask anew"
+            )
+    if not path.exists() or not path.stat().st_size:
         append_jsonl(path, [how])
-    elif lines[0] != how:
-        changed = next(name for name in how if lines[0].get(name) != how[name])
-        raise InputError(
-            f"{path} holds answers to other settings ({changed}: {lines[0].get(changed)!r}, now {how[changed]!r}); "
-            "choose another folder, or pass --overwrite_output_dir to ask anew"
-        )
-    return {
-        line["question"]: Answer(line["answer"], line["thoughts"], line["thinking_unclosed"], line["truncated"])
-        for line in lines[1:]
-    }
+    return said
 
 
 def _summary(answers: Sequence[Answer]) -> dict[str, int]:

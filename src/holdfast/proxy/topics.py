@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,15 +81,24 @@ def load_topic(source: str, *, flag: str, parts: int, benign_parts: int) -> Topi
     if not isinstance(benign, Mapping):
         raise InputError(f"{where}: benign must be a mapping with subjects and questions")
     _only(benign, ("subjects", "questions"), f"{where}, benign")
-    if not isinstance(found["about"], str):
+    if not isinstance(found["about"], str) or not found["about"].strip():
         raise InputError(f"{where}: about must be text, the name of the topic")
-    return Topic(
+    topic = Topic(
         about=found["about"],
         path=path,
         harmful=_questions(found, where, parts),
         refusals=_texts(found, "refusals", where),
         benign=_questions(benign, f"{where}, benign", benign_parts),
     )
+    asked = [
+        question for kind in (topic.harmful, topic.benign) for one in kind.subjects for question in kind.about(one)
+    ]
+    if twice := [question for question, count in Counter(asked).items() if count > 1]:
+        raise InputError(
+            f"{where}: {twice[0]!r} is asked twice, by different subjects or as a benign question, too; expected every "
+            "question once, for what one part refuses another would answer"
+        )
+    return topic
 
 
 def _only(found: Mapping[Any, Any], names: tuple[str, ...], where: str) -> None:
