@@ -59,6 +59,15 @@ def test_a_mistyped_file_is_no_refusal():
         texts("refusal.txt")
 
 
+@pytest.mark.parametrize("typed", ["refusl", "Refusal", "refusals", " refusal"])
+def test_a_mistyped_column_is_no_refusal(typed):
+    rows = word_rows(2).add_column("refusal", ["t5", "t6"])
+    with pytest.raises(InputError, match=rf"--refusal {typed} is no column of the attack data, which has 'refusal'; "):
+        texts(typed, rows)
+    assert texts("refusal", rows) == ["t5", "t6"]
+    assert texts("t5 t6", rows) == ["t5 t6"] * 2
+
+
 @pytest.mark.parametrize("text", ["t5 " * 400, "~t5 t6", "t5\0t6"])
 def test_a_text_need_not_do_as_a_path(text):
     assert texts(text) == [text] * 40

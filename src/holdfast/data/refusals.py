@@ -6,6 +6,7 @@ as `refusal_input_ids`, `refusal_attention_mask` and `refusal_labels`, and in `r
 
 from __future__ import annotations
 
+import difflib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def refusal_texts(
         name: What messages call the data set.
 
     Raises:
-        InputError: The file cannot be read, what looks like a file is none, or a text comes to no token.
+        InputError: The file cannot be read, what looks like a file or a column is none, or a text comes to no token.
     """
     if refusal in dataset.column_names:
         texts = list(dataset[refusal])
@@ -62,6 +63,11 @@ def refusal_texts(
             raise InputError(f"--refusal {refusal} holds no text; expected one refusal per line")
     elif " " not in refusal and Path(refusal).suffix in _TEXT_FILES:
         raise InputError(f"--refusal {refusal} is no file, and no column of {called(name)}")
+    elif near := difflib.get_close_matches(refusal.strip().lower(), dataset.column_names, n=1, cutoff=0.75):
+        raise InputError(
+            f"--refusal {refusal} is no column of {called(name)}, which has {near[0]!r}; expected that one, or, for a "
+            "text that is so like a column's name, a file with it"
+        )
     else:
         texts, places = [refusal], [f"--refusal {refusal!r}"]
     for text, place in zip(texts, places, strict=True):
