@@ -161,6 +161,8 @@ class TableArguments:
         for flag, values in (("--methods and --checkpoint", named), ("--seeds", list(map(str, self.seeds)))):
             if twice := next((value for place, value in enumerate(values) if value in values[:place]), None):
                 raise InputError(f"{flag} have {twice!r} twice; expected each once")
+        if outside := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
+            raise InputError(f"--seeds {outside[0]}: expected numbers from 0 to {2**32 - 1}")
         for one in self.checkpoint:
             if not re.fullmatch(r"[\w.-]+=.+", one):
                 raise InputError(

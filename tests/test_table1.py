@@ -135,6 +135,8 @@ def test_the_settings_are_those_of_the_recipes(table1, capsys, recipe, command):
         (["--checkpoint", "a/b=c"], "--checkpoint a/b=c: expected NAME=FOLDER"),
         (["--model", "m", "--methods", "sft", "--checkpoint", "sft=x"], "--methods and --checkpoint have 'sft' twice"),
         (["--model", "m", "--seeds", "1", "2", "1"], "--seeds have '1' twice"),
+        (["--model", "m", "--seeds", "0", "-1"], "--seeds -1: expected numbers from 0 to 4294967295"),
+        (["--model", "m", "--seeds", "4294967296"], "--seeds 4294967296: expected numbers from 0 to 4294967295"),
         (["--model", "m", "--judge", "exact"], "the exact judge cannot grade these benchmarks"),
         (["--model", "m", "--judge_label", "x"], "--judge_label plays no part"),
     ],
