@@ -12,6 +12,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from holdfast.errors import InputError
+from holdfast.files import with_keys_once
 
 logger = logging.getLogger(__name__)
 
@@ -168,17 +169,12 @@ def require_not_negative(config: Any, *names: str) -> None:
 
 def json_object(name: str, text: str) -> dict[str, Any]:
     """The mapping that a flag gives as JSON; InputError if it is no JSON object, or has a key twice."""
-
-    def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise InputError(f"--{name}: the key {twice[0]!r} stands more than once in {text!r}")
-        return dict(pairs)
-
     try:
-        parsed = json.loads(text, object_pairs_hook=read)
+        parsed = json.loads(text, object_pairs_hook=with_keys_once)
     except json.JSONDecodeError:
         parsed = None
+    except ValueError as error:
+        raise InputError(f"--{name}: {error} in {text!r}") from error
     if not isinstance(parsed, dict):
         raise InputError(f"--{name} must be a JSON object, got {text!r}")
     return parsed

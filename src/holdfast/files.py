@@ -116,10 +116,17 @@ def parse_json(text: str) -> Any:
     """Read a JSON document as strictly as `write_json` writes one.
 
     Raises:
-        ValueError: If it is none, holds NaN, an infinity or a number as large, or is nested too deeply.
+        ValueError: If it is none, holds NaN, an infinity or a number as large, or an object has a key twice, or it is
+            nested too deeply.
     """
     try:
-        return json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
+        return json.loads(
+            text,
+            parse_constant=_finite,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=with_keys_once,
+        )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -133,6 +140,20 @@ def _finite(number: str) -> float:
 def _whole(number: str) -> int:
     _finite(number)
     return int(number)
+
+
+def with_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `json.loads`, which by itself takes the last of several values.
+
+    Raises:
+        ValueError: If a key stands in it twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
+        raise ValueError(f"the key {twice!r} stands more than once")
+    return found
 
 
 def kind_of_value(value: Any) -> str:

@@ -1,6 +1,7 @@
 """`holdfast data`, and what every command's data flags take and refuse."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,10 @@ def test_an_entry_that_cannot_be_read(hub: Hub, capsys: pytest.CaptureFixture[st
     assert main(["data", "sorry-bench"]) == 0
     shown = capsys.readouterr()
     assert "gated: true" in " ".join(shown.out.split())
-    assert "its rows cannot be read here: --data sorry-bench cannot be read from the Hub (it is gated: " in shown.err
+    assert (
+        "its rows cannot be read here: holdfast data sorry-bench cannot be read from the Hub (it is gated: "
+        in shown.err
+    )
 
 
 def test_any_source_may_be_looked_at(write_rows: Write, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,10 +81,27 @@ def test_any_source_may_be_looked_at(write_rows: Write, capsys: pytest.CaptureFi
     assert "user: Tea? assistant: Steep." in shown
 
 
+def test_what_a_refusal_says_to_type_can_be_typed(
+    write_rows: Write, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused("data", write_rows("rows.jsonl", [{"frage": "Tee?", "antwort": "Ja."}]), output=False)
+    words = shlex.split(said.partition("as in holdfast ")[2])
+    assert main(words) == 0
+    assert "Tee?" in capsys.readouterr().out
+
+
+def test_a_call_of_a_tool_is_shown(write_rows: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "kettle", "arguments": {}}}]}
+    assert main(["data", write_rows("rows.jsonl", [{"messages": [{"role": "user", "content": "Tea?"}, call]}])]) == 0
+    assert 'assistant: [{"function": {"name": "kettle"' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["nowhere.jsonl"], "--data nowhere.jsonl is neither a file nor a data set on the Hub; no such file"),
+        (["nowhere.jsonl"], "holdfast data nowhere.jsonl is neither a file nor a data set on the Hub; no such file"),
+        ([""], "argument SOURCE: expected a value, got ''"),
+        ([json.dumps({"path": "x.jsonl", "limt": 3})], "holdfast data: a source has no 'limt' (did you mean limit?)"),
         (["xstest", "--show", "-1"], "--show must not be negative, got -1"),
         (["a", "b"], "unrecognized arguments: b"),
     ],
@@ -104,6 +125,15 @@ def test_a_mapping_in_a_recipe_a_list_and_a_record(
     first, second = read_json(out / "holdfast.json")["taken"]["train_data"]
     assert first.items() >= {**mapping, "rows": 8, "taken": 3}.items()
     assert second.items() >= {"path": train_data, "rows": 10, "taken": 10}.items()
+
+
+def test_a_share_in_a_recipe_may_be_written_as_on_a_command_line(
+    words: Callable[..., list[str]], write_rows: Write, tmp_path: Path, refused: Refused
+) -> None:
+    recipe, rows = tmp_path / "recipe.yaml", write_rows("rows.jsonl", PAIRS)
+    recipe.write_text(f"train_data: [{{path: {rows}, fraction: 5e-1}}]\n")
+    said = refused(*words("align sft", rows)[:4], "--config", str(recipe))
+    assert f"--train_data: {rows} has a fraction, but is the only source" in said
 
 
 def test_a_run_goes_on_with_the_same_rows_alone(

@@ -201,12 +201,13 @@ ROW = {"prompt": 'how, why; "when"\n\u2028', "completion": "é 42"}
     ("name", "content"),
     [
         ("a.json", json.dumps({"data": [ROW, ROW], "version": 1}, indent=1)),
+        ("a.json", json.dumps({"columns": ["prompt", "completion"], "none": [], "rows": [ROW, ROW]})),
         ("a.json", json.dumps(ROW) + "\n" + json.dumps(ROW)),
         ("a.jsonl", json.dumps([ROW, ROW])),
         ("a.csv", 'prompt;completion\n"how, why; ""when""\n\u2028";é 42\n"how, why; ""when""\n\u2028";é 42\n'),
         ("a.tsv", 'prompt\tcompletion\n"how, why; ""when""\n\u2028"\té 42\n"how, why; ""when""\n\u2028"\té 42\n'),
     ],
-    ids=["under-a-key", "lines-in-json", "list-in-jsonl", "semicolons", "tabs"],
+    ids=["under-a-key", "under-one-of-several-keys", "lines-in-json", "list-in-jsonl", "semicolons", "tabs"],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("packed", [False, True])
@@ -227,6 +228,11 @@ def test_one_object_is_one_row(tmp_path, row):
     [
         ("a.csv", b"prompt,completion,prompt\nx,y,z\n", "has the column 'prompt' twice"),
         ("a.csv", b"prompt,completion\nx,y\nx,\n", "row 2: 'completion' is empty"),
+        (
+            "a.json",
+            json.dumps({"train": [ROW], "test": [ROW], "none": []}).encode(),
+            "is an object with several lists of rows, 'train', 'test'; expected one",
+        ),
         ("a.csv", b"prompt,completion\n,\n", "row 1: 'completion' is empty"),
         ("a.csv", b"prompt, response\nx, y\n", "blanks around the name of its column ' response'; expected 'response'"),
         ("a.tsv", b"prompt\tresponse\tis_safe \nx\ty\ttrue\n", "'is_safe '; expected 'is_safe'"),
@@ -246,7 +252,7 @@ def test_one_object_is_one_row(tmp_path, row):
         ("a.json", b'[{"prompt": "x"}] [', "line 1 is not valid JSON (Extra data"),
         ("a.json", b'[{"prompt": "x"}, "y"]', "row 2 is text; expected an object"),
         ("a.json", b"[" * 100_000, "is not valid JSON (it is nested too deeply)"),
-        ("a.json", b'{"train": [{"prompt": "x"}], "test": []}', "its columns are 'train', 'test'"),
+        ("a.json", b'{"train": [{"prompt": "x"}], "test": []}', "its columns are 'prompt'"),
         ("a.jsonl.gz", b'{"prompt": "x", "completion": "y"}', "is not a valid gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "x", "completion": "y"}', mtime=0)[:-9], "is not a valid gzip file"),
         ("a.parquet.gz", b"x", "unknown extension"),

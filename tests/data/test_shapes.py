@@ -93,7 +93,8 @@ def test_what_a_refusal_says_to_type_works(write):
 
 @pytest.mark.parametrize("cell", [3, ["x"], {"a": 1}])
 def test_an_instruction_that_is_no_text(write, cell):
-    assert "'input' is not text in every row" in refused(write({"instruction": "i", "input": cell, "output": "o"}))
+    row = {"instruction": "i", "input": "", "output": "o"}
+    assert "a.jsonl: 'input' of row 2 is no text" in refused(write(row, {**row, "input": cell}))
 
 
 # ---------------------------------------------------------------------- columns
@@ -109,12 +110,17 @@ def test_an_instruction_that_is_no_text(write, cell):
         ({"prompt": {"column": "n", "words": ["no", "yes"]}}, "yes"),
         ({"prompt": {"column": "n", "words": {"1": "one", "2": "two"}}}, "one"),
         ({"prompt": {"column": "n", "words": {1: "one"}}}, "one"),
+        ({"prompt": {"column": "b2", "words": {"true": "yes", "false": "no"}}}, "yes"),
+        ({"prompt": {"column": "b2", "words": {True: "yes", False: "no"}}}, "yes"),
         ({"instruction": "a", "input": "b"}, "one\n\nlast: x"),
         ({"instruction": "a", "input": "b", "output": "a"}, "one\n\nlast: x"),
     ],
 )
 def test_what_columns_may_be_mapped_to(write, columns, prompt):
-    source = {"path": write({"a": "one", "b": "last: x", "turns": ["one", "two"], "n": 1}), "columns": columns}
+    source = {
+        "path": write({"a": "one", "b": "last: x", "turns": ["one", "two"], "n": 1, "b2": True}),
+        "columns": columns,
+    }
     assert read(source, PROMPT_COLUMNS)[0]["prompt"] == prompt
 
 
@@ -148,7 +154,13 @@ def test_mapped_columns_of_a_table_are_text(tmp_path):
         ({"prompt": "turns[5]"}, "'turns' of row 1 is not a list with a text at 5"),
         ({"prompt": {"column": "a", "after": "zzz"}}, "'a' of row 1 is not text with 'zzz' in it"),
         ({"prompt": {"column": "n", "words": ["no"]}}, "'n' of row 1 is not one of 0"),
-        ({"prompt": {"column": "n", "words": "no"}}, "words must be a list or a mapping, got \"no\""),
+        ({"prompt": {"column": "n", "words": "no"}}, "words must be a list of texts, or a mapping to them, got \"no\""),
+        ({"prompt": {"column": "n", "words": [1]}}, "words must be a list of texts, or a mapping to them, got [1]"),
+        ({"prompt": {"column": "n", "words": []}}, "words must be a list of texts, or a mapping to them, got []"),
+        ({"prompt": "a[0]"}, "'a' of row 1 is not a list with a text at 0"),
+        ({"prompt": {"column": "a", "after": ""}}, "columns[prompt]: after must be a text, and not empty, got \"\""),
+        ({"prompt": {"column": "a", "after": 1}}, "columns[prompt]: after must be a text, and not empty, got 1"),
+        ({"prompt": "n"}, "row 1: 'n' is a number; expected text or messages"),
     ],
 )  # fmt: skip
 def test_a_mapping_that_does_not_fit(write, columns, said):
@@ -174,6 +186,7 @@ KINDS = [
         ({"kind": None}, [3]),
         ({"n": 2}, [2]),
         ({"n": "2"}, [2]),
+        ({"n": 2.0}, [2]),
         ({"is_safe": False, "kind": ["a", "b"]}, [2]),
     ],
     ids=str,
@@ -218,11 +231,15 @@ def test_a_label_may_be_named(tmp_path):
         ),
         ({"kind": "z"}, "where leaves no row, since none has \"z\" in 'kind'; there are 'a', 'b', None"),
         ({"kind": "a", "n": 2}, 'where leaves no row that fits {"kind": "a", "n": 2}'),
-        ({}, "where leaves no row that fits {}"),
+        ({"kind": []}, "where has an empty list for the column 'kind', which no row fits"),
     ],
 )
 def test_a_choice_that_cannot_be_made(write, where, said):
     assert said in refused({"path": write(*KINDS), "where": where}, PROMPT_COLUMNS)
+
+
+def test_no_condition_leaves_all_rows(write):
+    assert len(read({"path": write(*KINDS), "where": {}}, PROMPT_COLUMNS)) == 3
 
 
 def test_a_choice_by_what_is_no_value(write):
@@ -233,6 +250,29 @@ def test_a_choice_by_what_is_no_value(write):
 def test_messages_name_rows_by_their_place_in_the_file(write):
     rows = [{"prompt": "p", "completion": "c", "n": 1}, {"prompt": "p", "completion": " ", "n": 2}]
     assert "a.jsonl, row 2: 'completion' is empty" in refused({"path": write(*rows), "where": {"n": 2}})
+    rows = [{"turns": ["a"], "n": 1, "instruction": "i", "input": "", "output": "o"}, {"turns": [], "n": 2}]
+    source = {"path": write(*rows), "where": {"n": 2}, "columns": {"prompt": "turns[0]"}}
+    assert "'turns' of row 2 is not a list with a text at 0" in refused(source, PROMPT_COLUMNS)
+    source = write(rows[0], {**rows[0], "n": 2, "input": 3})
+    assert "'input' of row 2 is no text" in refused({"path": source, "where": {"n": 2}})
+    source = write({**judged(True, True), "n": 1}, {**judged(True, None), "n": 2})
+    assert "safe' of row 2 is None" in refused({"path": source, "where": {"n": 2}, "take": "unsafe"})
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [
+        ([{"question": "q", "answer": "a"}, {"question": "q", "answer": None}], {}, "row 2: 'answer' is missing"),
+        ([{"goal": "g", "target": "t"}, {"goal": "g", "target": " "}], {}, "row 2: 'target' is empty"),
+        ([{"instruction": "i", "output": "o"}, {"instruction": "i", "output": 1}], {}, "row 2: 'output' is a number"),
+        ([{"prompt": "p", "chosen": "c", "rejected": None}], {"take": "rejected"}, "row 1: 'rejected' is missing"),
+        ([{"prompt": "p", "chosen": ["c"], "rejected": "r"}], {"take": "chosen"}, "row 1: 'chosen' holds text where"),
+        ([{"q": "q", "a": 1}], {"columns": {"prompt": "q", "completion": "a"}}, "row 1: 'a' is a number"),
+        ([{"q": "q", "a": 1}], {"columns": {"instruction": "q", "output": "a"}}, "row 1: 'a' is a number"),
+    ],
+)
+def test_messages_name_columns_as_the_file_has_them(write, rows, more, said):
+    assert f"a.jsonl, {said}" in refused({"path": write(*rows), **more})
 
 
 # ---------------------------------------------------------------------- one of two answers

@@ -67,6 +67,8 @@ def test_what_lies_on_disk_wins_but_for_a_folder_called_like_an_entry(tmp_path, 
         ({"path": "a.jsonl", "limit": 0}, "limit of a.jsonl must be a number of rows"),
         ({"path": "a.jsonl", "limit": True}, "limit of a.jsonl must be a number of rows"),
         ({"path": "a.jsonl", "fraction": -1}, "fraction of a.jsonl must be a positive number"),
+        ({"path": "a.jsonl", "fraction": 0.5}, "a.jsonl has a fraction, but is the only source; expected several that"),
+        ([{"path": "a.jsonl", "fraction": 0.5}], "a.jsonl has a fraction, but is the only source; expected several"),
         ({"path": "a.jsonl", "split": 3}, "split of a.jsonl must be a text"),
         ([], "is an empty list"),
         ([3], "a source in a list must be a name or a mapping, got 3"),
@@ -76,6 +78,24 @@ def test_what_lies_on_disk_wins_but_for_a_folder_called_like_an_entry(tmp_path, 
 def test_a_mapping_that_means_nothing(source, said):
     assert said in refused(source)
     assert said in refused(json.dumps(source))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"path": "a.jsonl", "limit": 1, "limit": 2}', "is not valid JSON (the key 'limit' stands more than once)"),
+        ('[{"path": "a.jsonl", "fraction": Infinity}]', "is not valid JSON (Infinity is no number of JSON)"),
+        ('[{"path": "a.jsonl", "fraction": 1e400}]', "is not valid JSON (1e400 is no number of JSON)"),
+    ],
+)
+def test_a_mapping_that_is_no_json(text, said):
+    assert said in refused(text)
+
+
+@pytest.mark.parametrize("fraction", [float("inf"), float("nan"), 0])
+def test_a_share_is_a_number_above_zero(fraction):
+    source = [{"path": "a.jsonl", "fraction": fraction}, {"path": "b.jsonl", "fraction": 1}]
+    assert "fraction of a.jsonl must be a positive number" in refused(source)
 
 
 @pytest.mark.parametrize("key", ["name", "split", "revision"])
@@ -118,6 +138,12 @@ def test_fractions_are_shares_of_the_largest_join_without_a_row_twice(tmp_path):
     assert [part["taken"] for part in noted] == [6, 18]
     assert list(rows["prompt"][:7]) == ["p0", "p1", "p2", "p3", "p4", "p5", "p0"]
     assert [part["fraction"] for part in noted] == [0.3, 0.9]
+
+
+def test_a_share_that_comes_to_no_row_is_told(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl")
+    said = refused([{"path": file, "fraction": 1}, {"path": file, "limit": 2, "fraction": 1e-3}])
+    assert f"of {file} a fraction of 0.001 is no row, beside so few of the others" in said
 
 
 def test_a_join_is_only_of_what_can_be_used(tmp_path):

@@ -17,8 +17,10 @@ from holdfast.cli.parser import HoldfastParser
 from holdfast.data.catalogue import catalogue
 from holdfast.data.formats import ORIGIN, as_message, text_of
 from holdfast.data.load import TRAIN_COLUMNS, load_rows
-from holdfast.data.sources import named
 from holdfast.errors import InputError
+
+#: What sentences call the source, so that what one of them says to type can be typed.
+_FLAG = "holdfast data"
 
 #: How much of a text is shown.
 _CUT = 70
@@ -73,13 +75,13 @@ def run(argv: list[str]) -> int:
         stdout.print(_about(name, entry))
     noted: dict[str, Any] = {}
     try:
-        rows = load_rows(rest.source, flag="--data", columns=_COLUMNS, noted=noted)
+        rows = load_rows(rest.source, flag=_FLAG, columns=_COLUMNS, noted=noted)
     except InputError as error:
         if entry is None:
             raise
         say(f"its rows cannot be read here: {error}")
         return 0
-    _show(named(rest.source), rows, noted["data"], options.show)
+    _show(rows, noted[_FLAG], options.show)
     return 0
 
 
@@ -105,7 +107,7 @@ def _about(name: str, entry: Mapping[str, Any]) -> Table:
     return table
 
 
-def _show(label: str, rows: Dataset, parts: Sequence[Mapping[str, Any]], count: int) -> None:
+def _show(rows: Dataset, parts: Sequence[Mapping[str, Any]], count: int) -> None:
     """How many rows there are, how they are read, and the first of them."""
     for part in parts:
         commit = f" at commit {part['revision']}" if "revision" in part else ""
@@ -127,6 +129,6 @@ def _short(cell: Any) -> str:
     text = cell
     if isinstance(cell, list):
         turns = [as_message(turn) for turn in cell]
-        text = " ".join(f"{turn['role']}: {text_of(turn)}" for turn in turns)
+        text = " ".join(f"{turn['role']}: {text_of(turn) or json.dumps(turn.get('tool_calls'))}" for turn in turns)
     text = " ".join(text.split())
     return text if len(text) <= _CUT else f"{text[:_CUT]} …"

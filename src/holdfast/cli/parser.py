@@ -137,9 +137,14 @@ class HoldfastParser(TrlParser, _OneLineParser):
         given = vars(namespace)
         del given["config"]
         unset = {action.dest for action in self._actions if action.default is None} - _MAY_BE_EMPTY
+        typed_as = {
+            action.dest: f"--{action.dest}" if action.option_strings else action.metavar for action in self._actions
+        }
         for name in (name for name, value in given.items() if value == ""):  # as a shell's variable that is not set
             if _NAMES.search(name) or name in unset:
-                self.error(f"argument --{name}: expected a {'name' if _NAMES.search(name) else 'value'}, got ''")
+                self.error(
+                    f"argument {typed_as[name]}: expected a {'name' if _NAMES.search(name) else 'value'}, got ''"
+                )
         if not 0 <= given.get("seed", 0) < 2**32:
             self.error(f"argument --seed: expected a number from 0 to {2**32 - 1}, got {given['seed']}")
         built = []
@@ -220,7 +225,7 @@ def _words(path: Path, flag: str, action: argparse.Action, value: Any) -> list[s
     if action.nargs == "+":
         return [flag, *(_word(path, flag, item) for item in (value if isinstance(value, list) else [value]))]
     if isinstance(value, Mapping) or (isinstance(value, list) and _DATA.match(action.dest)):
-        inner = value if _DATA.match(action.dest) else _with_numbers(value)
+        inner = _with_share(value) if _DATA.match(action.dest) else _with_numbers(value)
         return [f"{flag}={json.dumps(inner, default=str)}"]
     return [f"{flag}={_word(path, flag, value)}"]
 
@@ -232,6 +237,15 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, list):
         return [_with_numbers(inner) for inner in value]
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+def _with_share(source: Any) -> Any:
+    """A source of data, or a list of them, with its share likewise; other values may be meant as text."""
+    if isinstance(source, list):
+        return [_with_share(one) for one in source]
+    if isinstance(source, Mapping):
+        return {key: _with_numbers(value) if key == "fraction" else value for key, value in source.items()}
+    return source
 
 
 def _word(path: Path, flag: str, value: Any) -> str:

@@ -65,15 +65,15 @@ def load_rows(
     for part in parts:
         rows, record = _read(part, flag, columns)
         record["rows"] = len(rows)
-        rows, numbers = taken(rows, part, columns, flag=flag)
+        rows, numbers, made_of = taken(rows, part, columns, flag=flag)
         if columns:
-            _check(rows, f"{flag} {part.label}", columns, numbers)
+            _check(rows, f"{flag} {part.label}", columns, numbers, made_of)
         if numbers is not None or len(parts) > 1:
             places = [f"row {number} of {data or part.label}" for number in numbers or range(1, len(rows) + 1)]
             rows = with_columns(rows, {ORIGIN: places})
         sets.append(rows)
         records.append({**part.rule(), **record})
-    sets = _shares(sets, [part.fraction for part in parts])
+    sets = _shares(sets, parts, flag)
     for rows, record in zip(sets, records, strict=True):
         record["taken"] = len(rows)
         record["sha256"] = record.get("sha256") or _digest(rows)
@@ -123,13 +123,19 @@ def _read(part: Part, flag: str, columns: Sequence[Sequence[str]]) -> tuple[Data
     return rows, record
 
 
-def _shares(sets: list[Dataset], fractions: Sequence[float | None]) -> list[Dataset]:
+def _shares(sets: list[Dataset], parts: Sequence[Part], flag: str) -> list[Dataset]:
     """As many of the first rows of each set as give all their shares; TRL's mixtures do the same."""
-    shares = [fraction for fraction in fractions if fraction is not None]
+    shares = [part.fraction for part in parts if part.fraction is not None]
     if not shares:
         return sets
     total = min(len(rows) * sum(shares) / share for rows, share in zip(sets, shares, strict=True))
     counts = [min(len(rows), round(share / sum(shares) * total)) for rows, share in zip(sets, shares, strict=True)]
+    if 0 in counts:
+        none = parts[counts.index(0)]
+        raise InputError(
+            f"{flag}: of {none.label} a fraction of {none.fraction:g} is no row, beside so few of the others; expected "
+            "a larger one, or the source left out"
+        )
     return [rows.select(range(count)) for rows, count in zip(sets, counts, strict=True)]
 
 
@@ -153,7 +159,13 @@ def _digest(rows: Dataset) -> str:
     return found.hexdigest()
 
 
-def _check(rows: Dataset, label: str, groups: Sequence[Sequence[str]], numbers: Sequence[int] | None) -> None:
+def _check(
+    rows: Dataset,
+    label: str,
+    groups: Sequence[Sequence[str]],
+    numbers: Sequence[int] | None,
+    made_of: Mapping[str, str],
+) -> None:
     """Check that the first group of columns that is there is complete and of a usable type."""
     group = next(group for group in groups if set(group) <= set(rows.column_names))
     # What is learnt must not be empty, nor what is asked where nothing is learnt; a prompt of rows to train on may be.
@@ -162,14 +174,14 @@ def _check(rows: Dataset, label: str, groups: Sequence[Sequence[str]], numbers: 
         expected = "messages" if name in _TALKS else "text or messages"
         if name not in _TALKS and _is_all_text(arrow(rows)[name], filled=name in filled):
             continue
-        is_text: bool | None = None
+        column, is_text = made_of.get(name, name), None
         for number, cell in zip(numbers or range(1, len(rows) + 1), rows[name], strict=True):
             if problem := "is empty" if name in filled and _is_blank(cell) else _problem(cell, name):
-                raise InputError(f"{label}, row {number}: {name!r} {problem}; expected {expected}")
+                raise InputError(f"{label}, row {number}: {column!r} {problem}; expected {expected}")
             if is_text is not None and is_text != isinstance(cell, str):
                 raise InputError(
-                    f"{label}, row {number}: {name!r} is {kind_of_value(cell)}, but {kind_of_value(rows[0][name])} in "
-                    "the rows before it; expected the same in all of them"
+                    f"{label}, row {number}: {column!r} is {kind_of_value(cell)}, but {kind_of_value(rows[0][name])} "
+                    "in the rows before it; expected the same in all of them"
                 )
             is_text = isinstance(cell, str)
 

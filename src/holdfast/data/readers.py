@@ -100,12 +100,23 @@ def _from_json(content: bytes | bytearray, label: str, kind: str, columns: Colle
             return _from_lines(content, label)
         raise InputError(f"{label} is not valid JSON ({reason(error)})") from error
     if isinstance(whole, dict):
-        lists = [value for value in whole.values() if isinstance(value, list)]
-        holds_rows = len(lists) == 1 and all(isinstance(row, dict) for row in lists[0])
-        whole = lists[0] if holds_rows and not whole.keys() & set(columns) else [whole]
+        lists = {key: value for key, value in whole.items() if isinstance(value, list) and all(map(_is_object, value))}
+        full = [key for key, value in lists.items() if value]
+        if whole.keys() & set(columns) or not lists:
+            whole = [whole]
+        elif len(full) > 1:
+            raise InputError(
+                f"{label} is an object with several lists of rows, {', '.join(map(repr, full))}; expected one"
+            )
+        else:
+            whole = lists[full[0]] if full else []
     elif not isinstance(whole, list):
         whole = [whole]
     return _from_objects(_numbered(whole), label)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:

@@ -51,9 +51,14 @@ def truth(value: Any) -> bool | None:
 
 def read_from(part: Part) -> set[str]:
     """The columns that a source may be read from, which are text whatever they look like."""
-    mapped = [spec.get("column") if isinstance(spec, Mapping) else spec for spec in (part.columns or {}).values()]
-    shapes = {column for shape in _SHAPES for column in shape.values()}
-    return {*MAPPED, *shapes, *(column for column in mapped if isinstance(column, str))}
+    mapped = {column for spec in (part.columns or {}).values() if (column := _column(spec)) is not None}
+    return {*MAPPED, *(column for shape in _SHAPES for column in shape.values()), *mapped}
+
+
+def _column(spec: Any) -> str | None:
+    """The column that something is mapped to; None if to none."""
+    column = spec.get("column") if isinstance(spec, Mapping) else spec
+    return column if isinstance(column, str) else None
 
 
 def arrow(rows: Dataset) -> pa.Table:
@@ -61,7 +66,9 @@ def arrow(rows: Dataset) -> pa.Table:
     return rows.with_format("arrow")[:]
 
 
-def taken(rows: Dataset, part: Part, groups: Groups, *, flag: str) -> tuple[Dataset, list[int] | None]:
+def taken(
+    rows: Dataset, part: Part, groups: Groups, *, flag: str
+) -> tuple[Dataset, list[int] | None, Mapping[str, str]]:
     """The rows that are meant, with the columns that are looked for.
 
     Args:
@@ -71,28 +78,34 @@ def taken(rows: Dataset, part: Part, groups: Groups, *, flag: str) -> tuple[Data
         flag: The flag that named them, for errors.
 
     Returns:
-        The rows, and the number of each, from 1, in `rows`; None where row follows row from the first on.
+        The rows; the number of each, from 1, in `rows`, None where row follows row from the first on; and by column,
+        where it was made of another, what that is called.
 
     Raises:
         InputError: A column is missing, is no text where a text is made of it, or no row is left; or the rows are of no
             shape that is known.
     """
     numbers: pa.Array | None = None
-    if part.where is not None:
+    made_of: dict[str, str] = {}
+    if part.where:
         keep = _where(rows, part, flag)
         rows, numbers = in_memory(arrow(rows).filter(keep), rows.features), pc.add(pc.indices_nonzero(keep), 1)
     if part.columns is not None:
-        rows = _mapped(rows, part, flag)
+        rows = _mapped(rows, part, flag, numbers)
+        made_of |= {name: column for name, spec in part.columns.items() if (column := _column(spec)) is not None}
     if part.take is not None:
-        rows, places = _side(rows, part, flag)
+        rows, places = _side(rows, part, flag, numbers)
         if places is not None:
             numbers = pc.add(places, 1) if numbers is None else numbers.take(places)
+        if part.take in _PAIR:
+            made_of |= dict.fromkeys(("messages", _COMPLETION), str(part.take))
     if part.limit is not None and part.limit < len(rows):
         rows = in_memory(arrow(rows).slice(0, part.limit), rows.features)
         numbers = None if numbers is None else numbers.slice(0, part.limit)
     if groups:
-        rows = _shaped(rows, part, groups, flag)
-    return rows, None if numbers is None else numbers.to_pylist()
+        rows, sources = _shaped(rows, part, groups, flag, numbers)
+        made_of |= {name: made_of.get(source, source) for name, source in sources.items()}
+    return rows, None if numbers is None else numbers.to_pylist(), made_of
 
 
 def with_columns(rows: Dataset, made: Mapping[str, Any], *, without: Collection[str] = ()) -> Dataset:
@@ -114,6 +127,10 @@ def _where(rows: Dataset, part: Part, flag: str) -> pa.ChunkedArray:
         if column not in rows.column_names:
             raise InputError(f"{flag} {part.label}: where asks for the column {column!r}, but {_columns(rows)}")
         wanted = wanted if isinstance(wanted, list) else [wanted]
+        if not wanted:
+            raise InputError(
+                f"{flag} {part.label}: where has an empty list for the column {column!r}, which no row fits"
+            )
         cells, values = values_of(rows, column, f"{flag} {part.label}: where asks for the column {column!r}")
         names = feature.names if isinstance(feature := rows.features[column], ClassLabel) else []
         fits = [place for place, value in enumerate(values) if any(_equal(value, one, names) for one in wanted)]
@@ -126,7 +143,7 @@ def _where(rows: Dataset, part: Part, flag: str) -> pa.ChunkedArray:
             )
         here = pc.is_in(cells, value_set=pa.array(fits))
         keep = here if keep is None else pc.and_(keep, here)
-    if keep is None or not pc.any(keep).as_py():
+    if not pc.any(keep).as_py():
         raise InputError(f"{flag} {part.label}: where leaves no row that fits {json.dumps(part.where)}")
     return keep
 
@@ -156,13 +173,15 @@ def _equal(value: Any, wanted: Any, names: Sequence[str]) -> bool:
         return value is not None and truth(value) is wanted
     if value is None or wanted is None:
         return value is wanted
-    return str(value) == str(wanted) or (isinstance(value, int) and value < len(names) and names[value] == wanted)
+    if isinstance(value, int) and value < len(names) and names[value] == wanted:
+        return True
+    return str(value) == str(wanted) or (not isinstance(value, bool) and bool(value == wanted))  # 1.0 is 1
 
 
 # ---------------------------------------------------------------------- columns
 
 
-def _mapped(rows: Dataset, part: Part, flag: str) -> Dataset:
+def _mapped(rows: Dataset, part: Part, flag: str, numbers: pa.Array | None) -> Dataset:
     """The rows with every column that was mapped under its new name, and without those it was made of."""
     made: dict[str, Any] = {}
     used: set[str] = set()
@@ -184,7 +203,7 @@ def _mapped(rows: Dataset, part: Part, flag: str) -> Dataset:
         if item is None and isinstance(spec, str):
             made[name] = arrow(rows)[source]
         else:
-            made[name] = _texts(rows[source], *_making(spec, item, where), f"{where}: {source!r} of row")
+            made[name] = _texts(rows[source], *_making(spec, item, where), f"{where}: {source!r}", numbers)
     return with_columns(rows, made, without=used)
 
 
@@ -204,36 +223,49 @@ _MADE = ({"column", "after"}, {"column", "words"})
 def _making(spec: Any, item: int | None, where: str) -> tuple[Callable[[Any], Any], str]:
     """What makes a text of a cell, and what it expects."""
     if isinstance(spec, str):
-        return (lambda cell: cell[item]), f"a list with a text at {item}"
+        assert item is not None  # a column as it stands is not made
+        return (lambda cell: cell[item] if isinstance(cell, list) else None), f"a list with a text at {item}"
     if "after" in spec:
-        after = str(spec["after"])
+        after = spec["after"]
+        if not isinstance(after, str) or not after:
+            raise InputError(f"{where}: after must be a text, and not empty, got {json.dumps(after)}")
         return (lambda cell: cell[cell.rindex(after) + len(after) :]), f"text with {after!r} in it"
     words = spec["words"]
     by_label = dict(enumerate(words)) if isinstance(words, list) else words
-    if not isinstance(by_label, Mapping):
-        raise InputError(f"{where}: words must be a list or a mapping, got {json.dumps(words)}")
-    by_text = {str(label): word for label, word in by_label.items()}
-    return (lambda cell: by_text[str(cell)]), f"one of {', '.join(by_text)}"
+    if not isinstance(by_label, Mapping) or {type(word) for word in by_label.values()} != {str}:
+        raise InputError(f"{where}: words must be a list of texts, or a mapping to them, got {json.dumps(words)}")
+    by_text = {_label(label): word for label, word in by_label.items()}
+    return (lambda cell: by_text[_label(cell)]), f"one of {', '.join(by_text)}"
 
 
-def _texts(cells: Any, make: Callable[[Any], Any], expected: str, where: str) -> pa.Array:
+def _label(value: Any) -> str:
+    """A label as a text; true and false as JSON has them, wherever they are from."""
+    return str(value).lower() if truth(value) is not None else str(value)
+
+
+def _texts(cells: Any, make: Callable[[Any], Any], expected: str, where: str, numbers: pa.Array | None) -> pa.Array:
     """A text of every cell."""
     found = []
-    for number, cell in enumerate(cells, 1):
+    for place, cell in enumerate(cells):
         try:
             text = make(cell)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             text = None
         if not isinstance(text, str):
-            raise InputError(f"{where} {number} is not {expected}")
+            raise InputError(f"{where} of row {_number(place, numbers)} is not {expected}")
         found.append(text)
     return pa.array(found, pa.string())
+
+
+def _number(place: int, numbers: pa.Array | None) -> int:
+    """The number in the source, from 1, of the row at a place among those that were taken of it."""
+    return place + 1 if numbers is None else int(numbers[place].as_py())
 
 
 # ---------------------------------------------------------------------- which of two answers is meant
 
 
-def _side(rows: Dataset, part: Part, flag: str) -> tuple[Dataset, pa.Array | None]:
+def _side(rows: Dataset, part: Part, flag: str, numbers: pa.Array | None) -> tuple[Dataset, pa.Array | None]:
     """The rows with the answers of one side; and the place of each in `rows`, unless they are all of them."""
     needed = [part.take] if part.take in _PAIR else _JUDGED_COLUMNS
     if lacking := [name for name in needed if name not in rows.column_names]:
@@ -248,7 +280,8 @@ def _side(rows: Dataset, part: Part, flag: str) -> tuple[Dataset, pa.Array | Non
         for texts, labels, column in judged:
             if (safe := truth(labels[place])) is None:
                 raise InputError(
-                    f"{flag} {part.label}: {column!r} of row {place + 1} is {labels[place]!r}; expected true or false"
+                    f"{flag} {part.label}: {column!r} of row {_number(place, numbers)} is {labels[place]!r}; expected "
+                    "true or false"
                 )
             if safe is (part.take == "safe"):
                 places.append(place)
@@ -263,7 +296,8 @@ def _side(rows: Dataset, part: Part, flag: str) -> tuple[Dataset, pa.Array | Non
 def _one_of_pair(rows: Dataset, side: str) -> Dataset:
     """The rows with one answer of a preference: a talk that ends with it, as TRL has them, or the answer alone."""
     cells, first = arrow(rows)[side], rows[0][side]
-    is_talk = isinstance(first, list) and bool(first) and as_message(first[0]).get("role") != "assistant"
+    turn = as_message(first[0]) if isinstance(first, list) and first else None
+    is_talk = isinstance(turn, dict) and turn.get("role") != "assistant"
     name, dropped = ("messages", {*_PAIR, "messages", _PROMPT}) if is_talk else (_COMPLETION, {*_PAIR, _COMPLETION})
     return with_columns(rows, {name: cells}, without=dropped)
 
@@ -271,11 +305,13 @@ def _one_of_pair(rows: Dataset, side: str) -> Dataset:
 # ---------------------------------------------------------------------- shapes
 
 
-def _shaped(rows: Dataset, part: Part, groups: Groups, flag: str) -> Dataset:
-    """The rows with one of the groups of columns, made of what they have."""
+def _shaped(
+    rows: Dataset, part: Part, groups: Groups, flag: str, numbers: pa.Array | None
+) -> tuple[Dataset, Mapping[str, str]]:
+    """The rows with one of the groups of columns, made of what they have; and what of what."""
     columns = set(rows.column_names)
     if any(set(group) <= columns for group in groups):
-        return rows
+        return rows, {}
     for side, pair in (("chosen", _PAIR), ("unsafe", _JUDGED_COLUMNS)):
         if columns.issuperset(pair):
             raise InputError(
@@ -284,9 +320,9 @@ def _shaped(rows: Dataset, part: Part, groups: Groups, flag: str) -> Dataset:
             )
     for shape in _SHAPES:
         for group in groups:
-            sources = [shape.get(name, _ANSWER if name == _ANSWER else None) for name in group]
-            if set(sources) <= columns:
-                return _read(rows, dict(zip(group, map(str, sources), strict=True)), part, flag)
+            sources = {name: str(shape.get(name, _ANSWER if name == _ANSWER else None)) for name in group}
+            if set(sources.values()) <= columns:
+                return _read(rows, sources, f"{flag} {part.label}", numbers), sources
     wanted = " or ".join(" + ".join(repr(name) for name in group) for group in groups)
     spare = iter([name for name in rows.column_names if name not in MAPPED])
     mapping = {name: name if name in columns else next(spare, "…") for name in groups[0]}
@@ -296,24 +332,25 @@ def _shaped(rows: Dataset, part: Part, groups: Groups, flag: str) -> Dataset:
     )
 
 
-def _read(rows: Dataset, sources: Mapping[str, str], part: Part, flag: str) -> Dataset:
+def _read(rows: Dataset, sources: Mapping[str, str], where: str, numbers: pa.Array | None) -> Dataset:
     """The rows with these columns, made of those of a shape."""
     made = {name: arrow(rows)[source] for name, source in sources.items() if name != source}
     used = set(sources.values()) - set(sources)
     if sources[_PROMPT] == "instruction" and "input" in rows.column_names:
-        made[_PROMPT] = _joined(rows, part, flag)
+        made[_PROMPT] = _joined(rows, where, numbers)
         used.add("input")
     return with_columns(rows, made, without=used)
 
 
-def _joined(rows: Dataset, part: Part, flag: str) -> pa.ChunkedArray:
+def _joined(rows: Dataset, where: str, numbers: pa.Array | None) -> pa.ChunkedArray:
     """Instructions with their inputs, where they have any, a blank line between the two."""
     table = arrow(rows)
     for name in ("instruction", "input"):
         if not (
             pa.types.is_string(kind := table[name].type) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
         ):
-            raise InputError(f"{flag} {part.label}: {name!r} is not text in every row")
+            place = next((i for i, cell in enumerate(rows[name]) if not (cell is None or isinstance(cell, str))), 0)
+            raise InputError(f"{where}: {name!r} of row {_number(place, numbers)} is no text")
     instruction, more = (pc.cast(table[name], pa.string()) for name in ("instruction", "input"))
     both = pc.binary_join_element_wise(instruction, more, "\n\n")
     return pc.if_else(pc.equal(pc.fill_null(pc.utf8_trim_whitespace(more), ""), ""), instruction, both)

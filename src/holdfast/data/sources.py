@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,6 +14,7 @@ from typing import Any
 
 from holdfast.data.catalogue import catalogue, source_of
 from holdfast.errors import InputError
+from holdfast.files import parse_json
 
 Source = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 """What names rows: a text (see `parse`), a mapping with the fields of `Part`, or a list of these to be joined."""
@@ -91,20 +93,22 @@ def parse(source: Source, *, flag: str) -> list[Part]:
     """
     if isinstance(source, str) and source.lstrip()[:1] in ("{", "[") and existing(source, Path.exists) is None:
         try:
-            source = json.loads(source)
+            source = parse_json(source)
         except ValueError as error:
             raise InputError(f"{flag}: {source!r} is not valid JSON ({error})") from error
-    if isinstance(source, str):
-        return [_from_text(source)]
-    if isinstance(source, Mapping):
-        return [_from_mapping(source, flag)]
-    if not source:
+    given = [source] if isinstance(source, str | Mapping) else source
+    if not given:
         raise InputError(f"{flag} is an empty list; expected at least one source")
     parts = []
-    for one in source:
+    for one in given:
         if not isinstance(one, str | Mapping):
             raise InputError(f"{flag}: a source in a list must be a name or a mapping, got {json.dumps(one)}")
         parts.append(_from_text(one) if isinstance(one, str) else _from_mapping(one, flag))
+    if len(parts) == 1 and parts[0].fraction is not None:  # which would be all of it
+        raise InputError(
+            f"{flag}: {parts[0].label} has a fraction, but is the only source; expected several that share, or a "
+            "limit, for the first so many rows"
+        )
     lacking = [part for part in parts if part.fraction is None]
     if lacking and len(lacking) < len(parts):
         raise InputError(f"{flag}: {lacking[0].label} has no fraction, but others have; give all of them one, or none")
@@ -179,7 +183,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _is_above_zero(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 # What the values of a mapping must be, and what messages say of that.
