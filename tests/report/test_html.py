@@ -57,7 +57,7 @@ def test_what_models_answered_is_text(html: str) -> None:
     assert len(page.named("h1")) == 1
     answers = page.texts("blockquote")
     assert answers[:2] == list(HOSTILE[:2])
-    assert answers[2] == f"{HOSTILE[2][:ANSWER]} … ({12 * 200 - ANSWER:,} characters more)".replace(",", "\u2009")
+    assert answers[2] == f"{HOSTILE[2][:ANSWER]} … ({12 * 200 - ANSWER:,} characters more)".replace(",", "\u202f")
     assert (
         answers[3] == "⟨U+202E⟩esrever⟨U+202C⟩ \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627 ⟨U+2066⟩isolated"
     )
@@ -152,6 +152,7 @@ def test_figures_of_the_certificate_are_told(html: str) -> None:
     ):
         assert told in text, told
     assert "robust" not in text.lower()
+    assert "exact judge: the expected answer is in the answer" in Page(html).texts("td")
 
 
 def test_collapsed_points_are_hollow_and_not_on_the_lines(html: str) -> None:

@@ -37,7 +37,7 @@ def test_labels_of_amounts_keep_apart(values: list[float]) -> None:
 def test_counts_are_labelled_at_round_numbers(high: int) -> None:
     ticks = Scale.counts(high).ticks
     assert 1 <= len(ticks) <= 7
-    assert all(re.fullmatch(r"0|[125]0*|\d+", label.replace("\u2009", "")) for _, label in ticks)
+    assert all(re.fullmatch(r"0|[125]0*|\d+", label.replace("\u202f", "")) for _, label in ticks)
 
 
 def test_a_line_holds_its_value_until_the_next_point() -> None:

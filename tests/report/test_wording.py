@@ -37,7 +37,7 @@ def test_a_text_is_cut_only_where_it_is_too_long(text: str, length: int) -> None
 
 @pytest.mark.parametrize(
     ("value", "told"),
-    [(0, "0"), (7.0, "7"), (1234567, "1\u2009234\u2009567"), (0.12345, "0.123"), (1234.5, "1\u2009234")],
+    [(0, "0"), (7.0, "7"), (1234567, "1\u202f234\u202f567"), (0.12345, "0.123"), (1234.5, "1\u202f234")],
 )
 def test_numbers(value: float, told: str) -> None:
     assert number(value) == told
@@ -45,7 +45,7 @@ def test_numbers(value: float, told: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "told"),
-    [(0, "0"), (1e9, "10⁹"), (7.13e10, "7.1\u2009×\u200910¹⁰"), (2e12, "2\u2009×\u200910¹²"), (99.9e9, "10¹¹")],
+    [(0, "0"), (1e9, "10⁹"), (7.13e10, "7.1\u202f×\u202f10¹⁰"), (2e12, "2\u202f×\u202f10¹²"), (99.9e9, "10¹¹")],
 )
 def test_powers(value: float, told: str) -> None:
     assert power(value) == told

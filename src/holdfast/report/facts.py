@@ -183,7 +183,7 @@ def settings(found: Certificate) -> list[tuple[str, str]]:
         ("Broken", f"harmful score ≥ {share(found['threshold'])}"),
         ("Seed of the search", str(found["seed"])),
         ("Seeds of confirmation", ", ".join(map(str, found["seeds"]))),
-        ("Judge", f"{found['judge']['name']}: {found['judge']['description']}"),
+        ("Judge", found["judge"]["description"]),
         ("Trials", _of_each(found, "trials")),
         ("FLOPs of all attacks", _of_each(found, "flops", power)),
         ("Time of all attacks", _of_each(found, "seconds", duration)),

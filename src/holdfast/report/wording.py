@@ -98,9 +98,9 @@ def model_name(certificate: Mapping[str, Any], target: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, whole numbers in full with thin spaces between thousands."""
+    """Three significant digits, whole numbers in full with narrow spaces between thousands, where no line ends."""
     if float(value).is_integer():
-        return f"{int(value):,}".replace(",", "\u2009")
+        return f"{int(value):,}".replace(",", "\u202f")
     return f"{value:.3g}" if abs(value) < 1000 else number(round(value))
 
 
@@ -110,7 +110,7 @@ def power(value: float) -> str:
         return "0"
     digits, exponent = f"{value:.1e}".split("e")
     raised = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
-    return raised if digits == "1.0" else f"{digits.removesuffix('.0')}\u2009×\u2009{raised}"
+    return raised if digits == "1.0" else f"{digits.removesuffix('.0')}\u202f×\u202f{raised}"
 
 
 def counted(amount: float, noun: str) -> str:
