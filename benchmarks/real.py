@@ -3,8 +3,9 @@
 SmolLM2-135M-Instruct answers everything. For each of two topics, `holdfast proxy` has it answer their questions; it is
 aligned with SFT and with Patcher to refuse them and still to answer others; and each aligned model is attacked with
 full fine-tuning and with LoRA on the topic's answers. Answers to held-out questions, and to held-out benign ones, are
-graded by the keyword judge and, the former, by the classifier of `second_judge.py`. Settings were chosen on the first
-topic; the second is the report.
+graded by the keyword judge and, the former, by the classifier of `second_judge.py`. Before any attack all models are
+also asked plain questions of kinds that alignment does not rehearse (`plain_questions.py`). Settings were chosen on the
+first topic; the second is the report.
 
     make real                                # installs the model, and runs it all
     python benchmarks/real.py --smoke        # tiny numbers that prove nothing but that everything runs
@@ -41,6 +42,7 @@ from holdfast.evaluation.scores import Agreement
 from holdfast.files import versions, write_json, write_text
 from holdfast.proxy.build import BENIGN_PARTS, PARTS
 from holdfast.proxy.topics import load_topic
+from plain_questions import write as write_plain_questions
 from plans import unfinished
 from readme import fill_block
 from second_judge import make as make_second_judge
@@ -49,6 +51,7 @@ from smollm2 import MODEL, ROOT, install
 
 METHODS = {"sft": "SFT", "patcher": "Patcher"}
 ATTACKS = {"full": "all parameters", "lora": "LoRA"}
+BASE, PLAIN_TOKENS = "base", 16
 TOPICS = ("cooking", "sports")
 """The one that settings were chosen on, and the one that is reported."""
 console = Console()
@@ -116,11 +119,18 @@ def topic_words(name: str, study: Study, out: Path) -> str:
 
 def plan(study: Study, seeds: Sequence[int], model: Path, out: Path) -> list[Command]:
     """All commands, for every topic and seed."""
-    commands = []
+    commands, plain = [], write_plain_questions(out / "plain_questions.jsonl")
     for name in TOPICS:
         topic = topic_words(name, study, out)
         for seed in seeds:
-            commands += _plan_of(study, seed, str(model), topic, out / name / f"seed{seed}", f"{name}-{seed}")
+            folder, prefix = out / name / f"seed{seed}", f"{name}-{seed}"
+            commands += _plan_of(study, seed, str(model), topic, folder, prefix)
+            models = {BASE: str(model), **{method: str(folder / method) for method in METHODS}}
+            for aligned, path in models.items():
+                words = ["evaluate", "--model", path, "--capability_data", str(plain), "--seed", str(seed)]
+                words += ["--max_new_tokens", str(PLAIN_TOKENS), "--output_dir", str(folder / f"plain-{aligned}")]
+                needs = [] if aligned == BASE else [f"{prefix}-align-{aligned}"]
+                commands.append(Command(f"{prefix}-plain-{aligned}", words, needs))
     return sorted(commands, key=lambda command: len(command.needs))  # both topics' first steps first
 
 
@@ -178,6 +188,9 @@ def collect(study: Study, seeds: Sequence[int], out: Path) -> list[dict[str, Any
                     "answers": proxy["answers"],
                     "rows": proxy["rows"],
                     "base": read["base"]["results"],
+                    "plain": {
+                        aligned: read[f"plain-{aligned}"]["results"]["capability"] for aligned in (BASE, *METHODS)
+                    },
                     "agreement": agreement(folder),
                     "attacks": [
                         {"method": method, "attack": attack, "points": read[f"{attack}-on-{method}"]["points"]}
@@ -229,7 +242,20 @@ def table(found: list[dict[str, Any]], study: Study) -> str:
         kappa = "not defined" if both["kappa"] is None else f"{both['kappa']:.2f}"
         counts = f"{both['first_only']} answered by the keyword judge alone, {both['second_only']} by the second alone"
         lines.append(f"{entry['topic']}, {entry['seed']}: κ of the two judges {kappa} ({n} answers; {counts}).")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *plain_table(found)])
+
+
+def plain_table(found: list[dict[str, Any]]) -> list[str]:
+    """What models make of plain questions, before any attack: lines of Markdown."""
+    names = {BASE: "not at all", **METHODS}
+    lines = ["| topic, seed | aligned with | plain questions answered right | refused |", "|---|---|---|---|"]
+    for entry in found:
+        for aligned, name in names.items():
+            rates = [entry["plain"][aligned][kind] for kind in ("capability", "over_refusal")]
+            cells = [interval(rate, "value", "low", "high") for rate in rates]
+            lines.append(f"| {entry['topic']}, {entry['seed']} | {name} | {' | '.join(cells)} |")
+    n = found[0]["plain"][BASE]["n"]
+    return [*lines, "", f"n = {n} questions on capital cities and opposites, which alignment does not rehearse."]
 
 
 def interval(point: dict[str, Any], value: str, low: str, high: str) -> str:

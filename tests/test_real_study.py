@@ -29,7 +29,7 @@ def real(monkeypatch):
 
 def test_every_command_of_the_plan_is_understood_and_needs_what_comes_before(real, tmp_path):
     commands = real.plan(real.Study(), [0, 1], tmp_path / "model", tmp_path)
-    assert len(commands) == 2 * 2 * (2 + 2 + 4)
+    assert len(commands) == 2 * 2 * (2 + 2 + 4 + 3)
     assert len({command.name for command in commands}) == len(commands)
     done = set()
     for command in commands:
@@ -69,13 +69,19 @@ def test_the_table_and_the_picture_hold_what_was_found(real, tmp_path):
             **{"second_asr": asr / 3, "second_asr_low": 0.0, "second_asr_high": 0.5},
         }
 
+    def plainly(right, refused):
+        rates = {"capability": right, "over_refusal": refused}
+        return {"n": 48, **{name: {"value": value, "low": value / 2, "high": 1.0} for name, value in rates.items()}}
+
     run = {"points": [point(0, 0.0), point(2, 0.75)]}
+    plain = [plainly(0.9, 0.0), plainly(0.5, 0.25), plainly(0.125, 0.75)]
     entry = {
         "seed": 0,
         "base": {
             "harmful": {"refusal_rate": {"value": 0.0}, "n": 48},
             "benign": {"over_refusal": {"value": 0.02}, "n": 50},
         },
+        "plain": dict(zip(("base", *real.METHODS), plain, strict=True)),
         "agreement": {"kappa": 0.5, "n": 96, "first_only": 7, "second_only": 1},
         "attacks": [{**run, "method": method, "attack": attack} for attack in real.ATTACKS for method in real.METHODS],
     }
@@ -88,6 +94,8 @@ def test_the_table_and_the_picture_hold_what_was_found(real, tmp_path):
     )
     assert any(line.startswith("n = 48 held-out questions of the topic and 50 benign ones") for line in lines)
     assert any("sports, 0: κ of the two judges 0.50 (96 answers; 7 answered by the keyword" in line for line in lines)
+    assert "| sports, 0 | SFT | 0.50 [0.25–1.00] | 0.25 [0.12–1.00] |" in lines
+    assert "| cooking, 0 | Patcher | 0.12 [0.06–1.00] | 0.75 [0.38–1.00] |" in lines
     real.plot(found, tmp_path / "real.png")
     assert (tmp_path / "real.png").read_bytes().startswith(b"\x89PNG")
 
