@@ -13,7 +13,7 @@ first topic; the second is the report.
 
 Two processes work side by side, one thread each. What is finished stays in benchmarks/out/ and is not run again, unless
 its settings have changed or --fresh is given; a proxy that was stopped goes on where it was. Writes
-benchmarks/results/real.json and real.png, and the table of docs/real.md.
+benchmarks/results/real.json and real.png, and the tables of docs/real.md and of the README.
 """
 
 from __future__ import annotations
@@ -45,13 +45,11 @@ from holdfast.proxy.topics import load_topic
 from plain_questions import write as write_plain_questions
 from plans import unfinished
 from readme import fill_block
+from real_tables import ATTACKS, BASE, METHODS, summary, table
 from second_judge import make as make_second_judge
 from second_judge import words as second_judge_words
 from smollm2 import MODEL, ROOT, install
 
-METHODS = {"sft": "SFT", "patcher": "Patcher"}
-ATTACKS = {"full": "all parameters", "lora": "LoRA"}
-BASE, PLAIN_TOKENS = "base", 16
 TOPICS = ("cooking", "sports")
 """The one that settings were chosen on, and the one that is reported."""
 console = Console()
@@ -102,6 +100,7 @@ ALIGN = [*TRAIN, "--learning_rate", "5e-5"]
 PATCHER = ["--alpha", "0.5", "--attack_learning_rate", "5e-5"]
 # At 5e-5 all of cooking that SFT refuses is answered after five full steps, which leaves no curve to see.
 LEARNING_RATES = {"full": "2e-5", "lora": "2e-4"}
+PLAIN_TOKENS = 16
 
 
 def topic_words(name: str, study: Study, out: Path) -> str:
@@ -210,59 +209,6 @@ def agreement(folder: Path) -> dict[str, Any]:
     return Agreement.of(*grades).as_dict()
 
 
-def table(found: list[dict[str, Any]], study: Study) -> str:
-    """One row per topic, seed, attack and alignment: lines of Markdown."""
-    steps = study.measure_at[1:]
-    heads = ["refuses the topic before", "answers benign before", *(f"ASR, {step} steps" for step in steps)]
-    heads += [f"the same by the 2nd judge, {steps[-1]} steps", "refuses benign after", "breaks at step"]
-    lines = [f"| topic, seed | attack | aligned with | {' | '.join(heads)} |", f"|{'---|' * (3 + len(heads))}"]
-    for entry in found:
-        which = f"{entry['topic']}, {entry['seed']}"
-        base = entry["base"]["harmful"]["refusal_rate"], entry["base"]["benign"]["over_refusal"]
-        answered = f"{1 - base[1]['value']:.2f}"
-        cells = [f"{base[0]['value']:.2f}", answered, *("–" for _ in steps), "–", "–", "–"]
-        lines.append(f"| {which} | – | not at all | {' | '.join(cells)} |")
-        for run in entry["attacks"]:
-            first, *later = run["points"]
-            broken = next((point["steps"] for point in run["points"] if point["refusal_rate"] < 0.5), None)
-            cells = [
-                interval(first, "refusal_rate", "refusal_low", "refusal_high"),
-                f"{1 - first['benign_over_refusal']:.2f}",
-                *(interval(point, "asr", "asr_low", "asr_high") for point in later),
-                interval(later[-1], "second_asr", "second_asr_low", "second_asr_high"),
-                f"{later[-1]['benign_over_refusal']:.2f}",
-                f"> {steps[-1]}" if broken is None else str(broken),
-            ]
-            lines.append(f"| {which} | {ATTACKS[run['attack']]} | {METHODS[run['method']]} | {' | '.join(cells)} |")
-    n, benign = (found[0]["base"][role]["n"] for role in ("harmful", "benign"))
-    asked = f"n = {n} held-out questions of the topic and {benign} benign ones"
-    lines += ["", f"{asked}; brackets: 95 % intervals; graded by the keyword judge where nothing else is said."]
-    for entry in found:
-        both, n = entry["agreement"], entry["agreement"]["n"]
-        kappa = "not defined" if both["kappa"] is None else f"{both['kappa']:.2f}"
-        counts = f"{both['first_only']} answered by the keyword judge alone, {both['second_only']} by the second alone"
-        lines.append(f"{entry['topic']}, {entry['seed']}: κ of the two judges {kappa} ({n} answers; {counts}).")
-    return "\n".join([*lines, "", *plain_table(found)])
-
-
-def plain_table(found: list[dict[str, Any]]) -> list[str]:
-    """What models make of plain questions, before any attack: lines of Markdown."""
-    names = {BASE: "not at all", **METHODS}
-    lines = ["| topic, seed | aligned with | plain questions answered right | refused |", "|---|---|---|---|"]
-    for entry in found:
-        for aligned, name in names.items():
-            rates = [entry["plain"][aligned][kind] for kind in ("capability", "over_refusal")]
-            cells = [interval(rate, "value", "low", "high") for rate in rates]
-            lines.append(f"| {entry['topic']}, {entry['seed']} | {name} | {' | '.join(cells)} |")
-    n = found[0]["plain"][BASE]["n"]
-    return [*lines, "", f"n = {n} questions on capital cities and opposites, which alignment does not rehearse."]
-
-
-def interval(point: dict[str, Any], value: str, low: str, high: str) -> str:
-    """A rate with its interval."""
-    return f"{point[value]:.2f} [{point[low]:.2f}–{point[high]:.2f}]"
-
-
 def plot(found: list[dict[str, Any]], path: Path) -> None:
     """ASR against the attack's steps, with intervals: one panel per topic and attack."""
     figure, axes = plt.subplots(
@@ -331,11 +277,12 @@ def main() -> None:
     }
     write_json(results / "real.json", record)
     plot(found, results / "real.png")
-    lines = table(found, study)
+    lines = table(found, study.measure_at)
     hours, memory = sum(spent["seconds"].values()) / 3600, spent["peak_memory_gb"]
     lines += f"\nAll commands together took {hours:.1f} hours of one core, and none over {memory:.1f} GB of memory."
     if not args.smoke:
         fill_block("real", lines, ROOT / "docs" / "real.md")
+        fill_block("real-summary", summary(found), ROOT / "README.md")
     console.print(lines, soft_wrap=True, markup=False)
     console.print(f"wrote {results / 'real.json'} and real.png")
 

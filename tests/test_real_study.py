@@ -86,7 +86,7 @@ def test_the_table_and_the_picture_hold_what_was_found(real, tmp_path):
         "attacks": [{**run, "method": method, "attack": attack} for attack in real.ATTACKS for method in real.METHODS],
     }
     found = [{**entry, "topic": topic} for topic in real.TOPICS]
-    lines = real.table(found, real.SMOKE).splitlines()
+    lines = real.table(found, real.SMOKE.measure_at).splitlines()
     assert "| cooking, 0 | – | not at all | 0.00 | 0.98 | – | – | – | – |" in lines
     assert (
         "| sports, 0 | LoRA | Patcher | 1.00 [0.00–1.00] | 0.96 | 0.75 [0.38–1.00] | 0.25 [0.00–0.50] | 0.04 | 2 |"
@@ -96,6 +96,9 @@ def test_the_table_and_the_picture_hold_what_was_found(real, tmp_path):
     assert any("sports, 0: κ of the two judges 0.50 (96 answers; 7 answered by the keyword" in line for line in lines)
     assert "| sports, 0 | SFT | 0.50 [0.25–1.00] | 0.25 [0.12–1.00] |" in lines
     assert "| cooking, 0 | Patcher | 0.12 [0.06–1.00] | 0.75 [0.38–1.00] |" in lines
+    short = real.summary(found).splitlines()
+    assert "| sports, 0 | not at all | – | – | 0.02 | 0.00 |" in short
+    assert "| sports, 0 | Patcher | 2 | 2 | 0.04 | 0.75 |" in short
     real.plot(found, tmp_path / "real.png")
     assert (tmp_path / "real.png").read_bytes().startswith(b"\x89PNG")
 
