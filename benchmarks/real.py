@@ -271,7 +271,10 @@ def main() -> None:
         "schema": 1,
         "versions": versions(),
         "study": vars(study),
-        "commands": [f"holdfast {' '.join(command.words)}".replace(str(out), "OUT") for command in commands],
+        "commands": [
+            f"holdfast {' '.join(command.words)}".replace(str(out), "OUT").replace(f"{ROOT}/", "")
+            for command in commands
+        ],
         **spent,
         "found": found,
     }
