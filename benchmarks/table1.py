@@ -23,6 +23,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -34,6 +35,7 @@ from holdfast.cli.effects import JUDGING
 from holdfast.cli.judge_arguments import JudgeArguments
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.workers import Command, run_commands
+from holdfast.data.load import PROMPT_COLUMNS, TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError, TrainingError
 from holdfast.evaluation.judges import Cache, make_judge
 from holdfast.evaluation.judges.settings import SERVER_JUDGES
@@ -52,6 +54,11 @@ PAPER = {
 }
 """ASR in % that the paper gives for Qwen2.5-1.5B, by attack set and benchmark."""
 PAPERS_MODEL = "Qwen2.5-1.5B"
+COLUMNS = {
+    **dict.fromkeys(("--train_data", "--attack_data", "--benign_data"), TRAIN_COLUMNS),
+    "--eval_data": PROMPT_COLUMNS,
+}
+"""What is read of the data that a flag names."""
 console = Console()
 
 
@@ -214,6 +221,11 @@ def plan(args: TableArguments, judge: Sequence[str], out: Path) -> list[Command]
     return commands
 
 
+def data_of(command: Command) -> list[tuple[str, str]]:
+    """The flags that name the data of a command, and the names."""
+    return [(flag, name) for flag, name in pairwise(command.words) if flag in COLUMNS]
+
+
 def name_of(subject: str, seed: int, attack: str) -> str:
     """What the commands and folders of an attack are called."""
     return f"{attack}-on-{subject}-{seed}"
@@ -335,6 +347,8 @@ def run(argv: Sequence[str]) -> None:
     for settings in asked:
         settings.require("model")
     out = HERE / "out" / args.of if args.folder is None else Path(args.folder)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--folder {out} is a file; expected a folder to write to")
     commands = plan(args, [word for settings in both for word in settings.words], out)
     if args.dry_run:
         for command in commands:
@@ -350,11 +364,14 @@ def run(argv: Sequence[str]) -> None:
             )
     if args.ask_again:
         reopen(commands)
-    if any(command.words[0] == "judge" for command in left(commands, out)):  # what is known before days of training
+    remaining = left(commands, out)
+    if any(command.words[0] == "judge" for command in remaining):  # what is known before days of training
         for source in filter(None, [args.model, *args.subjects.values()]):
             load_tokenizer(source)
         for settings in asked:
             make_judge(settings, Cache()).check()
+        for flag, name in dict.fromkeys(named for command in remaining for named in data_of(command)):
+            load_rows(name, flag=flag, columns=COLUMNS[flag])
     remaining = unfinished(commands, out)
     console.print(f"{len(commands)} commands, of which {len(commands) - len(remaining)} are finished already")
     run_commands(remaining, out / "logs", console=console, processes=1)

@@ -63,6 +63,7 @@ def data(tmp_path, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content * (TIMES.get(name, 1) if path.suffix == ".jsonl" else 1))
     monkeypatch.chdir(tmp_path / "hub")
+    return tmp_path / "hub"
 
 
 def commands_of(shown):
@@ -151,7 +152,7 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(table1, capsys, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_had_is_known_before_anything_is_trained(table1, model, capsys, tmp_path):
+def test_what_cannot_be_had_is_known_before_anything_is_trained(table1, model, data, capsys, tmp_path):
     words = ["--model", model, "--folder", str(tmp_path / "out"), "--smoke"]
     assert table1.main(words) == 2
     assert "--judge rubric needs --judge_model" in capsys.readouterr().err
@@ -160,7 +161,18 @@ def test_what_cannot_be_had_is_known_before_anything_is_trained(table1, model, c
     mistyped = f"{model}-2"
     assert table1.main([*words, "--methods", "sft", "--checkpoint", f"mine={mistyped}", *JUDGE]) == 2
     assert f"model {mistyped} is neither a folder nor a model on the Hub" in capsys.readouterr().err
+    (data / source_of("hex-phi")["path"] / "hexphi.csv").unlink()
+    assert table1.main([*words, "--judge", "refusal"]) == 2
+    assert "table1.py: --eval_data hex-phi cannot be read by datasets (" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_no_folder(table1, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert table1.main(["--model", "m", *JUDGE, "--folder", str(tmp_path / "file"), "--dry_run"]) == 2
+    assert (
+        capsys.readouterr().err == f"table1.py: --folder {tmp_path / 'file'} is a file; expected a folder to write to\n"
+    )
 
 
 def finished(folder):
