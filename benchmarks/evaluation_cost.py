@@ -5,7 +5,7 @@ keyword judge and scores, as `holdfast evaluate` does once the model is loaded; 
 the same prompts in their order, in batches of the same size. Both are greedy. They take turns, and the one that begins
 changes from pair to pair.
 
-    python benchmarks/evaluation_cost.py                                   # about an hour on a quiet core
+    python benchmarks/evaluation_cost.py                                   # about an hour of a quiet core
     python benchmarks/evaluation_cost.py --prompts 32 --tokens 32 --pairs 2    # minutes; says so in its record
 
 A pair that was measured stays in benchmarks/out/ and is not measured again, unless --fresh is given. Writes
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=250, help="how many questions")
     parser.add_argument("--tokens", type=int, default=256, help="longest answer")
     parser.add_argument("--batch_size", type=int, default=16, help="questions at a time, in both")
-    parser.add_argument("--pairs", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--pairs", type=int, default=2, help="how often each is measured")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     args = parser.parse_args()
     args.model = args.model or install()
