@@ -29,7 +29,7 @@ _OF_A_MODEL = (
     *("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"),
 )
 #: The version of these two files. One that means something else by them has another.
-FORMAT = 2
+FORMAT = 3
 
 
 def save_state(

@@ -39,6 +39,7 @@ class _Boundary:
 
     random: RandomState
     drawn_batches: dict[str, int]
+    rows_passed: int
     flos: float
     input_tokens: int
 
@@ -58,6 +59,7 @@ class ResumableTrainer(CompletionTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.data_digests: Mapping[str, str | None] = {}
         self._streams: dict[str, BatchStream] = {}
+        self._rows_passed = 0  # forwards and backwards on this rank, in simulated attacks too
         self._writes_to: Path | None = None
         self._written: Path | None = None  # the last checkpoint of this run, or the one that it came from
         self._asked_to_stop = False
@@ -160,13 +162,14 @@ class ResumableTrainer(CompletionTrainer):
     def _here(self) -> _Boundary:
         drawn = {name: stream.drawn for name, stream in self._streams.items()}
         tokens = self.state.num_input_tokens_seen
-        return _Boundary(RandomState.of(self.args.device), drawn, self.current_flos, tokens)
+        return _Boundary(RandomState.of(self.args.device), drawn, self._rows_passed, self.current_flos, tokens)
 
     def _go_back(self) -> None:
         """Undo what an abandoned update has drawn and counted; it has not come to change the weights."""
         self._boundary.random.restore(self.args.device)
         for name, drawn in self._boundary.drawn_batches.items():
             self._streams[name].drawn = drawn
+        self._rows_passed = self._boundary.rows_passed
         self.current_flos = self._boundary.flos
         self.state.num_input_tokens_seen = self._boundary.input_tokens
 
@@ -210,6 +213,7 @@ class ResumableTrainer(CompletionTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         own = {
             "drawn_batches": {name: stream.drawn for name, stream in self._streams.items()},
+            "rows_passed": self._rows_passed,
             "train_tokens": self._total_train_tokens,  # TRL logs it, but forgets it
         }
         save_state(
@@ -230,7 +234,7 @@ class ResumableTrainer(CompletionTrainer):
         with reading(checkpoint):
             state = load_state(checkpoint, trainable_parameters(self.model), method=type(self).__name__)
             super()._load_optimizer_and_scheduler(checkpoint)
-        self._total_train_tokens = state.pop("train_tokens")
+        self._rows_passed, self._total_train_tokens = state.pop("rows_passed"), state.pop("train_tokens")
         for name, drawn in state.pop("drawn_batches").items():
             if name in self._streams:  # a data set that a method can do without may have been left out
                 self._streams[name].drawn = drawn

@@ -24,7 +24,7 @@ from transformers.training_args import ParallelMode
 
 from holdfast.checkpoint import kept
 from holdfast.config import DefenseConfig
-from holdfast.data.batches import Batch, BatchStream, require_inputs
+from holdfast.data.batches import Batch, BatchStream, require_inputs, rows_in
 from holdfast.data.completions import require_rows
 from holdfast.errors import InputError, TrainingError
 from holdfast.layers import has_routers
@@ -312,6 +312,8 @@ class DefenseTrainer(ResumableTrainer):
         self.model.zero_grad()  # what an earlier direct call left must not be added to
         loss, gradient = self.defended_gradient(model, window)
         put_gradient(self.model, gradient)
+        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        self._metrics["train"]["passes"] = [self._rows_passed / rows]  # so far, as TRL's own `num_tokens`
         return loss
 
     def compute_loss(
@@ -358,6 +360,7 @@ class DefenseTrainer(ResumableTrainer):
     @contextmanager
     def _pass(self, window: Window, *, quiet: bool, router_loss: bool | None = None) -> Iterator[None]:
         """What `compute_loss` computes inside. The base trainer calls it, so it cannot be told by arguments."""
+        self._rows_passed += sum(map(rows_in, window.batches))
         before = self._quiet, self._micro_batches, self.aux_loss_enabled
         self._quiet, self._micro_batches = quiet, window.micro_batches
         self.aux_loss_enabled &= not quiet if router_loss is None else router_loss

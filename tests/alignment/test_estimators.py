@@ -268,3 +268,18 @@ def test_adapter_is_displaced_alone(settings):
 def test_settings_out_of_range(settings, changes, sentence):
     with pytest.raises(InputError, match=sentence):
         PatcherConfig(**{**settings, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"attack_every": 9}, [1, 2, 3, 4, 5]),
+        ({"attack_batch_size": 2}, [1, 2, 5.5, 7.5, 11]),  # two passes, and 3 attacker steps of half as many rows
+        ({"estimator": "sampled"}, [1, 2, 6, 7, 11]),
+        ({"padding_free": True, "max_length": None}, [1, 2, 7, 9, 14]),
+    ],
+)
+def test_a_run_counts_its_passes(settings, changes, expected):
+    trainer = patcher(settings, **{"attack_every": 2, "attack_steps": 3, "max_steps": 5, **changes})
+    trainer.train()
+    assert [entry["passes"] for entry in logged_updates(trainer)] == expected

@@ -15,6 +15,11 @@ from holdfast.errors import InputError
 Batch = dict[str, Any]
 
 
+def rows_in(batch: Batch) -> int:
+    """How many rows a batch holds, padded or, as their positions tell, one behind the other."""
+    return int((batch["position_ids"] == 0).sum()) if "position_ids" in batch else len(batch["input_ids"])
+
+
 def require_inputs(batches: Sequence[Batch]) -> None:
     """Raise InputError if there is no batch, or one that a loss cannot be computed from."""
     if not batches:
