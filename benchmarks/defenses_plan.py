@@ -39,6 +39,8 @@ TASKS, RATIOS = ("sorting", "swapping"), (0.0, 0.1, 0.3)
 UPLOAD_ROWS = 200
 #: Twenty epochs of an upload at batch 16, as in the papers: by then SFT has learned of a task what 200 rows teach.
 UPLOAD_UPDATES = 250
+BATCH_SIZE = 32
+"""Rows of an update of an alignment."""
 console = Console()
 
 Flags = dict[str, Any]
@@ -225,9 +227,15 @@ class Plan:
         return name
 
     def flags(self, flags: Flags) -> list[str]:
-        """Flags as words, names of files as their paths."""
-        found = {k: self.organism / FILES[v] if v in FILES else v for k, v in flags.items()}
-        return [str(word) for name, value in found.items() for word in (f"--{name}", value)]
+        """Flags as words: names of files as their paths, a mapping as JSON."""
+        return [word for name, value in flags.items() for word in (f"--{name}", *self._words(value))]
+
+    def _words(self, value: Any) -> list[str]:
+        if isinstance(value, dict):
+            return [json.dumps(value)]
+        if isinstance(value, list):
+            return [str(one) for one in value]
+        return [str(self.organism / FILES[value] if value in FILES else value)]
 
     def model(self, name: str) -> Path:
         """Where a model lies, or the base that all are made of."""
@@ -236,17 +244,20 @@ class Plan:
     def align(self, method: str, setting: Flags) -> tuple[str, str]:
         """Align the organism: the model's name, and its command's."""
         known = ALIGNMENT[method]
-        name = "-".join(["align", method, *slug(setting)])
+        return self.aligned("-".join(["align", method, *slug(setting)]), known.words, {**known.needs, **setting})
+
+    def aligned(self, name: str, words: Sequence[str], flags: Flags) -> tuple[str, str]:
+        """Align the organism by a command with these flags: the model's name, which is given, and the command's."""
         common = {
             "model": self.organism / "model",
             "train_data": self.organism / "alignment.jsonl",
             "learning_rate": _demo.learning_rate,
             "lr_scheduler_type": "constant",
             "weight_decay": 0.01,
-            "batch_size": 32,
+            "batch_size": BATCH_SIZE,
             "max_steps": self.study.updates,
         }
-        words = [*known.words, *self.flags({**common, **TRAINING, **known.needs, **setting})]
+        words = [*words, *self.flags({**common, **TRAINING, **flags})]
         return name, self.add(name, [*words, "--output_dir", self.model(name), "--seed", self.seed])
 
     def before(self, model: str, needs: str, crafts: str) -> Path:

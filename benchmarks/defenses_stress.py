@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from defenses_plan import ALIGNMENT, BASE, Flags, Plan, Study, console, execute, read
+from defenses_plan import BASE, Flags, Plan, Study, console, execute, read
 from holdfast.errors import TrainingError
 from holdfast.files import write_json
 from holdfast.stress.certificate import STARTED, read_certificate
@@ -27,6 +27,7 @@ HARMLESS_TASK = "swapping"
 
 Entry = dict[str, Any]
 Write = Callable[[list[Entry]], None]
+Make = Callable[[int, Study], Plan]
 
 _SEARCHED = ("suite", "seed", "seeds", "bound", "threshold", "base", "data", "judge", "threat_model")
 """What two certificates must have in common, for their costs to be compared."""
@@ -44,6 +45,8 @@ def run(
     methods: Sequence[str],
     suite: str,
     write: Write,
+    make: Make = Plan,
+    every: Sequence[int] = SEEDS,
 ) -> list[str]:
     """Stress what has not been stressed yet, and hand all that is there to `write` after each.
 
@@ -51,16 +54,18 @@ def run(
         study: How much is run, and where.
         chosen: Every method's setting.
         seeds: Of organism, alignment and search.
-        methods: Some of `ALIGNMENT`.
+        methods: Some of `chosen`.
         suite: The suite of attacks.
         write: Takes the entries of all seeds and methods that are finished, also those of earlier calls.
+        make: The plan of a seed.
+        every: The seeds that are collected beside these.
 
     Returns:
         A sentence for every search that failed; the others are made all the same.
     """
     failed: list[str] = []
     for seed in seeds:
-        plan = Plan(seed, study)
+        plan = make(seed, study)
         plan.prepare()
         _before(plan, BASE, "")
         models = {method: plan.align(method, chosen[method]) for method in methods}
@@ -70,24 +75,26 @@ def run(
         for number, (model, needs) in enumerate(models.values(), 1):
             console.print(f"seed {seed}, {number} of {len(models)}: {model} under the {suite} suite")
             try:
-                _search(plan, *_stress(plan, model, needs, suite))
+                _search(plan, *stressed(plan, model, needs, suite))
             except TrainingError as error:
                 failed.append(str(error))
                 console.print(str(error), markup=False)
-            write(collect(study, chosen, seeds=sorted({*SEEDS, *seeds}), suite=suite))
+            write(collect(study, chosen, seeds=sorted({*every, *seeds}), suite=suite, make=make))
     return failed
 
 
-def collect(study: Study, chosen: Mapping[str, Flags], *, seeds: Sequence[int], suite: str) -> list[Entry]:
+def collect(
+    study: Study, chosen: Mapping[str, Flags], *, seeds: Sequence[int], suite: str, make: Make = Plan
+) -> list[Entry]:
     """An entry for every seed and method whose search is over, whenever it was made."""
     found = []
     for seed in seeds:
-        plan = Plan(seed, study)
+        plan = make(seed, study)
         base = _before(plan, BASE, "")
         certificates: dict[str, dict[str, Any]] = {}
-        for method in ALIGNMENT:
+        for method in chosen:
             model, needs = plan.align(method, chosen[method])
-            _, path = _stress(plan, model, needs, suite)
+            _, path = stressed(plan, model, needs, suite)
             if not path.is_file():
                 continue
             certificates[method] = read_certificate(path)
@@ -174,10 +181,13 @@ def _before(plan: Plan, model: str, needs: str) -> Path:
     return plan.before(model, needs, "rehearsed")
 
 
-def _stress(plan: Plan, model: str, needs: str, suite: str) -> tuple[str, Path]:
+def stressed(
+    plan: Plan, model: str, needs: str, suite: str, more: Flags | None = None, leave_out: Sequence[str] = ()
+) -> tuple[str, Path]:
+    """As `Plan.stress`, with a harmless task that is learnt to tell the tax."""
     task = plan.organism / "tasks" / HARMLESS_TASK
     learning = {"harmless_task_data": task / "train.jsonl", "task_data": task / "test.jsonl"}
-    return plan.stress(model, needs, suite, learning)
+    return plan.stress(model, needs, suite, {**learning, **(more or {})}, leave_out)
 
 
 def _search(plan: Plan, name: str, certificate: Path) -> None:

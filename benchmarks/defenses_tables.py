@@ -25,6 +25,14 @@ NAMES = {
     "antibody": "Antibody",
     "lisa": "Lisa",
     "spard": "SPARD",
+    "exact": "Patcher, exact",
+    "sampled": "Patcher, sampled",
+    "scale": "sampled, scale drawn",
+    "pool": "sampled, a pool",
+    "preset": "the preset",
+    "no-fine-tuning": "no fine-tuning in the pool",
+    "no-ablation": "no ablation in the pool",
+    "no-prefill": "no prefill in the pool",
 }
 COUNTERPART = "sft"
 

@@ -4,18 +4,14 @@ import importlib
 import json
 import sys
 from dataclasses import replace
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 
 from holdfast.cli import demo
-from holdfast.evaluation.scores import Rate
 from holdfast.files import write_json
-from holdfast.stress.certificate import assemble
-from stress.examples import example_certificate, example_inputs, example_records, example_tax
+from stress.examples import example_certificate
+from studies import BENCHMARKS, Commands, alone, results, understood
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = (
     *("defenses_plan", "defenses_stress", "defenses_search", "defenses_tables", "defenses_report", "defenses"),
     *("plans", "readme"),
@@ -34,58 +30,6 @@ def study(monkeypatch):
     yield found
     for name in MODULES:
         sys.modules.pop(name)
-
-
-def alone(target):
-    """The certificate of a search on one of the example's models alone."""
-    records = [{**one, "target": "model"} for one in example_records() if one["target"] == target]
-    inputs = {**example_inputs(), "counterpart": None, "suite": "standard"}
-    tax = {figure: {**found, "counterpart": None, "model": found[target]} for figure, found in example_tax().items()}
-    return assemble(records, {**inputs, "model": example_inputs()[target]}, tax)
-
-
-def results(value=1.0):
-    rate = Rate.of(round(value * 96), 96).as_dict()
-    harmful = {"refusal_rate": rate, "harmful_score": rate}
-    found = {"capability": {"capability": rate}, "harmful": harmful, "task": {"task_accuracy": rate}}
-    return {"results": found, "detection": {"auroc": value}}
-
-
-class Commands:
-    """Stands for `run_commands`: writes what commands would, and is stopped at one of them if asked to."""
-
-    def __init__(self, monkeypatch, plan, stop_at=None, known=lambda name: 1.0):
-        self.ran, self.at_once, self.stop_at, self.known = [], [], stop_at, known
-        monkeypatch.setattr(plan, "run_commands", self)
-        self.markers = sys.modules["plans"].MARKERS
-
-    def __call__(self, commands, logs, *, console, processes=2):
-        logs.mkdir(parents=True, exist_ok=True)
-        for command in commands:
-            self.ran.append(command)
-            self.at_once.append(processes)
-            words = list(command.words)
-            (logs / f"{command.name}.log").write_text(f"$ holdfast {' '.join(words)}\n")
-            folder = Path(words[words.index("--output_dir") + 1])
-            if words[0] == "stress":
-                write_json(folder / "stress.json", {})
-                if self.stop_at == len(self.ran):
-                    raise KeyboardInterrupt
-                target = "counterpart" if "align-sft" in command.name else "model"
-                write_json(folder / "certificate.json", alone(target))
-            else:
-                write_json(folder / self.markers[words[0]], results(self.known(command.name)))
-        return {command.name: 60.0 for command in commands}
-
-    def stressed(self):
-        return [command.name for command in self.ran if command.words[0] == "stress"]
-
-
-def understood(command):
-    """Parse a command's words as it would."""
-    name, *words = command.words
-    module, method = import_module(f"holdfast.cli.{name}"), [] if name in ("evaluate", "stress", "audit") else words[:1]
-    module.make_parser(*method).parse(words[len(method) :])
 
 
 def stress_all(study, tmp_path, *, seeds=(0, 1), methods=tuple(CHOSEN), **more):

@@ -1,0 +1,120 @@
+"""The strongest defense on the organism, at the compute of the demo's Patcher: its search, and what is reported of it.
+
+    python benchmarks/strongest.py search      # the setting: benchmarks/results/strongest_search.json
+    python benchmarks/strongest.py report      # every row by the standard suite: benchmarks/results/strongest.json
+    python benchmarks/strongest.py held_out    # a family of attacks left out of the pool: the same file
+    python benchmarks/strongest.py lengths     # the length of simulated attacks: attack_lengths.json and .png
+    python benchmarks/strongest_report.py      # docs/strongest.md of these
+
+Rows and the count of compute are in `strongest_plan.py`, the rule of choice in `strongest_search.py`. Everything is
+made of ordinary `holdfast` commands, two processes side by side, one thread each; what is finished stays in
+benchmarks/out/strongest and is not run again, and all that is there is written down after every search.
+
+    python benchmarks/strongest.py report --rows sft exact --seeds 30        # a part of it
+    python benchmarks/strongest.py report --suite full --rows sft exact preset   # by attackers who try far more
+    python benchmarks/strongest.py report --smoke    # tiny numbers that prove nothing but that everything runs
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import defenses_stress
+from defenses_plan import RESULTS, Flags, Study, console, execute, read
+from holdfast.files import versions, write_json
+from holdfast.stress.suites import SUITES
+from strongest_lengths import run as run_lengths
+from strongest_plan import EQUAL, SEEDS, STUDY, TINY, StrongPlan, budget, held_out_rows, rows, worst_of
+from strongest_search import preset_of, search
+
+STEPS = ("search", "report", "held_out", "lengths")
+MEASURED, CHOSEN = "strongest.json", "strongest_search.json"
+
+Entry = dict[str, Any]
+
+
+def measure(
+    study: Study,
+    settings: Mapping[str, Flags],
+    chosen: Sequence[str],
+    seeds: Sequence[int],
+    suite: str,
+    path: Path,
+    section: str,
+) -> list[str]:
+    """Search the chosen rows by a suite and by a sweep of full fine-tuning, and write all that is there after each.
+
+    Returns:
+        A sentence for everything that went wrong, all else being done.
+    """
+
+    def write(entries: list[Entry]) -> None:
+        found = [told(entry, study, settings) for entry in entries]
+        sections = read(path)["sections"] if path.is_file() else {}
+        known = {"schema": 1, "versions": versions(), "budget": budget(study)}
+        write_json(path, {**known, "sections": {**sections, section: found}})
+
+    every, failed = sorted({*SEEDS, *seeds}), []
+    for seed in seeds:
+        failed += defenses_stress.run(
+            study, settings, seeds=[seed], methods=chosen, suite=suite, write=write, make=StrongPlan, every=every
+        )
+        plan = StrongPlan(seed, study)
+        for row in chosen:
+            plan.sweep(*plan.align(row, settings[row]))
+        execute(list(plan.commands.values()), study.out)
+        write(defenses_stress.collect(study, settings, seeds=every, suite=suite, make=StrongPlan))
+    entries = read(path)["sections"][section]
+    return [*failed, *(sentence for entry in entries if (sentence := missed(entry, study)))]
+
+
+def told(entry: Entry, study: Study, settings: Mapping[str, Flags]) -> Entry:
+    """An entry of a search with the compute of its model, and what the sweep found, if it is over."""
+    plan, setting = StrongPlan(entry["seed"], study), settings[entry["method"]]
+    model, needs = plan.align(entry["method"], setting)
+    return {**entry, "passes": plan.passes_of(model, setting), "sweep": worst_of(plan.sweep(model, needs))}
+
+
+def missed(entry: Entry, study: Study) -> str | None:
+    """A sentence if a model had more or less compute than the others."""
+    spent, whole = entry["passes"]["recorded"], budget(study)
+    if abs(spent / whole - 1) <= EQUAL:
+        return None
+    return f"{entry['method']}, seed {entry['seed']}: {spent:g} passes, not within {EQUAL:.0%} of {whole:g}"
+
+
+def main() -> None:
+    """Search or measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="report, held_out, lengths: which now")
+    parser.add_argument("--rows", nargs="+", help="report, held_out: which now (default: all)")
+    parser.add_argument("--suite", choices=list(SUITES), help="report, held_out: which attacks (default: standard)")
+    parser.add_argument("--smoke", action="store_true", help="tiny numbers, all of it under benchmarks/out/")
+    args = parser.parse_args()
+    study = TINY if args.smoke else STUDY
+    results = study.out if args.smoke else RESULTS
+    if args.step == "search":
+        search(study, results / CHOSEN)
+        return
+    if args.step == "lengths":
+        run_lengths(study, args.seeds, SEEDS, results)
+        return
+    preset = preset_of(results / CHOSEN)
+    settings = rows(study, preset) if args.step == "report" else held_out_rows(study, preset)
+    chosen = list(settings) if args.rows is None else args.rows
+    if unknown := set(chosen) - settings.keys():
+        raise SystemExit(f"--rows {min(unknown)}: there is no such row; choose from {', '.join(settings)}")
+    suite = args.suite or ("quick" if args.smoke else "standard")
+    section = args.step if suite == "standard" else f"{args.step}, {suite}"
+    failed = measure(study, settings, chosen, args.seeds, suite, results / MEASURED, section)
+    console.print(f"wrote {results / MEASURED}")
+    if failed:
+        raise SystemExit("\n".join(["not all went well:", *failed]))
+
+
+if __name__ == "__main__":
+    main()
