@@ -295,7 +295,7 @@ def test_seeds_are_averaged_and_what_is_unjudged_is_told(table1):
                 cell = {"subject": subject, "attack": attack, "benchmark": benchmark}
                 cell |= {"paper": 12.3 if subject == "sft" else None, "judge": {"description": "a judge"}}
                 found.append({**cell, "seeds": dict(zip("012", seeds, strict=True))})
-    lines = table1.table(found, args).splitlines()
+    lines = table1.table(found, args.subjects, args.model, smoke=args.smoke).splitlines()
     assert lines[0] == "| attack set | benchmark | sft | sft, paper | mine |"
     usual = "53.3 (50.0–60.0) [44.0–66.0]"
     assert lines[2] == f"| beavertails-unsafe | advbench | {usual} | 12.3 | {usual} |"
