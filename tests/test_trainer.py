@@ -72,9 +72,9 @@ def trainer_of(settings, model=None, rows=None, kind=DefenseTrainer, **changes):
 
 
 def logged(trainer):
-    """The run's log without the clock."""
-    clock = ("runtime", "per_second")
-    return [{k: v for k, v in e.items() if not any(word in k for word in clock)} for e in trainer.state.log_history]
+    """The run's log without the clock, and without the passes, which TRL does not count and quiet ones come to."""
+    left_out = ("runtime", "per_second", "passes")
+    return [{k: v for k, v in e.items() if not any(word in k for word in left_out)} for e in trainer.state.log_history]
 
 
 # ---------------------------------------------------------------------- the gradient
