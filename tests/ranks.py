@@ -46,8 +46,8 @@ def fork_two(work: Callable[[Path, int], None]) -> None:
                 traceback.print_exc()
                 os._exit(1)  # gloo then fails on the other rank as well
         children.append(child)
-    if any(os.waitpid(child, 0)[1] for child in children):
-        raise SystemExit("a rank failed")
+    if any(ended := [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]):
+        raise SystemExit(f"a rank failed: the exit codes are {ended}")
 
 
 def shard_on_cpu() -> None:

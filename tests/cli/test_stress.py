@@ -178,6 +178,16 @@ def test_an_impatient_interrupt_ends_all_processes_in_one_line(words, tmp_path):
     ]
 
 
+def test_an_interrupt_that_comes_into_another_takes_nothing_of_what_is_said(words, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("holdfast.cli.stress.run_workers", interrupt)
+    monkeypatch.setattr("holdfast.cli.stress.Progress.__exit__", interrupt)
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 130
+    assert "interrupted; what was tried is in" in capsys.readouterr().err
+
+
 @pytest.fixture
 def begun(words, tmp_path, monkeypatch) -> Path:
     """The folder of a search that was interrupted before a trial had ended."""

@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stopped:
         return _fail(str(stopped), 0)
     except KeyboardInterrupt as interrupt:
-        return _fail(str(interrupt) or "interrupted", 130)
+        return _fail(_said(interrupt), 130)
     except SystemExit as leave:  # argparse leaves this way after --help and after an error it has already reported
         return leave.code if isinstance(leave.code, int) else 0
     except Exception as error:
@@ -127,6 +127,13 @@ def main(argv: list[str] | None = None) -> int:
         if (sentence := failure(error)) is None:
             raise
         return _fail(sentence, 1)
+
+
+def _said(interrupt: BaseException | None) -> str:
+    """What an interrupt says, or the one that it came into: whoever interrupts twice is told no less."""
+    while isinstance(interrupt, KeyboardInterrupt) and not str(interrupt):
+        interrupt = interrupt.__context__
+    return str(interrupt) if isinstance(interrupt, KeyboardInterrupt) else "interrupted"
 
 
 def _dispatch(argv: list[str]) -> int:
