@@ -34,7 +34,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from holdfast.alignment.antibody import AntibodyAlignmentConfig, AntibodyAlignmentTrainer
 from holdfast.alignment.booster import BoosterConfig, BoosterTrainer
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
 from holdfast.data.refusals import without_refusals
 from holdfast.files import versions, write_json

@@ -36,7 +36,8 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from holdfast.alignment.parallel import ParallelPatcherConfig, PatcherDefenderTrainer
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.cli import demo
 from holdfast.data.load import load_rows
 from holdfast.exchange import Exchange

@@ -233,6 +233,7 @@ _SGD = {"optimizer": "sgd", "learning_rate": {"low": 0.01, "high": 0.1, "log": T
 PATCHERS: dict[str, dict[str, Any]] = {
     "patcher": {},
     "sampled": {"estimator": "sampled", "attack_scale": [0.3, 1.5]},
+    "retaining": {"estimator": "sampled", "retain_weight": 30.0},
     "pool": {
         "attack_every": 1,
         "attack_scale": [0.3, 1.5],
@@ -265,7 +266,8 @@ def run_to_resume(method: str, output_dir: str, callbacks: Sequence[TrainerCallb
     Checkpoints after every second update, simulated attacks after every third: some checkpoints come with a vector in
     force, some right before an attack.
     """
-    from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+    from holdfast.alignment.patcher import PatcherTrainer
+    from holdfast.alignment.patcher_config import PatcherConfig
     from holdfast.config import DefenseConfig
     from holdfast.trainer import DefenseTrainer
 
@@ -293,6 +295,8 @@ def run_to_resume(method: str, output_dir: str, callbacks: Sequence[TrainerCallb
     if method in PATCHERS:
         config = PatcherConfig(**{"attack_every": 3, "attack_steps": 4, **PATCHERS[method], **settings})
         second = {"attack_dataset": word_rows(7, seed=1), "benign_dataset": word_rows(5, seed=2)}
+        if method == "retaining":
+            second["retain_dataset"] = word_rows(6, seed=3)
         return PatcherTrainer(model, config, **second, **common)
     from methods import METHODS
 

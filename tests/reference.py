@@ -97,6 +97,34 @@ def patcher(model, window, vector, alpha):
     return combined((1 - alpha, sft(model, window)), (alpha, attacked))
 
 
+def retention(model, origin, window, layers):
+    """R(θ; K) and its gradient; `layers`: the names of the decoder layers."""
+
+    def streams(model, batch):
+        found = []
+        with ExitStack() as stack:
+            for name in layers:
+                module = model.get_submodule(name)
+                stack.callback(module.register_forward_hook(lambda _, __, out: found.append(first(out))).remove)
+            run(model, batch)
+        return found
+
+    def loss_of(model):
+        total, count = 0, 0
+        for batch in window:
+            with torch.no_grad():
+                before = streams(origin, batch)
+            for now, known in zip(streams(model, batch), before, strict=True):
+                for row, mask in enumerate(batch["attention_mask"]):
+                    for token in range(int(mask.sum())):
+                        change = now[row, token] - known[row, token]
+                        total = total + (change @ change) / (known[row, token] @ known[row, token])
+                        count += 1
+        return total / count
+
+    return loss_of(model).detach(), gradient(model, loss_of)
+
+
 def first(output):
     return output[0] if isinstance(output, tuple) else output
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import reference
 from helpers import golden_batch, gradients, tiny_llama, word_rows, word_tokenizer, worst_entry
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.attacks.real import AttackConfig, AttackTrainer
 from holdfast.config import DefenseConfig
 from holdfast.models import load_model, load_model_and_tokenizer, merge

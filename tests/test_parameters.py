@@ -16,6 +16,7 @@ from holdfast.parameters import (
     displaced,
     displacement,
     dot,
+    exchanged,
     is_finite,
     norm,
     put_gradient,
@@ -268,6 +269,19 @@ def test_displaced_restores_after_any_scale(seed, scale):
     with displaced(layer, direction(layer, seed), scale=scale):
         pass
     assert same_bits(weights(layer), before)
+
+
+def test_exchanged_weights_are_the_others_and_come_back(model):
+    before, other = weights(model), snapshot(model)
+    other *= 1.5
+    theirs = {name: tensor.clone() for name, tensor in other.items()}
+    with exchanged(model, other):
+        assert same_bits(dict(trainable_parameters(model)), theirs)
+        assert same_bits(other, {name: before[name] for name in other})
+    with pytest.raises(ZeroDivisionError), exchanged(model, other):
+        raise ZeroDivisionError
+    assert same_bits(weights(model), before)
+    assert same_bits(other, theirs)
 
 
 def test_displaced_without_a_name_touches_nothing(model):

@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from helpers import same_bits, tiny_llama, weights, word_rows, word_tokenizer
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.attacks.real import AttackConfig, AttackTrainer
 from holdfast.config import DefenseConfig
 from holdfast.errors import InputError

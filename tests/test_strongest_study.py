@@ -10,7 +10,8 @@ import pytest
 
 from helpers import tiny_llama, word_rows, word_tokenizer
 from holdfast.alignment.draws import draws
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.alignment.pool import Pool
 from holdfast.config import DefenseConfig
 from holdfast.trainer import DefenseTrainer

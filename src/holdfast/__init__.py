@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from holdfast.alignment.antibody import AntibodyAlignmentTrainer as AntibodyAlignmentTrainer
     from holdfast.alignment.booster import BoosterConfig as BoosterConfig
     from holdfast.alignment.booster import BoosterTrainer as BoosterTrainer
-    from holdfast.alignment.patcher import PatcherConfig as PatcherConfig
     from holdfast.alignment.patcher import PatcherTrainer as PatcherTrainer
+    from holdfast.alignment.patcher_config import PatcherConfig as PatcherConfig
     from holdfast.alignment.vaccine import VaccineConfig as VaccineConfig
     from holdfast.alignment.vaccine import VaccineTrainer as VaccineTrainer
     from holdfast.attacks.ablation import Ablation as Ablation
@@ -70,7 +70,7 @@ _HOMES = {
     "AntibodyConfig": "holdfast.finetuning.antibody",
     "AntibodyTrainer": "holdfast.finetuning.antibody",
     "relevance_diversity_dpp": "holdfast.data.selection",
-    "PatcherConfig": "holdfast.alignment.patcher",
+    "PatcherConfig": "holdfast.alignment.patcher_config",
     "PatcherTrainer": "holdfast.alignment.patcher",
     "Attacker": "holdfast.attacks.attack",
     "Ablation": "holdfast.attacks.ablation",

@@ -190,6 +190,23 @@ def displaced(model: nn.Module, direction: Mapping[str, Tensor], scale: float = 
         restore(model, saved)
 
 
+@contextmanager
+def exchanged(model: nn.Module, other: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run the body at the weights of `other`, which has θ meanwhile; on leaving, both have the bits they had.
+
+    No buffer is needed beyond one tensor at a time. It also changes back when the body raises.
+
+    Args:
+        model: Its trainable parameters are exchanged; frozen ones are not touched.
+        other: One tensor per trainable parameter, by name, of its parameter's shape, kind and placement.
+    """
+    _exchange(model, other)
+    try:
+        yield
+    finally:
+        _exchange(model, other)
+
+
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """⟨a, b⟩ over all entries of all shards.
 
@@ -296,6 +313,14 @@ def _sharding(tensor: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError("a parameter vector holds sums that were not reduced over the ranks yet")
     return tensor.device_mesh, tuple(i for i, placement in enumerate(tensor.placements) if placement.is_shard())
+
+
+@torch.no_grad()
+def _exchange(model: nn.Module, other: Mapping[str, Tensor]) -> None:
+    for name, parameter in trainable_parameters(model).items():
+        held = local(parameter).clone()
+        local(parameter).copy_(local(other[name]))
+        local(other[name]).copy_(held)
 
 
 def _drop_gathered_weights(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from transformers.training_args import ParallelMode
 
 from holdfast.checkpoint import kept
 from holdfast.config import DefenseConfig
-from holdfast.data.batches import Batch, BatchStream, require_inputs, rows_in
+from holdfast.data.batches import Batch, BatchStream, all_tokens, require_inputs, rows_in
 from holdfast.data.completions import require_rows
 from holdfast.errors import InputError, TrainingError
 from holdfast.layers import has_routers
@@ -191,11 +191,7 @@ class DefenseTrainer(ResumableTrainer):
 
     def count_tokens(self, window: Window) -> None:
         """Count the tokens of an update that is trained on in quiet passes alone, as TRL counts those that it logs."""
-        counts = [
-            batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
-            for batch in window.batches
-        ]
-        here = torch.tensor(sum(int(count) for count in counts), device=self.args.device)
+        here = torch.tensor(sum(int(all_tokens(batch).sum()) for batch in window.batches), device=self.args.device)
         self._total_train_tokens += int(self.accelerator.reduce(here, "sum"))
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
@@ -360,7 +356,8 @@ class DefenseTrainer(ResumableTrainer):
     @contextmanager
     def _pass(self, window: Window, *, quiet: bool, router_loss: bool | None = None) -> Iterator[None]:
         """What `compute_loss` computes inside. The base trainer calls it, so it cannot be told by arguments."""
-        self._rows_passed += sum(map(rows_in, window.batches))
+        if torch.is_grad_enabled():  # what goes forwards alone is no pass
+            self._rows_passed += sum(map(rows_in, window.batches))
         before = self._quiet, self._micro_batches, self.aux_loss_enabled
         self._quiet, self._micro_batches = quiet, window.micro_batches
         self.aux_loss_enabled &= not quiet if router_loss is None else router_loss

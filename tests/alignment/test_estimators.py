@@ -30,7 +30,8 @@ from helpers import (
     worst_entry,
 )
 from holdfast.alignment.draws import draws
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.config import DefenseConfig
 from holdfast.errors import InputError
 from holdfast.trainer import DefenseTrainer

@@ -27,7 +27,8 @@ from helpers import (
     word_tokenizer,
     worst_entry,
 )
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.attacks.simulated import simulate_attack
 from holdfast.errors import InputError, TrainingError
 from methods import MODELS, mixtral, noted_windows

@@ -23,7 +23,8 @@ from helpers import (
     word_tokenizer,
     worst_entry,
 )
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.attacks.ablation import Ablation
 from holdfast.attacks.attack import Attacker
 from holdfast.attacks.back_to_base import BackToBase

@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import reference
 from helpers import Gradients, relative_distance, same_bits, tiny_llama, weights, word_rows, word_tokenizer, worst_entry
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.attacks.real import AttackConfig, AttackTrainer
 from holdfast.errors import InputError
 from methods import mixtral, noted_windows

@@ -64,6 +64,7 @@ CASES: list[tuple[str, list[str], str, str]] = [
         """--pool={"dropping+prefill":1} --refusal no""",
     ),
     ("align patcher", PATCH, "--benign_data b", """--pool={"ablation":1}"""),
+    ("align patcher", PATCH, "--retain_weight 5", "--retain_data r"),
     ("align patcher", PATCH, "--base b", """--pool={"base+lora":1}"""),
     ("align patcher", PATCH, "--refusal no", """--pool={"prefill":1}"""),
     ("finetune lisa", TUNE, "--proximal_start 0.3 --rho 0", "--rho 1"),

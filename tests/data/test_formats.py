@@ -7,7 +7,8 @@ import trl
 from datasets import Dataset
 
 from helpers import chat_tokenizer, tiny_llama
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.config import DefenseConfig
 from holdfast.data.rendering import ChatFormat
 from holdfast.errors import InputError

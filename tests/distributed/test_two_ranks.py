@@ -18,7 +18,8 @@ from helpers import (
     word_tokenizer,
     worst_entry,
 )
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from methods import METHODS, joined, mixtral
 from ranks import run_script
 

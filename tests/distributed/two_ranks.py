@@ -33,7 +33,8 @@ from helpers import (
     word_rows,
     word_tokenizer,
 )
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.checkpoint import load_state, save_state
 from holdfast.config import DefenseConfig
 from holdfast.errors import InputError, Stopped

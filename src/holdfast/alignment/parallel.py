@@ -46,7 +46,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 
-from holdfast.alignment.patcher import PatcherConfig, PatcherTrainer
+from holdfast.alignment.patcher import PatcherTrainer
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.alignment.pool import BEGUN, TUNED, Link, Pool
 from holdfast.config import require_positive
 from holdfast.errors import InputError

@@ -24,6 +24,11 @@ them (`holdfast.alignment.pool`). A member that ends with `prefill` takes its gr
 begin as an attacker begins them and refuse all the same, g(θ + δ; P), in the place of g(θ + δ; B); alone it displaces
 nothing, so δ = 0.
 
+With rows K to retain (`holdfast.alignment.retention`) the exact gradient has one term more, + λ · ∇R(θ; K), and the
+sampled estimator shares what α leaves of the coin evenly, each term divided by how often it is taken:
+
+    with probability α:  g(θ + δ; B),    with (1 − α) / 2:  2 g(θ; B),    else  2 λ / (1 − α) · ∇R(θ; K)
+
 Differs from the authors' released code:
 
 * It adds δ to the weights and subtracts it again, which drifts by rounding; here the exact weights come back.
@@ -42,9 +47,7 @@ Examples:
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,119 +58,24 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from holdfast.alignment.adversary import Adversary
 from holdfast.alignment.draws import draws
+from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.alignment.pool import BEGUN, Link, Member, Pool
+from holdfast.alignment.retention import RetainingTrainer
 from holdfast.alignment.rounds import simulate_round
 from holdfast.alignment.vectors import BY_HAND, AttackVectors
 from holdfast.attacks.attack import Choice, whole_model
-from holdfast.attacks.back_to_base import BackToBase
 from holdfast.attacks.changes import changed
 from holdfast.attacks.prefill import OPENERS, openers_of
-from holdfast.config import DefenseConfig, json_object, require_not_negative, require_positive
 from holdfast.data.batches import Batch
-from holdfast.data.refusals import REFUSAL_HELP
 from holdfast.errors import InputError
 from holdfast.models import load_model
 from holdfast.parameters import ParameterVector, displaced, vector_for
-from holdfast.trainer import DefenseTrainer
 from holdfast.window import Window
 
 logger = logging.getLogger(__name__)
 
-ESTIMATORS = ("exact", "sampled")
-"""How the gradient of an update is had: in two passes, or in one of the two by a coin."""
 
-
-@dataclass
-class PatcherConfig(DefenseConfig):
-    """Configuration of `PatcherTrainer`.
-
-    Args:
-        alpha: Weight α of the gradient under attack, 0 to 1.
-        attack_steps: Length k₁ of a simulated attack, in attacker steps.
-        attack_every: Updates k₂ of the defender between attacks; the first so many are plain SFT.
-        attack_learning_rate: The attacker's constant rate; by default the defender's.
-        attack_batch_size: Rows per device and attacker step; by default those of a whole window of the defender.
-        attack_weight_decay: The attacker's weight decay.
-        estimator: "exact", both gradients an update, or "sampled", one of them by a coin of probability `alpha`.
-        attack_scale: The least and the greatest factor that the attack vector is taken times.
-        pool: Which attacks δ is drawn from, as `holdfast.alignment.pool` says, a mapping or JSON; None: the one attack
-            that the settings above describe.
-        base: The public base model that the pool's `base` interpolates towards: a folder or a Hub id.
-        refusal: How the pool's `prefill` refuses: a text, a file with one text per line, or a column of the attack
-            data.
-
-    Raises:
-        InputError: A setting out of its range; the message names it.
-    """
-
-    alpha: float = field(default=0.5, metadata={"help": "Weight of the gradient under attack, 0 to 1."})
-    attack_steps: int = field(default=300, metadata={"help": "Length of a simulated attack, in attacker steps."})
-    attack_every: int = field(
-        default=1000, metadata={"help": "Updates between simulated attacks; the first so many are plain SFT."}
-    )
-    attack_learning_rate: float | None = field(
-        default=None, metadata={"help": "The attacker's constant learning rate; by default the defender's."}
-    )
-    attack_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows per device and attacker step; by default the defender's whole window."}
-    )
-    attack_weight_decay: float = field(default=0.01, metadata={"help": "The attacker's weight decay."})
-    estimator: str = field(
-        default="exact",
-        metadata={
-            "help": "Both gradients an update, or one of them by a coin of probability --alpha, at the price of SFT.",
-            "choices": list(ESTIMATORS),
-        },
-    )
-    attack_scale: list[float] = field(
-        default_factory=lambda: [1.0, 1.0],
-        metadata={
-            "help": "Least and greatest of the factor, drawn every update, that the attack vector is taken times."
-        },
-    )
-
-    pool: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Which attacks to train against, as JSON or a recipe's mapping from members to weights or to "
-            'mappings with a weight and knobs, e.g. {"fine-tuning": 0.6, "ablation": 0.4} (docs/methods.md).'
-        },
-    )
-    base: str | None = field(
-        default=None, metadata={"help": "The public base model, for a --pool with base: a folder or of the Hub."}
-    )
-    refusal: str | None = field(default=None, metadata={"help": f"For a --pool with prefill. {REFUSAL_HELP}"})
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if isinstance(self.pool, str):
-            self.pool = json_object("pool", self.pool)
-        super().__post_init__()
-        if self.pool is not None:
-            attacks = Pool.of(self.pool).attacks()
-            for name, attack in (("base", BackToBase.name), ("refusal", BEGUN)):
-                if attack in attacks and getattr(self, name) is None:
-                    raise InputError(f"--pool: {attack} needs --{name}")
-        if not 0 <= self.alpha <= 1:
-            raise InputError(f"--alpha must lie between 0 and 1, got {self.alpha}")
-        require_positive(self, "attack_steps", "attack_every", "attack_learning_rate", "attack_batch_size")
-        require_not_negative(self, "attack_weight_decay")
-        if self.estimator not in ESTIMATORS:
-            raise InputError(f"--estimator must be {' or '.join(ESTIMATORS)}, got {self.estimator}")
-        given: Any = self.attack_scale
-        bounds = given if isinstance(given, list | tuple) else [given]
-        if (
-            len(bounds) != 2
-            or not all(isinstance(bound, int | float) for bound in bounds)
-            or not 0 <= bounds[0] <= bounds[1] < math.inf
-        ):
-            raise InputError(
-                "--attack_scale takes two numbers, the least factor and the greatest, the least not below 0 and not "
-                f"above the greatest; got {' '.join(map(str, bounds))}"
-            )
-
-
-class PatcherTrainer(DefenseTrainer):
+class PatcherTrainer(RetainingTrainer):
     """Align with Patcher, in its sequential form: attacker and defender take turns on the same devices.
 
     Each update logs `safe_loss` L(θ; B), `attacked_loss` L(θ + δ; B) and their `loss_gap`; under the sampled estimator
@@ -184,6 +92,7 @@ class PatcherTrainer(DefenseTrainer):
             answers. It may be left out where nothing in the pool takes it, or `attack_vector` or `attack_batches` is
             set by hand.
         benign_dataset: Harmless prompts, whose answers play no part, for a pool with ablation.
+        retain_dataset: As for `RetainingTrainer`.
         **kwargs: As for `DefenseTrainer`.
 
     Attributes:
@@ -204,6 +113,8 @@ class PatcherTrainer(DefenseTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, train_dataset, **kwargs)
+        if self.retains and self.args.estimator == "sampled" and self.args.alpha == 1:
+            raise InputError("--alpha 1 leaves no update to --retain_data; expected one below 1")
         self._pool = Pool() if self.args.pool is None else Pool.of(self.args.pool)
         assert self._format is not None  # the train data have been prepared
         self._adversary = Adversary(
@@ -244,16 +155,42 @@ class PatcherTrainer(DefenseTrainer):
         self._vectors.set_by_hand(None if vector is None else vector_for(self.model, vector, "attack_vector"))
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
-        """(1 − α) · g(θ; B) + α · g(θ + s·δ; B), or one of the two gradients by a coin of probability α."""
+        """(1 − α) · g(θ; B) + α · g(θ + s·δ; B) + λ · ∇R(θ; K), or one of the terms by a coin."""
+        self.remember()
         if self._attack_is_due():
             self.attack(model)
         member = self._drawn_member()
+        if self.args.estimator == "sampled":
+            return self._sampled_gradient(model, window, member)
+        loss, gradient = self._exact_gradient(model, window, member)
+        if self.retains:
+            gradient += self.args.retain_weight * self.retention(model, len(window))[1]
+        return loss, gradient
+
+    def _sampled_gradient(
+        self, model: torch.nn.Module, window: Window, member: Member | None
+    ) -> tuple[Tensor, ParameterVector]:
+        """One term of the exact gradient, divided by how often it is taken."""
+        alpha, coin = self.args.alpha if member is not None else 0.0, self._draws("coin").random()
+        if member is not None and coin < alpha:
+            return self._attacked_gradient(model, window, member)
+        if not self.retains:
+            return self._safe_gradient(model, window)
+        if coin < (1 + alpha) / 2:
+            loss, gradient = self._safe_gradient(model, window)
+            gradient *= 2
+        else:
+            loss, gradient = self.retention(model, len(window))
+            gradient *= 2 * self.args.retain_weight / (1 - alpha)
+        return loss, gradient
+
+    def _exact_gradient(
+        self, model: torch.nn.Module, window: Window, member: Member | None
+    ) -> tuple[Tensor, ParameterVector]:
+        """(1 − α) · g(θ; B) + α · g(θ + s·δ; B), and g(θ; B) where there is no δ yet."""
         if member is None:
             return self._safe_gradient(model, window)
         alpha = self.args.alpha
-        if self.args.estimator == "sampled":
-            heads = self._draws("coin").random() < alpha
-            return self._attacked_gradient(model, window, member) if heads else self._safe_gradient(model, window)
         with self.shared_randomness():  # and the attacked pass first, so that fewer buffers live at once
             attacked_loss, attacked_gradient = self._attacked_gradient(model, window, member)
         loss, gradient = self._safe_gradient(model, window)
@@ -325,10 +262,11 @@ class PatcherTrainer(DefenseTrainer):
 
     def method_state(self) -> dict[str, Any]:
         """The vectors in force; one less, if a run is stopped while it looks for another."""
-        return self._vectors.state()
+        return {**super().method_state(), **self._vectors.state()}
 
     def load_method_state(self, state: Mapping[str, Any]) -> None:
         """Put the saved vectors in force again, as far as the pool still draws them."""
+        super().load_method_state(state)
         self._vectors.load(state, [member for member in self._pool.members if member.weight > 0])
 
     def before_the_first_update(self) -> None:

@@ -150,6 +150,14 @@ class PatcherData(AlignData):
         metadata={"help": "Harmless prompts, for a --pool with ablation; answers play no part."},
         kw_only=True,
     )
+    retain_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Harmless prompts with answers, of all kinds that the model is to go on answering: what it makes "
+            f"of them is held to what it was at the beginning. {_SOURCE_HELP}"
+        },
+        kw_only=True,
+    )
 
 
 @dataclass

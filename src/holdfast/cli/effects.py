@@ -170,6 +170,7 @@ PATCHER = (
         "with a --pool that takes no harmful prompts",
     ),
     Effect("benign_data", _pooled("ablation"), "without a --pool with ablation"),
+    Effect("retain_weight", lambda given: given.retain_data is not None, "without --retain_data"),
     Effect("base", _pooled("base"), "without a --pool with base"),
     Effect("refusal", _pooled("prefill"), "without a --pool with prefill"),
 )

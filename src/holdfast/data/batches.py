@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from torch import Tensor
 
@@ -18,6 +19,12 @@ Batch = dict[str, Any]
 def rows_in(batch: Batch) -> int:
     """How many rows a batch holds, padded or, as their positions tell, one behind the other."""
     return int((batch["position_ids"] == 0).sum()) if "position_ids" in batch else len(batch["input_ids"])
+
+
+def all_tokens(batch: Batch) -> Tensor:
+    """Which places hold a token, prompts' and answers', and no padding: (rows, tokens), bool."""
+    mask: Tensor | None = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
 
 
 def require_inputs(batches: Sequence[Batch]) -> None:

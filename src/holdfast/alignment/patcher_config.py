@@ -1,0 +1,112 @@
+"""The settings of Patcher, sequential and parallel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.alignment.pool import BEGUN, Pool
+from holdfast.attacks.back_to_base import BackToBase
+from holdfast.config import DefenseConfig, json_object, require_not_negative, require_positive
+from holdfast.data.refusals import REFUSAL_HELP
+from holdfast.errors import InputError
+
+ESTIMATORS = ("exact", "sampled")
+"""How the gradient of an update is had: in two passes, or in one of the two by a coin."""
+
+
+@dataclass
+class PatcherConfig(DefenseConfig):
+    """Configuration of `PatcherTrainer`.
+
+    Args:
+        alpha: Weight α of the gradient under attack, 0 to 1.
+        attack_steps: Length k₁ of a simulated attack, in attacker steps.
+        attack_every: Updates k₂ of the defender between attacks; the first so many are plain SFT.
+        attack_learning_rate: The attacker's constant rate; by default the defender's.
+        attack_batch_size: Rows per device and attacker step; by default those of a whole window of the defender.
+        attack_weight_decay: The attacker's weight decay.
+        estimator: "exact", both gradients an update, or "sampled", one of them by a coin of probability `alpha`.
+        attack_scale: The least and the greatest factor that the attack vector is taken times.
+        pool: Which attacks δ is drawn from, as `holdfast.alignment.pool` says, a mapping or JSON; None: the one attack
+            that the settings above describe.
+        base: The public base model that the pool's `base` interpolates towards: a folder or a Hub id.
+        refusal: How the pool's `prefill` refuses: a text, a file with one text per line, or a column of the attack
+            data.
+        retain_weight: Weight λ of R(θ; K), where there are rows to retain.
+
+    Raises:
+        InputError: A setting out of its range; the message names it.
+    """
+
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the gradient under attack, 0 to 1."})
+    attack_steps: int = field(default=300, metadata={"help": "Length of a simulated attack, in attacker steps."})
+    attack_every: int = field(
+        default=1000, metadata={"help": "Updates between simulated attacks; the first so many are plain SFT."}
+    )
+    attack_learning_rate: float | None = field(
+        default=None, metadata={"help": "The attacker's constant learning rate; by default the defender's."}
+    )
+    attack_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows per device and attacker step; by default the defender's whole window."}
+    )
+    attack_weight_decay: float = field(default=0.01, metadata={"help": "The attacker's weight decay."})
+    estimator: str = field(
+        default="exact",
+        metadata={
+            "help": "Both gradients an update, or one of them by a coin of probability --alpha, at the price of SFT.",
+            "choices": list(ESTIMATORS),
+        },
+    )
+    attack_scale: list[float] = field(
+        default_factory=lambda: [1.0, 1.0],
+        metadata={
+            "help": "Least and greatest of the factor, drawn every update, that the attack vector is taken times."
+        },
+    )
+
+    pool: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Which attacks to train against, as JSON or a recipe's mapping from members to weights or to "
+            'mappings with a weight and knobs, e.g. {"fine-tuning": 0.6, "ablation": 0.4} (docs/methods.md).'
+        },
+    )
+    base: str | None = field(
+        default=None, metadata={"help": "The public base model, for a --pool with base: a folder or of the Hub."}
+    )
+    refusal: str | None = field(default=None, metadata={"help": f"For a --pool with prefill. {REFUSAL_HELP}"})
+    retain_weight: float = field(
+        default=3.0, metadata={"help": "How much the rows of --retain_data hold the model to what it made of them."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if isinstance(self.pool, str):
+            self.pool = json_object("pool", self.pool)
+        super().__post_init__()
+        if self.pool is not None:
+            attacks = Pool.of(self.pool).attacks()
+            for name, attack in (("base", BackToBase.name), ("refusal", BEGUN)):
+                if attack in attacks and getattr(self, name) is None:
+                    raise InputError(f"--pool: {attack} needs --{name}")
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"--alpha must lie between 0 and 1, got {self.alpha}")
+        require_positive(
+            self, "attack_steps", "attack_every", "attack_learning_rate", "attack_batch_size", "retain_weight"
+        )
+        require_not_negative(self, "attack_weight_decay")
+        if self.estimator not in ESTIMATORS:
+            raise InputError(f"--estimator must be {' or '.join(ESTIMATORS)}, got {self.estimator}")
+        given: Any = self.attack_scale
+        bounds = given if isinstance(given, list | tuple) else [given]
+        if (
+            len(bounds) != 2
+            or not all(isinstance(bound, int | float) for bound in bounds)
+            or not 0 <= bounds[0] <= bounds[1] < math.inf
+        ):
+            raise InputError(
+                "--attack_scale takes two numbers, the least factor and the greatest, the least not below 0 and not "
+                f"above the greatest; got {' '.join(map(str, bounds))}"
+            )

@@ -1,0 +1,151 @@
+r"""Retention: what alignment data do not ask for is to go on as it was.
+
+Training that changes how a model answers harmful prompts forgets, too, what nobody rehearses. Rows K that have nothing
+to do with harm hold it to the weights θ₀ that the run began with, by what they make of K on the way:
+
+    R(θ; K) = mean over decoder layers l and tokens t of   ‖h_lt(θ) − h_lt(θ₀)‖² / ‖h_lt(θ₀)‖²
+
+with h_lt the residual stream behind layer l at token t, prompts and answers alike. After the retain loss of circuit
+breakers (2406.04313), which is ‖h − h₀‖; squared and divided it hangs neither on a model's width nor on the norms that
+its stream has, which grow from layer to layer and at single tokens.
+
+Examples:
+    >>> trainer = PatcherTrainer(
+    ...     model="Qwen/Qwen2.5-1.5B-Instruct",
+    ...     args=PatcherConfig(output_dir="hardened", retain_weight=3.0),
+    ...     train_dataset=alignment,
+    ...     attack_dataset=harmful,
+    ...     retain_dataset=harmless,
+    ... )  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from holdfast.config import DefenseConfig
+from holdfast.data.batches import BatchStream, all_tokens
+from holdfast.errors import InputError
+from holdfast.parameters import TINY, ParameterVector, exchanged, snapshot, take_gradient
+from holdfast.residual import decoder_layers
+from holdfast.trainer import DefenseTrainer
+from holdfast.window import Window
+
+_ORIGIN = "retained"
+
+
+class RetainingTrainer(DefenseTrainer):
+    """What a method builds on that retains: the gradient of R, and θ₀ across checkpoints.
+
+    θ₀ is one buffer of the trained parameters' size, and of a LoRA adapter that of the adapter alone.
+
+    Args:
+        model: As for `DefenseTrainer`.
+        args: The configuration.
+        train_dataset: As for `DefenseTrainer`.
+        retain_dataset: Harmless prompts with answers, K; None: nothing is retained.
+        **kwargs: As for `DefenseTrainer`.
+
+    Raises:
+        InputError: The model's decoder layers are not found, or the rows cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: DefenseConfig | None = None,
+        train_dataset: Dataset | None = None,
+        *,
+        retain_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, train_dataset, **kwargs)
+        self._retained: BatchStream | None = None
+        self._layers: list[nn.Module] = []
+        self._origin: ParameterVector | None = None
+        if retain_dataset is not None:
+            self._retained = self.batches_of(retain_dataset, "retain")
+            self._layers = decoder_layers(self.model)
+
+    @property
+    def retains(self) -> bool:
+        """Whether there is anything to retain."""
+        return self._retained is not None
+
+    def remember(self) -> None:
+        """Take today's weights for θ₀, unless there is one; to be called before the first update."""
+        if self.retains and self._origin is None:
+            self._origin = snapshot(self.model)
+
+    def retention(self, model: nn.Module, size: int) -> tuple[Tensor, ParameterVector]:
+        """R(θ; K) and its gradient, over the next `size` micro-batches of K; one pass, and one forwards alone."""
+        assert self._retained is not None
+        assert self._origin is not None
+        window = self.draw(self._retained, size)
+        here = torch.stack([all_tokens(batch).sum() for batch in window.batches]).sum().to(self.args.device)
+        count, ranks = self.accelerator.reduce(here, "sum"), self.accelerator.num_processes
+        losses = []
+        for part in self.each_part(model, window):
+            with torch.no_grad(), self.shared_randomness(), exchanged(self.model, self._origin):
+                _, before = self._streams_behind(model, part)
+            loss, now = self._streams_behind(model, part)
+            tokens = all_tokens(part.batches[0]).to(self.args.device)
+            moved = [_relative_squares(*pair)[tokens].sum() for pair in zip(now, before, strict=True)]
+            share = ranks * torch.stack(moved).mean() / count
+            self.accelerator.backward(share + 0 * loss)  # all parameters in the graph, as reducing over ranks asks for
+            losses.append(share.detach())
+        loss = torch.stack(losses).sum()
+        self.log_metric("retain_loss", loss)
+        return loss, take_gradient(self.model)
+
+    def method_state(self) -> dict[str, Any]:
+        """θ₀."""
+        return {} if self._origin is None else {_ORIGIN: self._origin}
+
+    def load_method_state(self, state: Mapping[str, Any]) -> None:
+        """Take up θ₀.
+
+        Raises:
+            InputError: There is something to retain, and the checkpoint's run retained nothing.
+        """
+        if self.retains and _ORIGIN not in state:
+            raise InputError(
+                "--retain_data: the checkpoint has not the weights that its run began with, since that retained "
+                "nothing; expected a run begun with --retain_data"
+            )
+        self._origin = state[_ORIGIN] if self.retains else None
+
+    def _streams_behind(self, model: nn.Module, part: Window) -> tuple[Tensor, list[Tensor]]:
+        """The loss of a micro-batch and the residual stream behind every layer, (rows, tokens, width) each."""
+        with _outputs(self._layers) as found:
+            loss = self.forward(model, part)
+        return loss, found
+
+
+@contextmanager
+def _outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """What modules put out in the body, in the order in which they are run; the first member where it is a tuple."""
+    found: list[Tensor] = []
+
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _relative_squares(now: Tensor, before: Tensor) -> Tensor:
+    """‖h − h₀‖² / ‖h₀‖² of every token, in float32."""
+    now, before = now.float(), before.float()
+    return (now - before).square().sum(-1) / before.square().sum(-1).clamp(min=TINY)
