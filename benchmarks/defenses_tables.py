@@ -29,6 +29,7 @@ NAMES = {
     "sampled": "Patcher, sampled",
     "scale": "sampled, scale drawn",
     "pool": "sampled, a pool",
+    "retaining": "sampled, retaining",
     "preset": "the preset",
     "no-fine-tuning": "no fine-tuning in the pool",
     "no-ablation": "no ablation in the pool",

@@ -1,8 +1,9 @@
 """What is compared with the strongest defense, at equal compute, and the commands of one seed that make the models.
 
 A *pass* is a forward-backward pass of `BATCH_SIZE` rows; a step of a simulated attack counts by its rows, and a look of
-an ablation at its prompts, which go forwards alone, as a third of one by their rows (2·N·tokens against 6·N·tokens).
-The budget is what the demo's setting of Patcher takes; every other row has as many updates as that leaves it.
+an ablation at its prompts, or of a retention at its rows, which go forwards alone, as a third of one by their rows
+(2·N·tokens against 6·N·tokens). The budget is what the demo's setting of Patcher takes; every other row has as many
+updates as that leaves it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ POOL: dict[str, Any] = {
     "prefill": 0.2,
 }
 """A pool of what broke Patcher's models by hand, fixed before it was run."""
+RETAINING: dict[str, Any] = {
+    "pool": {"fine-tuning": {"weight": 1.0, "rounds": 3, "learning_rate": {"low": 5e-5, "high": 5e-4, "log": True}}},
+    "retain_weight": 3.0,
+}
+"""Fine-tuning at varied rates and rows to retain, as it was found on the first seed of `CHOOSING`."""
 HELD_OUT = {
     "fine-tuning": ("full", "lora"),
     "ablation": ("training-free", "hybrid"),
@@ -67,7 +73,14 @@ def rows(study: Study, preset: Flags | None = None) -> dict[str, Flags]:
     exact = scaled({**DEMO_PATCHER, "alpha": 0.5}, study)
     sampled = {**exact, "estimator": "sampled"}
     drawn = {**sampled, "attack_scale": SCALE}
-    found = {"sft": {}, BUDGET: exact, "sampled": sampled, "scale": drawn, "pool": {**drawn, "pool": POOL}}
+    found = {
+        "sft": {},
+        BUDGET: exact,
+        "sampled": sampled,
+        "scale": drawn,
+        "pool": {**drawn, "pool": POOL},
+        "retaining": {**drawn, **RETAINING},
+    }
     found |= {} if preset is None else {"preset": preset}
     return {name: at_budget(setting, study) for name, setting in found.items()}
 
@@ -119,10 +132,11 @@ def passes(setting: Mapping[str, Any], updates: int) -> float:
 
 
 def trained_besides(setting: Mapping[str, Any], updates: int) -> float:
-    """The passes with a backward pass that come to one an update: second gradients, and steps of attacks."""
+    """The passes with a backward pass that come to one an update: further gradients, and steps of attacks."""
     if "attack_every" not in setting:
         return 0
-    second = _displaced(setting, updates) if setting.get("estimator", "exact") == "exact" else 0
+    second = _displaced(setting, updates) if _is_exact(setting) else 0
+    second += updates if _is_exact(setting) and "retain_weight" in setting else 0
     share = ALIGNMENT["patcher"].needs["attack_batch_size"] / BATCH_SIZE
     trained = [member for member in _pool(setting).members if member.trains]
     steps = _mean(trained, lambda member: _steps(member, setting["attack_steps"]))
@@ -130,13 +144,27 @@ def trained_besides(setting: Mapping[str, Any], updates: int) -> float:
 
 
 def looks(setting: Mapping[str, Any], updates: int) -> float:
-    """What ablations look at: their prompts of both kinds, forwards, in every displaced pass and round with one."""
+    """What goes forwards alone.
+
+    What ablations look at, their prompts of both kinds, in every displaced pass and round with one; and the rows that
+    are retained, by the weights of the beginning.
+    """
     if "attack_every" not in setting:
         return 0
     members = _pool(setting).members
-    each = setting["alpha"] if setting.get("estimator", "exact") == "sampled" else 1.0
+    each = 1.0 if _is_exact(setting) else setting["alpha"]
     drawn = each * _displaced(setting, updates) * _mean(members, lambda one: 0 if one.trains else _look(one))
-    return drawn + _rounds(setting, updates) * _mean([one for one in members if one.trains], _look)
+    retained = _retained(setting, updates) if "retain_weight" in setting else 0
+    return drawn + retained / 3 + _rounds(setting, updates) * _mean([one for one in members if one.trains], _look)
+
+
+def _is_exact(setting: Mapping[str, Any]) -> bool:
+    return bool(setting.get("estimator", "exact") == "exact")
+
+
+def _retained(setting: Mapping[str, Any], updates: int) -> float:
+    """The updates that take the gradient of what is retained: all, or half of those that are not displaced."""
+    return updates if _is_exact(setting) else (updates - setting["alpha"] * _displaced(setting, updates)) / 2
 
 
 def _displaced(setting: Mapping[str, Any], updates: int) -> int:
@@ -196,6 +224,7 @@ class StrongPlan(Plan):
             del needs["attack_batch_size"]  # nothing in the pool is trained
         needs |= {"benign_data": self.organism / self.harmless} if Ablation.name in attacks else {}
         needs |= {"refusal": "REFUSALS"} if "prefill" in attacks else {}
+        needs |= {"retain_data": self.organism / self.harmless} if "retain_weight" in setting else {}
         name = f"align-{method}-{hashlib.sha256(canonical(setting).encode()).hexdigest()[:8]}"
         return self.aligned(name, ALIGNMENT[kind].words, {**needs, **setting})
 

@@ -37,20 +37,17 @@ from holdfast.errors import TrainingError
 from holdfast.files import versions, write_json
 from holdfast.stress.certificate import read_certificate
 from holdfast.stress.costs import canonical
-from strongest_plan import POOL, SCALE, StrongPlan, at_budget, scaled
+from strongest_plan import POOL, RETAINING, SCALE, StrongPlan, at_budget, scaled
 
 KEPT, OVER_REFUSAL, SLOWER, LESS = 0.97, 0.02, 1.5, 0.05
 TIE = 0.1
 DIVERGED = 5.0
 
 _OTHERS = {"alpha": 0.5, "learning_rate": 6e-5, "rounds": 3, "scale_low": SCALE[0], "scale_high": SCALE[1]}
-_WEIGHTS = {
-    **{name: one for name, one in POOL.items() if name != "fine-tuning"},
-    **dict.fromkeys(("ablation+prefill", "dropping"), 0.0),
-}
+_WEIGHTS = dict.fromkeys((*(name for name in POOL if name != "fine-tuning"), "ablation+prefill", "dropping"), 0.0)
 SEARCHED = Method(
     ("align", "patcher"),
-    published={**DEMO_PATCHER, **_OTHERS, **_WEIGHTS},
+    published={**DEMO_PATCHER, **_OTHERS, **_WEIGHTS, "retain_weight": RETAINING["retain_weight"]},
     ranges={
         "attack_steps": IntDistribution(3, 60, log=True),  # a longer one would not come within EQUAL of the budget
         "attack_every": IntDistribution(20, 200, log=True),
@@ -60,10 +57,11 @@ SEARCHED = Method(
         "rounds": IntDistribution(1, 4),
         "scale_low": FloatDistribution(0.0, 1.0),
         "scale_high": FloatDistribution(1.0, 2.5),
+        "retain_weight": FloatDistribution(0.3, 30, log=True),
         **dict.fromkeys(_WEIGHTS, FloatDistribution(0.0, 1.0, step=0.05)),
     },
 )
-"""Where the search begins, which is our own pool, and what it tries; weights beside fine-tuning's, which is 1."""
+"""Where the search begins, which is fine-tuning alone, and what it tries; weights beside fine-tuning's, which is 1."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def flags_of(knobs: Mapping[str, Any], study: Study) -> Flags:
         return {}
     pool: dict[str, Any] = {"fine-tuning": {"weight": 1, "rounds": knobs["rounds"]}}
     pool |= {name: knobs[name] for name in _WEIGHTS if knobs[name] > 0}
-    same = ("attack_steps", "attack_every", "attack_learning_rate", "alpha", "learning_rate")
+    same = ("attack_steps", "attack_every", "attack_learning_rate", "alpha", "learning_rate", "retain_weight")
     setting = {
         **{name: knobs[name] for name in same},
         "estimator": "sampled",

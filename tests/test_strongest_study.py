@@ -24,7 +24,7 @@ MODULES = (
 )
 PRESET = {
     **{"attack_steps": 11, "attack_every": 37, "attack_learning_rate": 3e-4, "alpha": 0.7, "learning_rate": 9e-5},
-    **{"estimator": "sampled", "attack_scale": [0.5, 2.0]},
+    **{"estimator": "sampled", "attack_scale": [0.5, 2.0], "retain_weight": 5.0},
     "pool": {"fine-tuning": {"weight": 1, "rounds": 2}, "ablation": 0.9, "ablation+fine-tuning": 0.3, "dropping": 0.1},
 }
 
@@ -93,6 +93,7 @@ def test_real_runs_count_what_was_planned(study, settings):
         else:
             flags |= {"attack_batch_size": settings["per_device_train_batch_size"] // 2, "refusal": "t5 t6 t7"}
             rows = {"attack_dataset": word_rows(16, seed=1), "benign_dataset": word_rows(16, seed=2)}
+            rows |= {"retain_dataset": word_rows(16, seed=3)} if "retain_weight" in setting else {}
             trainer = PatcherTrainer(tiny_llama(), PatcherConfig(**flags), **common, **rows)
         trainer.train()
         counted = next(entry["passes"] for entry in trainer.state.log_history if "passes" in entry)
@@ -101,22 +102,24 @@ def test_real_runs_count_what_was_planned(study, settings):
 
 
 @pytest.mark.parametrize("seed", [30, 31])
-def test_ablations_look_as_often_as_the_mean_says(study, seed):
+def test_what_goes_forwards_alone_does_so_as_often_as_the_mean_says(study, seed):
     plan, whole = study["strongest_plan"], study["strongest_plan"].STUDY
     for name, setting in plan.rows(whole, PRESET).items():
         if "pool" not in setting:
             continue
         pool, updates, every = Pool.of(setting["pool"]), setting["max_steps"], setting["attack_every"]
+        alphas = [0.0] * every + [setting["alpha"]] * (updates - every)
+        coins = [draws(seed, "coin", update).random() for update in range(updates)]
         displaced = [
-            pool.draw(draws(seed, "member", update))
-            for update in range(every, updates)
-            if draws(seed, "coin", update).random() < setting["alpha"]
+            pool.draw(draws(seed, "member", update)) for update, alpha in enumerate(alphas) if coins[update] < alpha
         ]
+        retained = sum(coins[update] >= (1 + alpha) / 2 for update, alpha in enumerate(alphas))
         trained = [one.name for one in pool.members if one.trains]
         rounds = [pool.draw(draws(seed, "round", number), trained) for number in range(1, 1 + (updates - 1) // every)]
         found = [one for one in displaced if not one.trains] + rounds
         looked = sum("ablation" in one.name.split("+") for one in found)
-        assert abs(looked * 2 * 16 / 32 / 3 - plan.looks(setting, updates)) < 0.01 * plan.budget(whole), name
+        forwards = looked * 2 * 16 / 32 / 3 + (retained / 3 if "retain_weight" in setting else 0)
+        assert abs(forwards - plan.looks(setting, updates)) < 0.01 * plan.budget(whole), name
 
 
 # ---------------------------------------------------------------------- what is run
@@ -170,15 +173,15 @@ def test_every_row_is_searched_once_and_swept_and_all_is_made_of_commands_that_t
     failed, found = measure(study, tmp_path, rows=tuple(study["strongest_plan"].rows(study["strongest_plan"].STUDY)))
     assert failed == []
     entries = found["sections"]["report"]
-    assert [entry["method"] for entry in entries] == ["sft", "exact", "sampled", "scale", "pool"]
+    assert [entry["method"] for entry in entries] == ["sft", "exact", "sampled", "scale", "pool", "retaining"]
     assert {entry["seed"] for entry in entries} == {30}
     for entry in entries:
         assert entry["passes"]["planned"] == pytest.approx(found["budget"], rel=0.02)
         assert entry["passes"]["recorded"] == entry["passes"]["planned"]
         assert entry["sweep"] == {"broken": True, "steps": 12, "rate": 3e-5}
         assert "points" not in json.dumps(entry)
-    assert len(commands.stressed()) == 5
-    assert sum(command.words[0] == "attack" for command in commands.ran) == 5 * 4
+    assert len(commands.stressed()) == 6
+    assert sum(command.words[0] == "attack" for command in commands.ran) == 6 * 4
     for command in commands.ran:
         understood(command)
 

@@ -119,6 +119,20 @@ def test_a_pool_in_which_nothing_is_trained_needs_no_attack_data(trained: Callab
     assert record["log"]["attacked_loss"] > 0
 
 
+@pytest.mark.parametrize("estimator", ["exact", "sampled"])
+def test_rows_to_retain_are_read_and_recorded(
+    trained: Callable[..., Path], train_data: str, attack_data: str, estimator: str
+) -> None:
+    words = ["--train_data", train_data, "--attack_data", attack_data, "--retain_data", train_data]
+    words += ["--retain_weight", "5", "--estimator", estimator, "--attack_every", "100"]
+    record = read_json(trained("align patcher", *words, tiny=("--max_steps", "6")) / "holdfast.json")
+    assert record["data"]["retain_data"] == train_data
+    assert record["taken"]["retain_data"] == record["taken"]["train_data"]
+    assert record["config"]["retain_weight"] == 5
+    assert record["log"]["retain_loss"] > 0
+    assert record["log"]["passes"] == (12 if estimator == "exact" else 6)
+
+
 def test_embeddings_are_used_again(trained: Callable[..., Path], train_data: str, attack_data: str) -> None:
     words = ["--train_data", attack_data, "--safety_data", train_data]
     folders = [trained("finetune spard", *words) for _ in range(2)]
