@@ -29,12 +29,13 @@ def settings(settings, tmp_path):
     return {**settings, "exchange": str(tmp_path / "exchange"), "max_steps": 7}
 
 
-def defender(settings, model=None, callbacks=(), **changes):
+def defender(settings, model=None, callbacks=(), retained=None, **changes):
     return PatcherDefenderTrainer(
         model if model is not None else tiny_llama(),
         ParallelPatcherConfig(**{**settings, "role": "defender", "attack_every": 2, **changes}),
         word_rows(16),
         word_rows(12, seed=1),
+        retain_dataset=retained,
         processing_class=word_tokenizer(),
         callbacks=list(callbacks),
     )
@@ -135,6 +136,18 @@ def test_sampled_defender_takes_one_of_the_two_gradients(settings):
     assert {"attacked_loss" in entry for entry in logs[4:]} == {True, False}
     coins = [draws(3, "coin", update).random() < 0.5 for update in range(4, 12)]
     assert ["attacked_loss" in entry for entry in logs[4:]] == coins
+
+
+def test_sampled_defender_may_retain(settings):
+    sampled = {"estimator": "sampled", "retained": word_rows(6, seed=3), "max_steps": 16}
+    begun = weights(tiny_llama())
+    trainer, _ = defended_against(settings, {3: [("mallory", 0.01, {})]}, **sampled)
+    terms = [
+        [name for name in ("attacked_loss", "safe_loss", "retain_loss") if name in e] for e in logged_updates(trainer)
+    ]
+    assert all(len(names) == 1 for names in terms)
+    assert {name for names in terms[4:] for name in names} == {"attacked_loss", "safe_loss", "retain_loss"}
+    assert same_bits(trainer.method_state()["retained"], begun)
 
 
 def test_defender_with_a_pool_keeps_what_attackers_publish_and_draws_the_rest_itself(settings):
