@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_loss_and_gradient_are_those_of_the_slow_reference(settings, model, part
     build = MODELS[model]
     trainer = retaining(settings, build(), per_device_train_batch_size=4 // parts)
     origin, window, today = moved_on(trainer, build), upcoming(trainer, parts), twin(trainer, build)
-    loss, gradient = trainer.retention(trainer.model, parts)
+    loss, gradient = trainer.retention(trainer.model, trainer.retained(parts))
     expected, slow = reference.retention(today, origin, window, layers_of(today))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert worst_entry(gradient, slow) < 1e-5
@@ -89,7 +90,7 @@ def test_it_is_the_same_with_checkpointed_activations(settings):
     for checkpointing in (False, True):
         trainer = retaining(settings, gradient_checkpointing=checkpointing)
         moved_on(trainer)
-        taken.append(trainer.retention(trainer.model, 1)[1])
+        taken.append(trainer.retention(trainer.model, trainer.retained(1))[1])
     assert worst_entry(*taken) < 1e-6
 
 
@@ -97,7 +98,7 @@ def test_nothing_is_to_be_retained_where_nothing_has_moved(settings):
     """Under dropout, too: both passes have the same masks."""
     trainer = retaining(settings, tiny_llama(attention_dropout=0.3))
     trainer.remember()
-    loss, gradient = trainer.retention(trainer.model, 1)
+    loss, gradient = trainer.retention(trainer.model, trainer.retained(1))
     assert loss == 0
     assert all(not tensor.any() for tensor in gradient.values())
 
@@ -106,7 +107,7 @@ def test_weights_and_origin_come_back_to_the_bit(settings):
     trainer = retaining(settings)
     origin = moved_on(trainer)
     before = weights(trainer.model)
-    trainer.retention(trainer.model, 1)
+    trainer.retention(trainer.model, trainer.retained(1))
     assert same_bits(weights(trainer.model), before)
     assert same_bits(trainer.method_state()["retained"], weights(origin))
 
@@ -200,6 +201,24 @@ def test_a_run_may_go_on_without_retaining(tmp_path):
     trainer = run_to_resume("sampled", str(tmp_path))
     trainer.train(resume_from_checkpoint=True)
     assert "retained" not in trainer.method_state()
+
+
+def test_tokens_are_those_of_the_pass_that_was_taken(settings):
+    """Of a sampled update that retains, of K; as TRL counts those of an update on the train data."""
+    trainer = retaining(settings, estimator="sampled", attack_every=100, max_steps=8)
+    counts, retained = [], trainer.retained
+
+    def noted(size):
+        window = retained(size)
+        counts.append(int(window.batches[0]["attention_mask"].sum()))
+        return window
+
+    trainer.retained = noted
+    trainer.train()
+    totals = [0, *(entry["num_tokens"] for entry in logged_updates(trainer))]
+    steps = [now - before for before, now in itertools.pairwise(totals)]
+    assert [n for n, entry in zip(steps, logged_updates(trainer), strict=True) if "retain_loss" in entry] == counts
+    assert 0 < len(counts) < 8
 
 
 def test_passes_are_those_with_a_backward_pass(settings):

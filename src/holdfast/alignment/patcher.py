@@ -164,7 +164,7 @@ class PatcherTrainer(RetainingTrainer):
             return self._sampled_gradient(model, window, member)
         loss, gradient = self._exact_gradient(model, window, member)
         if self.retains:
-            gradient += self.args.retain_weight * self.retention(model, len(window))[1]
+            gradient += self.args.retain_weight * self.retention(model, self.retained(len(window)))[1]
         return loss, gradient
 
     def _sampled_gradient(
@@ -180,7 +180,9 @@ class PatcherTrainer(RetainingTrainer):
             loss, gradient = self._safe_gradient(model, window)
             gradient *= 2
         else:
-            loss, gradient = self.retention(model, len(window))
+            window = self.retained(len(window))
+            loss, gradient = self.retention(model, window)
+            self.count_tokens(window)
             gradient *= 2 * self.args.retain_weight / (1 - alpha)
         return loss, gradient
 

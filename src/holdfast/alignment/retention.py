@@ -84,11 +84,14 @@ class RetainingTrainer(DefenseTrainer):
         if self.retains and self._origin is None:
             self._origin = snapshot(self.model)
 
-    def retention(self, model: nn.Module, size: int) -> tuple[Tensor, ParameterVector]:
-        """R(θ; K) and its gradient, over the next `size` micro-batches of K; one pass, and one forwards alone."""
+    def retained(self, size: int) -> Window:
+        """The next `size` micro-batches of K."""
         assert self._retained is not None
+        return self.draw(self._retained, size)
+
+    def retention(self, model: nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
+        """R(θ; K) and its gradient, over a window of K; one pass, and one forwards alone."""
         assert self._origin is not None
-        window = self.draw(self._retained, size)
         here = torch.stack([all_tokens(batch).sum() for batch in window.batches]).sum().to(self.args.device)
         count, ranks = self.accelerator.reduce(here, "sum"), self.accelerator.num_processes
         losses = []
