@@ -159,6 +159,22 @@ def load_model_and_tokenizer(
     return model, tokenizer
 
 
+@contextmanager
+def from_flag(flag: str) -> Iterator[None]:
+    """Around the loading of a model that another flag than `--model` names: an error begins with that flag.
+
+    Args:
+        flag: Such as `--base`.
+
+    Raises:
+        InputError: As inside, begun with the flag.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from error
+
+
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """Make sure that messages can be rendered.
 

@@ -110,6 +110,11 @@ def test_patcher_without_attack_data(sft: list[str], words: str, expected: str, 
     assert expected in refused("align", "patcher", *sft[2:], *words.split())
 
 
+def test_the_base_of_a_pool_that_is_not_there(patcher: list[str], refused: Refused) -> None:
+    said = refused(*patcher, """--pool={"base":1}""", "--base", "no/such/base")
+    assert "--base: model no/such/base is neither a folder" in said
+
+
 @pytest.mark.parametrize("alpha", ["-0.1", "1.5", "nan"])
 def test_alpha_outside_its_range(patcher: list[str], alpha: str, refused: Refused) -> None:
     assert "--alpha must lie between 0 and 1" in refused(*patcher, "--alpha", alpha)

@@ -176,7 +176,7 @@ def test_finished_run_is_kept_unless_told_otherwise(
         (["--batch_size", "0"], "--batch_size must be greater than 0"),
         (["--max_length", "-3"], "--max_length must be greater than 0"),
         (["--chat_template_kwargs", "[1]"], "--chat_template_kwargs must be a JSON object"),
-        (["--aligned_model", "no/such/model"], "no/such/model"),
+        (["--aligned_model", "no/such/model"], "--aligned_model: model no/such/model"),
         (["--trust_remote_code"], "--trust_remote_code"),
     ],
 )

@@ -233,6 +233,9 @@ def test_what_does_not_fit_is_refused(words, organism, model_dir, tmp_path, refu
         *words, "--counterpart", str(model_dir)
     )
     assert "--base is not what the model was made of" in refused(*words, "--base", str(model_dir))
+    for flag in ("--counterpart", "--base"):
+        said = refused(*words, flag, str(tmp_path / "none"))
+        assert f"{flag}: model {tmp_path / 'none'} is neither a folder nor a model on the Hub" in said
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(organism / "model", tokenizer)
     (tokenizer / "chat_template.jinja").write_text("{{ messages[0]['content'] }}", encoding="utf-8")

@@ -194,7 +194,7 @@ def test_what_writes_to_the_stream_under_a_name_of_its_own_can_be_named(
         ("dropping --writes (", "--writes '(' is not a regular expression"),
         ("rounding --bits 1", "--bits must lie between 2 and 32, got 1"),
         ("best-of-n --n 1", "--n must be at least 2, got 1"),
-        ("base --base {missing}", "is neither a folder nor a model on the Hub"),
+        ("base --base {missing}", "--base: model {missing} is neither a folder nor a model on the Hub"),
         (
             "base --base {other}",
             "--base is not what the model was made of: its model.layers.0.mlp.gate_proj.weight has",
@@ -211,7 +211,7 @@ def test_input_that_cannot_be_used(
     _wider(other)
     places: dict[str, Any] = {"missing": tmp_path / "missing", "other": other, "harmful": attack_data}
     method, *more = words.format(**places).split()
-    assert sentence in refused("attack", method, "--model", str(model_dir), *more)
+    assert sentence.format(**places) in refused("attack", method, "--model", str(model_dir), *more)
 
 
 def test_model_that_is_read_is_not_written_over(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

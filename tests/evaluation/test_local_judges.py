@@ -172,7 +172,7 @@ def test_a_generative_classifier_needs_its_settings(missing, template):
 @pytest.mark.parametrize("name", ["llama-guard", "wildguard", "generative", "classifier"])
 def test_a_judge_that_is_not_there_is_told_of_at_once(name, template, tmp_path):
     settings = {"model": str(tmp_path / "none"), "template": template, "pattern": "x"}
-    with pytest.raises(InputError, match="none is neither a folder nor a model on the Hub"):
+    with pytest.raises(InputError, match=f"^--judge {name}: model .*none is neither a folder nor a model on the Hub"):
         make_judge(JudgeSettings(name, **settings))
 
 

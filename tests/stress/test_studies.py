@@ -1,6 +1,8 @@
 """Trials in a storage that several processes take from: none twice, none lost, and another search refused."""
 
 import multiprocessing
+import re
+import sys
 import threading
 
 import pytest
@@ -164,6 +166,19 @@ def test_a_full_disk_is_told_and_the_trial_handed_in_when_there_is_room(url, sha
     assert studies.all_records() == long
 
 
+@pytest.mark.parametrize(
+    ("scheme", "module", "why"),
+    [
+        ("postgresql+psycopg", "psycopg", r"db needs the package psycopg; pip install 'holdfast-llm\[postgres\]'"),
+        ("mysql", "MySQLdb", "db needs the package MySQLdb, which is not installed"),
+    ],
+)
+def test_a_database_whose_package_is_not_installed_says_how_it_is_had(scheme, module, why, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=rf"^--storage {re.escape(scheme)}://u:\*\*\*@127.0.0.1:1/{why}$"):
+        opened(f"{scheme}://u:secret@127.0.0.1:1/db", shared=True)
+
+
 def test_another_search_is_refused(url):
     work(opened(url))
     with pytest.raises(InputError, match="holds another search, of other models, data or settings"):
@@ -175,7 +190,10 @@ def test_another_search_is_refused(url):
     [
         ("nowhere", "--storage nowhere is no address of a database"),
         ("sqlite:////nowhere/at/all.db", "there is no folder /nowhere/at"),
-        ("postgresql+psycopg://u:secret@127.0.0.1:1/db", r"u:\*\*\*@127.0.0.1:1/db cannot be used"),
+        (
+            "postgresql+psycopg://u:secret@127.0.0.1:1/db",
+            r"u:\*\*\*@127.0.0.1:1/db (cannot be used|needs the package)",
+        ),
         ("nosuch://host/db", "cannot be used"),
         ("sqlite://", "is a database in memory, which processes do not share; name a file"),
         ("sqlite:///:memory:", "is a database in memory, which processes do not share; name a file"),

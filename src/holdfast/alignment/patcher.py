@@ -68,7 +68,7 @@ from holdfast.attacks.changes import changed
 from holdfast.attacks.prefill import OPENERS, openers_of
 from holdfast.data.batches import Batch
 from holdfast.errors import InputError
-from holdfast.models import load_model
+from holdfast.models import from_flag, load_model
 from holdfast.parameters import ParameterVector, displaced, vector_for
 from holdfast.window import Window
 
@@ -117,13 +117,15 @@ class PatcherTrainer(RetainingTrainer):
             raise InputError("--alpha 1 leaves no update to --retain_data; expected one below 1")
         self._pool = Pool() if self.args.pool is None else Pool.of(self.args.pool)
         assert self._format is not None  # the train data have been prepared
+        with from_flag("--base"):
+            base = whole_model(load_model(self.args.base)) if self.args.base is not None else None
         self._adversary = Adversary(
             self.model,
             self._pool,
             self._format,
             harmful=attack_dataset,
             harmless=benign_dataset,
-            base=whole_model(load_model(self.args.base)) if self.args.base is not None else None,
+            base=base,
         )
         self.attack_batches: Iterator[Batch] | None = None
         self._attack_rows: Dataset | None = None

@@ -33,7 +33,7 @@ from holdfast.data.rendering import ChatFormat
 from holdfast.data.sources import named
 from holdfast.data.tokens import padded_batches, whole_rows
 from holdfast.files import run_record, write_json
-from holdfast.models import accelerator, base_names, load_model, load_model_and_tokenizer
+from holdfast.models import accelerator, base_names, from_flag, load_model, load_model_and_tokenizer
 from holdfast.repair.antidote import check_ratio, prune_harmful
 
 
@@ -128,7 +128,8 @@ def run(method: str, argv: list[str]) -> int:
         aligned = None
         if options.aligned_model is not None:
             say(f"loading {options.aligned_model}")
-            aligned = load_model(options.aligned_model, dtype=load.dtype, base_model=load.base_model)
+            with from_flag("--aligned_model"):
+                aligned = load_model(options.aligned_model, dtype=load.dtype, base_model=load.base_model)
         say(f"repairing {source} with {method} on {len(rows)} rows of {named(options.attack_data)}")
         pad = limits.padding(tokenizer.pad_token_id, tokenizer.eos_token_id)
         started = time.monotonic()

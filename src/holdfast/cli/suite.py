@@ -44,7 +44,7 @@ from holdfast.evaluation.evaluate import SCHEMA, Evaluation, Evaluator
 from holdfast.evaluation.judges.cache import CACHE, Cache
 from holdfast.evaluation.prompts import load_prompts
 from holdfast.files import run_record, write_bytes, write_json, write_jsonl
-from holdfast.models import accelerator, base_names, load_model, load_model_and_tokenizer
+from holdfast.models import accelerator, base_names, from_flag, load_model, load_model_and_tokenizer
 from holdfast.parameters import share_moved, snapshot_on_host, trainable_parameters
 
 #: What is written beside the record: every answer, and the vectors of a soft prompt.
@@ -228,7 +228,8 @@ def _attacker(
         harmless = _prompts(data, "benign_data", taken)
     if "base" in attack.needs:
         say(f"loading {data['base']}")
-        base = whole_model(load_model(data["base"], dtype=load.dtype)).to(accelerator())
+        with from_flag("--base"):
+            base = whole_model(load_model(data["base"], dtype=load.dtype)).to(accelerator())
     return Attacker(written, harmful, rows, harmless, base, data.get("batch_size", 16), seed)
 
 

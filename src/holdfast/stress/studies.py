@@ -68,6 +68,9 @@ C = TypeVar("C", bound=Course)
 
 _FAULTS = (SQLAlchemyError, optuna.exceptions.OptunaError)
 
+_EXTRAS = {"psycopg": "'holdfast-llm[postgres]'"}
+"""Packages that kinds of databases need, by the extra that brings them."""
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -120,7 +123,7 @@ class Studies(Generic[C]):
                 )
                 self._studies = [self._opened(schedule, identity) for schedule in schedules]
             except (ImportError, RuntimeError, *_FAULTS) as error:
-                raise InputError(f"{self._called} cannot be used ({_why(error)})") from error
+                raise InputError(f"{self._called} {_unusable(error)}") from error
 
     def _opened(self, schedule: C, identity: str) -> optuna.Study:
         study = optuna.create_study(study_name=schedule.name, storage=self._storage, load_if_exists=True)
@@ -321,9 +324,23 @@ def _lock_of(url: str) -> AbstractContextManager[Any]:
 
 def _why(error: BaseException) -> str:
     """What the database says, without what was to be done to it."""
+    return " ".join(str(_first(error)).split())
+
+
+def _first(error: BaseException) -> BaseException:
+    """What an exception came of."""
     while (deeper := getattr(error, "orig", None) or error.__cause__) is not None:
         error = deeper
-    return " ".join(str(error).split())
+    return error
+
+
+def _unusable(error: BaseException) -> str:
+    """Why a storage cannot be used: for a package that its kind of database needs, say, and how that is had."""
+    first = _first(error)
+    if not isinstance(first, ModuleNotFoundError):
+        return f"cannot be used ({_why(error)})"
+    extra = _EXTRAS.get(str(first.name))
+    return f"needs the package {first.name}" + (f"; pip install {extra}" if extra else ", which is not installed")
 
 
 def _shown(url: str) -> str:

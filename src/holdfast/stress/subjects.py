@@ -19,7 +19,7 @@ from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluator
 from holdfast.evaluation.prompts import PromptSet, Role, load_prompts
 from holdfast.exchange.fingerprint import fingerprint_of
-from holdfast.models import accelerator, load_model, load_model_and_tokenizer
+from holdfast.models import accelerator, from_flag, load_model, load_model_and_tokenizer
 from holdfast.stress.trials import Target
 
 
@@ -73,7 +73,9 @@ class Subjects:
         self._saved: dict[Target, dict[str, Tensor]] = {"model": _on_host(self._model)}
         self._base: PreTrainedModel | None = None
         if sources.counterpart is not None:
-            other, tokenizer = load_model_and_tokenizer(sources.counterpart, **sources.keywords(sources.counterpart))
+            with from_flag("--counterpart"):
+                given = sources.keywords(sources.counterpart)
+                other, tokenizer = load_model_and_tokenizer(sources.counterpart, **given)
             whole = whole_model(other).requires_grad_(True)
             self._require_twin(whole, tokenizer)
             self._saved["counterpart"] = _on_host(whole)
@@ -117,7 +119,8 @@ class Subjects:
         if self._base is None:
             source = self._sources.base
             assert source is not None  # else no attack needs it
-            found = whole_model(load_model(source, **self._sources.keywords(source)))
+            with from_flag("--base"):
+                found = whole_model(load_model(source, **self._sources.keywords(source)))
             fitting(self._model, found)
             self._base = found
         return self._base

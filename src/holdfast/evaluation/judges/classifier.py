@@ -21,7 +21,7 @@ from holdfast.evaluation.judges.settings import JudgeSettings
 from holdfast.evaluation.judges.template import fill, read_template, text_digest
 from holdfast.evaluation.judges.text import as_text, defused
 from holdfast.evaluation.judges.verdict import Verdict
-from holdfast.models import accelerator, load_model_and_tokenizer
+from holdfast.models import accelerator, from_flag, load_model_and_tokenizer
 
 ANY = "any"
 """Instead of a label: the most probable one of labels that do not exclude each other."""
@@ -131,9 +131,10 @@ class ClassifierJudge(AskedJudge):
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        model, tokenizer = load_model_and_tokenizer(
-            self.settings.model or "", dtype="auto", architecture=AutoModelForSequenceClassification
-        )
+        with from_flag(f"{self.settings.flag} {self.name}"):
+            model, tokenizer = load_model_and_tokenizer(
+                self.settings.model or "", dtype="auto", architecture=AutoModelForSequenceClassification
+            )
         # Rows come one by one, so that the last token is that of the text, whatever token it is.
         model.config.pad_token_id = None
         return model.to(accelerator()).eval(), tokenizer

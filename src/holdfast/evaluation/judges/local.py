@@ -18,7 +18,7 @@ from holdfast.evaluation.judges.cache import Reply, key_of
 from holdfast.evaluation.judges.server import TRIAL
 from holdfast.evaluation.judges.template import fill
 from holdfast.evaluation.judges.text import as_text, cut, defused
-from holdfast.models import accelerator, load_model_and_tokenizer
+from holdfast.models import accelerator, from_flag, load_model_and_tokenizer
 
 TOO_LONG = "too long for the judge"
 """Why an answer is unjudged that does not fit into the judge's positions."""
@@ -110,7 +110,8 @@ class LocalJudge(AskedJudge):
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model, on the accelerator if there is one, and its tokenizer."""
-        model, tokenizer = load_model_and_tokenizer(self.source, dtype="auto")
+        with from_flag(f"{self.settings.flag} {self.name}"):
+            model, tokenizer = load_model_and_tokenizer(self.source, dtype="auto")
         return model.to(accelerator()), tokenizer
 
 
