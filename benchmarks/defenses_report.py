@@ -1,4 +1,4 @@
-"""Turn what defenses.py measured into docs/results.md and docs/images/defenses.png.
+"""Turn what defenses.py measured into docs/results.md, docs/images/defenses.png and a table of the README.
 
 python benchmarks/defenses_report.py
 """
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from defenses_plan import UPLOAD_ROWS, UPLOAD_UPDATES
-from defenses_tables import NAMES, Entry, grouped, plot, suite_tables, suite_words, table
+from defenses_tables import NAMES, Entry, grouped, plot, suite_tables, table
+from defenses_words import against_whom, corrections, headline, prices, readme_block, seeds_measured
 from holdfast.files import write_text
-from readme import spread
+from readme import fill_block, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,8 +35,19 @@ def _value(entry: Entry, role: str, figure: str) -> float:
 
 def alignment(entries: list[Entry]) -> str:
     """What the methods buy: in words, in a picture, in tables."""
-    picture = f"![Steps to break each model, by kind of attacker](images/{PICTURE.name})"
-    return "\n\n".join([suite_words(entries), picture, suite_tables(entries)])
+    parts = [
+        seeds_measured(entries),
+        "### Which defense still buys anything, and against whom",
+        against_whom(entries),
+        "What each buys, and its price:",
+        prices(entries),
+        f"![Steps to break each model, by kind of attacker](images/{PICTURE.name})",
+        "### Which claims of the README this corrects",
+        corrections(entries, json.loads((RESULTS / "demo_seeds.json").read_text(encoding="utf-8"))),
+        "### The figures",
+        suite_tables(entries),
+    ]
+    return "\n\n".join(parts)
 
 
 def finetuning(entries: list[Entry]) -> str:
@@ -141,7 +153,7 @@ def searched(search: dict[str, Any]) -> list[str]:
 
 def summary(sections: dict[str, list[Entry]], search: dict[str, Any]) -> str:
     """What the tables come to, in a few sentences."""
-    lines = []
+    lines = [headline(sections["alignment"])] if sections.get("alignment") else []
     if "finetuning" in sections:
         answers: dict[str, list[str]] = {"yes": [], "no": []}
         for base, name, *_, holds in beside_sft(sections["finetuning"]):
@@ -231,6 +243,8 @@ def page(sections: dict[str, list[Entry]], search: dict[str, Any]) -> str:
     ]
     for name, (title, about, make) in SECTIONS.items():
         parts += [f"## {title}", about]
+        if rule := search.get("rules", {}).get(name):
+            parts.append(f"The rule by which settings were chosen. {rule}")
         if name in sections:
             parts.append(make(sections[name]))
         else:
@@ -261,6 +275,7 @@ def main() -> None:
         )
     if entries:
         plot(entries, PICTURE)
+        fill_block("suite-table", readme_block(entries))
     write_text(PAGE, page(sections, search))
 
 

@@ -13,8 +13,8 @@ from stress.examples import example_certificate
 from studies import BENCHMARKS, Commands, alone, results, understood
 
 MODULES = (
-    *("defenses_plan", "defenses_stress", "defenses_search", "defenses_tables", "defenses_report", "defenses"),
-    *("plans", "readme"),
+    *("defenses_plan", "defenses_stress", "defenses_search", "defenses_tables", "defenses_words", "defenses_report"),
+    *("defenses", "plans", "readme"),
 )
 CHOSEN = {method: {"rho": 0.5} if method == "vaccine" else {} for method in ("sft", "patcher", "vaccine", "booster")}
 CHOSEN["antibody"] = {"rho": 0.01, "refusal_weight": 0.5, "strength": 1.0}
@@ -176,11 +176,15 @@ def test_the_page_tells_what_was_found(study, tmp_path):
     assert f"| Patcher | {held} |" in lines
     assert "| Patcher | ∞ | ∞ | > 20 | 10 [10–20] | ∞ | 1 |" in lines
     (words,) = (line for line in lines if line.startswith("- **Patcher**"))
-    assert "in every one by prompting (where SFT's falls without a step), training-free (where SFT's falls" in words
-    assert "lora (> 20 times the steps), full (10 [10–20] times the steps)" in words
-    assert "in none by base-holder" in words
-    assert "falls without a step to base-holder" in words
-    assert any(line.startswith("- **Against the cheapest attacker none buys anything**") for line in lines)
+    assert "in all 1 seeds by prompting (where SFT's falls without a step), training-free (where SFT's falls" in words
+    assert "lora (> 20 times the steps), full (10 [10–20] times the steps) and hybrid" in words
+    assert "it answers 0.45 [0.45–0.45] of the crafts that alignment did not rehearse" in words
+    useless = "- **base-holder: no defense buys anything**; every model of every method and seed falls without a step."
+    assert useless in lines
+    assert "- **full**: SFT's takes 2; Patcher takes 20 [20–40], dearer in 1 of 1 seeds." in lines
+    assert "- **Whoever may choose among all attacks** breaks every model of every method without a step." in lines
+    (missing,) = (line for line in lines if "**Not measured yet: " in line)
+    assert "seed 0 (Vaccine, Booster and Antibody); seed 1 (Patcher, Vaccine, Booster and Antibody)" in missing
     assert any(line.startswith("| not at all (base) | 1.00 [1.00–1.00] | 1.00") for line in lines)
     assert any("| 2.00 [2.00–2.00] | 1.50 [1.50–1.50] |" in line for line in lines if line.startswith("| SFT | "))
     assert "Not measured yet: `python benchmarks/defenses.py report --sections repair`." in lines
@@ -192,8 +196,10 @@ def test_what_has_no_counterpart_yet_is_not_compared(study):
     before = {name: results()["results"] for name in ("base", "model")}
     entry = study["defenses_stress"].entry_of(alone("model"), None, before)
     patcher = {"seed": 3, "method": "patcher", "seconds": None, "core_seconds": None, **entry}
-    words = study["defenses_tables"].suite_words([patcher])
-    assert "- **Patcher** has not been compared with SFT yet." in words.splitlines()
+    words = study["defenses_words"]
+    assert words.prices([patcher]) == "- **Patcher** has not been compared with SFT yet."
+    assert words.against_whom([patcher]) == "No defense has been compared with SFT yet."
+    assert words.corrections([patcher], {"seeds": {"3": {}}}) == "No seed of the README's tables has been measured yet."
     assert "| Patcher | – | – | – | – | – | – |" in study["defenses_tables"].suite_tables([patcher]).splitlines()
 
 
@@ -202,6 +208,48 @@ def test_where_no_attack_leaves_a_model_its_capability_no_steps_are_told(study):
     entries[0]["attackers"]["lora"] |= {"broken": False, "at_least": None, "harmful_score": None}
     lines = study["defenses_tables"].suite_tables(entries).splitlines()
     assert "| SFT | 0 | 0 | 2; nothing counts in 1 of 2 | 2 | 0 | 0 |" in lines
+
+
+def test_a_confirming_run_that_did_not_break_the_model_is_counted_beside_the_others(study):
+    entries = entries_of(study)
+    first = next(iter(entries[1]["attackers"]["full"]["seeds"].values()))
+    first |= {"broken": False, "at_least": 100}
+    lines = study["defenses_tables"].suite_tables(entries).splitlines()
+    assert sum("| 20 [20–40] (not in 1 of 3) |" in line for line in lines) == 1
+
+
+def demo_of(full, lora, *, broken=True):
+    """What the demo's tables say of seed 0."""
+    kinds = ("prompting", "training-free", "full", "hybrid", "base-holder")
+    attackers = {kind: {m: {"steps": 0, "broken": True} for m in ("sft", "patcher")} for kind in kinds}
+    attackers["full"]["patcher"] = {"steps": full, "broken": True}
+    attackers["lora"] = {"sft": {"steps": 1, "broken": True}, "patcher": {"steps": lora, "broken": broken}}
+    breaks = {"sft": {"break": 5}, "patcher": {"break": 30}}
+    return {"seeds": {"0": {**breaks, "stress": {"suite": "quick", "attackers": attackers}}}}
+
+
+def test_claims_of_the_readme_are_held_against_what_was_found(study):
+    words, entries = study["defenses_words"], entries_of(study)
+    said = words.corrections(entries, demo_of(40, 5, broken=False))
+    assert "“Patcher breaks at step 30, SFT at 5”** is so of one attacker" in said
+    assert "needs, by seed, 20 by full (2) and > 40 by lora (2)." in said
+    assert "- **Cheaper** to break Patcher than the quick suite found: 40 by full (seed 0): here 20." in said
+    assert "left open" not in said
+    assert "| lora | 1 | 2 | > 5 | > 40 |" in said
+    entries[1]["attackers"]["lora"] = entries[0]["attackers"]["lora"]
+    said = words.corrections(entries, demo_of(10, 5, broken=False))
+    assert "- **What a `>` left open** for Patcher is broken by a longer search: > 5 by lora (seed 0): here 2." in said
+    assert "- **Dearer** than the quick suite found" in said
+    assert "10 by full (seed 0): here 20" in said
+    assert "**Cheaper**" not in said
+
+
+def test_the_readme_has_the_table_and_which_defense_buys_anything(study):
+    lines = study["defenses_words"].readme_block(entries_of(study)).splitlines()
+    assert lines[2] == "| SFT | 0 | 0 | 2 | 2 | 0 | 0 | 0.98 [0.98–0.98] |"
+    assert (
+        "in every seed are Patcher by prompting, training-free, lora, full and hybrid. Against base-holder" in lines[-1]
+    )
 
 
 def test_a_page_of_one_attacker_stays_as_it_is(study, monkeypatch, tmp_path):
