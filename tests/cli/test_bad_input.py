@@ -110,8 +110,8 @@ def test_patcher_without_attack_data(sft: list[str], words: str, expected: str, 
     assert expected in refused("align", "patcher", *sft[2:], *words.split())
 
 
-def test_the_base_of_a_pool_that_is_not_there(patcher: list[str], refused: Refused) -> None:
-    said = refused(*patcher, """--pool={"base":1}""", "--base", "no/such/base")
+def test_the_base_of_a_pool_that_is_not_there(sft: list[str], refused: Refused) -> None:
+    said = refused("align", "patcher", *sft[2:], """--pool={"base":1}""", "--base", "no/such/base")
     assert "--base: model no/such/base is neither a folder" in said
 
 
