@@ -284,6 +284,17 @@ def test_exchanged_weights_are_the_others_and_come_back(model):
     assert same_bits(other, theirs)
 
 
+def test_exchanged_without_a_name_changes_nothing(model):
+    before, lacking = weights(model), snapshot(model)
+    lacking *= 1.5
+    lacking.popitem()
+    theirs = {name: tensor.clone() for name, tensor in lacking.items()}
+    with pytest.raises(KeyError), exchanged(model, lacking):
+        pytest.fail("the body must not run")
+    assert same_bits(weights(model), before)
+    assert same_bits(lacking, theirs)
+
+
 def test_displaced_without_a_name_touches_nothing(model):
     before, lacking = weights(model), direction(model)
     lacking.popitem()

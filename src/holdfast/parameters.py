@@ -194,17 +194,26 @@ def displaced(model: nn.Module, direction: Mapping[str, Tensor], scale: float = 
 def exchanged(model: nn.Module, other: Mapping[str, Tensor]) -> Iterator[None]:
     """Run the body at the weights of `other`, which has θ meanwhile; on leaving, both have the bits they had.
 
-    No buffer is needed beyond one tensor at a time. It also changes back when the body raises.
+    No buffer is needed beyond one tensor at a time. It also changes back when the body raises, and when there is no
+    memory for the next tensor on the way in.
 
     Args:
         model: Its trainable parameters are exchanged; frozen ones are not touched.
         other: One tensor per trainable parameter, by name, of its parameter's shape, kind and placement.
+
+    Raises:
+        KeyError: The other weights lack a trainable parameter; all are as they were.
     """
-    _exchange(model, other)
+    done: list[str] = []
     try:
+        for name, parameter in trainable_parameters(model).items():
+            _exchange(parameter, other[name])
+            done.append(name)
         yield
     finally:
-        _exchange(model, other)
+        parameters = trainable_parameters(model)
+        for name in done:
+            _exchange(parameters[name], other[name])
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
@@ -316,11 +325,10 @@ def _sharding(tensor: Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def _exchange(model: nn.Module, other: Mapping[str, Tensor]) -> None:
-    for name, parameter in trainable_parameters(model).items():
-        held = local(parameter).clone()
-        local(parameter).copy_(local(other[name]))
-        local(other[name]).copy_(held)
+def _exchange(one: Tensor, other: Tensor) -> None:
+    held = local(one).clone()
+    local(one).copy_(local(other))
+    local(other).copy_(held)
 
 
 def _drop_gathered_weights(model: nn.Module) -> None:

@@ -69,7 +69,7 @@ def decoder_layers(model: PreTrainedModel | PeftModel) -> list[nn.Module]:
     """
     names = list(token_mixers(model))
     if not names:
-        raise InputError(f"no decoder layers are found in a {type(model).__name__}, so it cannot be attacked by layer")
+        raise InputError(f"no decoder layers are found in a {type(model).__name__}, which attacks and retention go by")
     return [model.get_submodule(name) for name in names]
 
 

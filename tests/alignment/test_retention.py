@@ -85,13 +85,29 @@ def test_loss_and_gradient_are_those_of_the_slow_reference(settings, model, part
     assert worst_entry(gradient, slow) < 1e-5
 
 
-def test_it_is_the_same_with_checkpointed_activations(settings):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_it_is_the_same_with_checkpointed_activations(settings, reentrant):
     taken = []
     for checkpointing in (False, True):
-        trainer = retaining(settings, gradient_checkpointing=checkpointing)
+        trainer = retaining(settings)
+        if checkpointing:  # as training does at its beginning
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         moved_on(trainer)
         taken.append(trainer.retention(trainer.model, trainer.retained(1))[1])
+        assert trainer.model.is_gradient_checkpointing == checkpointing
     assert worst_entry(*taken) < 1e-6
+
+
+def test_rows_one_behind_the_other_are_retained_as_rows_side_by_side_are(settings):
+    """Whether or not something fills up their end."""
+    taken = []
+    for changes in ({}, {"padding_free": True}, {"padding_free": True, "pad_to_multiple_of": 64}):
+        trainer = retaining({**settings, "max_length": None, **changes})
+        moved_on(trainer)
+        taken.append(trainer.retention(trainer.model, trainer.retained(1)))
+    for loss, gradient in taken[1:]:
+        torch.testing.assert_close(loss, taken[0][0], rtol=1e-5, atol=0)
+        assert worst_entry(gradient, taken[0][1]) < 1e-5
 
 
 def test_nothing_is_to_be_retained_where_nothing_has_moved(settings):
@@ -252,3 +268,15 @@ def test_what_cannot_be_retained(settings):
         PatcherConfig(**settings, retain_weight=0)
     with pytest.raises(InputError, match="retain"):
         retaining(settings, retained=RETAINED.select([]))
+    with pytest.raises(InputError, match=r"^--torch_compile cannot be used with --retain_data"):
+        retaining(settings, torch_compile=True)
+
+
+def test_a_stream_of_several_vectors_a_token_is_refused(settings):
+    """As in Gemma 3n, whose layers put out four side by side."""
+    trainer = retaining(settings)
+    moved_on(trainer)
+    trainer._layers[0].register_forward_hook(lambda _module, _inputs, output: output.expand(4, *output.shape))
+    trainer._layers[1].register_forward_pre_hook(lambda _module, inputs: (inputs[0][0], *inputs[1:]))
+    with pytest.raises(InputError, match=r"^--retain_data: a layer of a LlamaForCausalLM puts out \(4, 4, "):
+        trainer.retention(trainer.model, trainer.retained(1))

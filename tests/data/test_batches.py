@@ -8,8 +8,9 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from holdfast.data.batches import BatchStream
+from holdfast.data.batches import BatchStream, all_tokens, rows_in
 
 
 def stream(rows=10, batch_size=3, **changes):
@@ -79,3 +80,13 @@ def test_global_random_states_are_left_alone():
 def test_stream_never_ends():
     assert len(drawn(stream(rows=1, batch_size=4), 50)) == 200
     assert iter(batches := stream()) is batches
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+@pytest.mark.parametrize("flat", [False, True])
+def test_padding_is_no_token_and_no_row(flat, multiple):
+    """Padded rows, and rows one behind the other, whose end may be filled up."""
+    rows = [{"input_ids": [5] * length, "labels": [5] * length} for length in (3, 2, 6)]
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=flat, pad_to_multiple_of=multiple)(rows)
+    assert torch.equal(all_tokens(batch), batch["input_ids"] == 5)
+    assert rows_in(batch) == 3

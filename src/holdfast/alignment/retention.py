@@ -54,7 +54,7 @@ class RetainingTrainer(DefenseTrainer):
         **kwargs: As for `DefenseTrainer`.
 
     Raises:
-        InputError: The model's decoder layers are not found, or the rows cannot be used.
+        InputError: The model's decoder layers are not found, or are to be compiled, or the rows cannot be used.
     """
 
     def __init__(
@@ -71,6 +71,10 @@ class RetainingTrainer(DefenseTrainer):
         self._layers: list[nn.Module] = []
         self._origin: ParameterVector | None = None
         if retain_dataset is not None:
+            if self.args.torch_compile:
+                raise InputError(
+                    "--torch_compile cannot be used with --retain_data: compiled layers hide their outputs"
+                )
             self._retained = self.batches_of(retain_dataset, "retain")
             self._layers = decoder_layers(self.model)
 
@@ -90,7 +94,11 @@ class RetainingTrainer(DefenseTrainer):
         return self.draw(self._retained, size)
 
     def retention(self, model: nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
-        """R(θ; K) and its gradient, over a window of K; one pass, and one forwards alone."""
+        """R(θ; K) and its gradient, over a window of K; one pass, and one forwards alone.
+
+        Raises:
+            InputError: The model's residual stream is laid out in another way than one vector per token.
+        """
         assert self._origin is not None
         here = torch.stack([all_tokens(batch).sum() for batch in window.batches]).sum().to(self.args.device)
         count, ranks = self.accelerator.reduce(here, "sum"), self.accelerator.num_processes
@@ -100,6 +108,11 @@ class RetainingTrainer(DefenseTrainer):
                 _, before = self._streams_behind(model, part)
             loss, now = self._streams_behind(model, part)
             tokens = all_tokens(part.batches[0]).to(self.args.device)
+            if any(stream.shape[:-1] != tokens.shape for stream in before):
+                raise InputError(
+                    f"--retain_data: a layer of a {type(self.model).__name__} puts out {tuple(before[0].shape)} for "
+                    f"{tuple(tokens.shape)} tokens; expected one vector for each"
+                )
             moved = [_relative_squares(*pair)[tokens].sum() for pair in zip(now, before, strict=True)]
             share = ranks * torch.stack(moved).mean() / count
             self.accelerator.backward(share + 0 * loss)  # all parameters in the graph, as reducing over ranks asks for

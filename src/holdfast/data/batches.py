@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import Tensor
 
@@ -18,13 +17,21 @@ Batch = dict[str, Any]
 
 def rows_in(batch: Batch) -> int:
     """How many rows a batch holds, padded or, as their positions tell, one behind the other."""
-    return int((batch["position_ids"] == 0).sum()) if "position_ids" in batch else len(batch["input_ids"])
+    if "position_ids" not in batch:
+        return len(batch["input_ids"])
+    return int(((batch["position_ids"] == 0) & all_tokens(batch)).sum())
 
 
 def all_tokens(batch: Batch) -> Tensor:
-    """Which places hold a token, prompts' and answers', and no padding: (rows, tokens), bool."""
-    mask: Tensor | None = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    """Which places hold a token, prompts' and answers', and no padding: (rows, tokens), bool.
+
+    Rows one behind the other come without a mask, and what fills their end up (`pad_to_multiple_of`) has position 0 at
+    every place, as nothing else does that is trained on: no row of a single token has anything to predict.
+    """
+    if "attention_mask" in batch:
+        return cast(Tensor, batch["attention_mask"]).bool()
+    begins: Tensor = batch["position_ids"] == 0
+    return ~(begins & begins.roll(-1, dims=-1))  # behind the last place comes the first, where a row begins
 
 
 def require_inputs(batches: Sequence[Batch]) -> None:
