@@ -185,4 +185,4 @@ def test_patcher_whose_first_attack_comes_too_late(
     ]
     for steps, told in (("2", True), ("3", False)):
         assert main(["align", "patcher", *words, "--max_steps", steps, "--overwrite_output_dir"]) == 0
-        assert ("will be aligned with plain SFT" in capsys.readouterr().err) is told
+        assert ("will be aligned without one" in capsys.readouterr().err) is told

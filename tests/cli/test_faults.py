@@ -95,7 +95,7 @@ def test_defender_that_no_attacker_joins(run: Run) -> None:
     """It never waits; that it was SFT must be said."""
     defender = run.start("defender")
     assert defender.wait() == 0
-    assert "no attack vector came in force: this model was aligned with plain SFT" in " ".join(defender.said().split())
+    assert "no attack vector came in force: this model was aligned without one" in " ".join(defender.said().split())
     assert run.vectors == []
     assert run.start("attacker").wait() == 0  # it is too late, and leaves
 

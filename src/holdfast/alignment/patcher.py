@@ -285,7 +285,7 @@ class PatcherTrainer(RetainingTrainer):
             if self._vectors.newest is None and self.state.max_steps <= self.args.attack_every:
                 logger.warning(
                     "no attack is due before the end of the run (--attack_every %d, %d updates): the model will be "
-                    "aligned with plain SFT",
+                    "aligned without one",
                     self.args.attack_every,
                     self.state.max_steps,
                 )

@@ -53,7 +53,7 @@ def run(method: str, argv: list[str]) -> int:
         if defends_beside and 0 < config.max_steps <= config.attack_every:
             warn(
                 f"no attack is due before the end of the run (--attack_every {config.attack_every}, --max_steps "
-                f"{config.max_steps}): the model will be aligned with plain SFT"
+                f"{config.max_steps}): the model will be aligned without one"
             )
         if config.exchange and not (config.role or side_by_side.parallel):
             raise InputError(f"--exchange {config.exchange} needs --role defender, --role attacker or --parallel")
@@ -72,7 +72,7 @@ def run(method: str, argv: list[str]) -> int:
 def _write_vectors(trainer: PatcherDefenderTrainer, folder: Path) -> list[str]:
     """Where every attack vector came from."""
     if not trainer.vectors:
-        rest = "the rest of the pool alone" if trainer.args.pool else "plain SFT"
-        warn(f"no attack vector came in force: this model was aligned with {rest}")
+        rest = "with the rest of the pool alone" if trainer.args.pool else "without one"
+        warn(f"no attack vector came in force: this model was aligned {rest}")
     write_jsonl(folder / VECTORS, trainer.vectors)
     return [VECTORS]
