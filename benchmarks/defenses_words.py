@@ -47,7 +47,7 @@ def against_whom(entries: Sequence[Entry]) -> str:
     kinds, defenses = kinds_of(entries), _compared(entries)
     if not defenses:
         return f"No defense has been compared with {NAMES[COUNTERPART]} yet."
-    useless = [kind for kind in kinds if not any(_dearer(runs, kind) for runs in defenses.values())]
+    useless = _useless(kinds, defenses)
     lines = []
     if useless:
         every = all(falls_at_once(entry["attackers"][kind]) for entry in entries for kind in useless)
@@ -110,7 +110,7 @@ def prices(entries: Sequence[Entry]) -> str:
 def headline(entries: Sequence[Entry]) -> str:
     """Which defense still buys anything, against whom: one sentence."""
     kinds, defenses = kinds_of(entries), _compared(entries)
-    useless = [kind for kind in kinds if not any(_dearer(runs, kind) for runs in defenses.values())]
+    useless = _useless(kinds, defenses)
     bought = {
         NAMES[method]: [kind for kind in kinds if _dearer(runs, kind) == len(runs)] for method, runs in defenses.items()
     }
@@ -208,6 +208,11 @@ def _compared(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
         if method != COUNTERPART
     }
     return {method: runs for method, runs in found.items() if runs}
+
+
+def _useless(kinds: Sequence[str], defenses: Mapping[str, Sequence[Entry]]) -> list[str]:
+    """The kinds of attackers against whom no defense is dearer to break in any seed."""
+    return [kind for kind in kinds if not any(_dearer(runs, kind) for runs in defenses.values())]
 
 
 def _dearer(runs: Sequence[Entry], kind: str) -> int:

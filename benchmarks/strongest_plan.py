@@ -54,7 +54,7 @@ RETAINING: dict[str, Any] = {
     "pool": {"fine-tuning": {"weight": 1.0, "rounds": 3, "learning_rate": {"low": 5e-5, "high": 5e-4, "log": True}}},
     "retain_weight": 3.0,
 }
-"""Fine-tuning at varied rates and rows to retain, as it was found on the first seed of `CHOOSING`."""
+"""Fine-tuning at varied rates, and rows to retain: tried by hand on the first seed of `CHOOSING`, not searched for."""
 HELD_OUT = {
     "fine-tuning": ("full", "lora"),
     "ablation": ("training-free", "hybrid"),
