@@ -9,6 +9,7 @@ cannot be used, nothing was written · 130 interrupted. Of `gate`: 0 pass · 1 f
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from textwrap import fill
 from typing import NamedTuple
@@ -118,6 +119,8 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stopped:
         return _fail(str(stopped), 0)
     except KeyboardInterrupt as interrupt:
+        if argv is None:  # nothing follows but the process's end, into which a second one would write a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         return _fail(_said(interrupt), 130)
     except SystemExit as leave:  # argparse leaves this way after --help and after an error it has already reported
         return leave.code if isinstance(leave.code, int) else 0
