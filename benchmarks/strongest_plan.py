@@ -152,7 +152,7 @@ def looks(setting: Mapping[str, Any], updates: int) -> float:
     if "attack_every" not in setting:
         return 0
     members = _pool(setting).members
-    each = 1.0 if _is_exact(setting) else setting["alpha"]
+    each = 1.0 if _is_exact(setting) else setting["alpha"] / (1 + setting.get("retain_weight", 0.0))
     drawn = each * _displaced(setting, updates) * _mean(members, lambda one: 0 if one.trains else _look(one))
     retained = _retained(setting, updates) if "retain_weight" in setting else 0
     return drawn + retained / 3 + _rounds(setting, updates) * _mean([one for one in members if one.trains], _look)
@@ -163,8 +163,9 @@ def _is_exact(setting: Mapping[str, Any]) -> bool:
 
 
 def _retained(setting: Mapping[str, Any], updates: int) -> float:
-    """The updates that take the gradient of what is retained: all, or half of those that are not displaced."""
-    return updates if _is_exact(setting) else (updates - setting["alpha"] * _displaced(setting, updates)) / 2
+    """The updates that take the gradient of what is retained: all, or as many as its weight is of the whole."""
+    weight = setting["retain_weight"]
+    return updates if _is_exact(setting) else updates * weight / (1 + weight)
 
 
 def _displaced(setting: Mapping[str, Any], updates: int) -> int:

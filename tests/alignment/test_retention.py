@@ -167,9 +167,9 @@ def test_exact_gradient_has_one_term_more(settings, model):
 @pytest.mark.parametrize("attacked", [True, False])
 def test_mean_over_the_coin_is_the_exact_gradient(settings, attacked):
     """With δ and, as before the first attack, without; each term as often as the formula has it."""
-    alpha, taken = 0.3, {}
+    alpha, weight, taken = 0.3, 0.5, {}
     exact, sampled = (
-        retaining(settings, alpha=alpha, retain_weight=5.0, estimator=name) for name in ("exact", "sampled")
+        retaining(settings, alpha=alpha, retain_weight=weight, estimator=name) for name in ("exact", "sampled")
     )
     for trainer in (exact, sampled):
         if attacked:
@@ -179,17 +179,16 @@ def test_mean_over_the_coin_is_the_exact_gradient(settings, attacked):
     for update in range(count):
         coin = sampled._draws
         sampled.state.global_step = update
-        value = coin("coin").random()
-        share = alpha if attacked else 0.0
-        expected = "attacked_loss" if value < share else "safe_loss" if value < (1 + share) / 2 else "retain_loss"
+        value = (1 + weight) * coin("coin").random()
+        expected = "attacked_loss" if attacked and value < alpha else "safe_loss" if value < 1 else "retain_loss"
         seen[expected] += 1
         if expected not in taken:
             taken[expected] = at(sampled, update)
             assert [name for name in seen if name in sampled._metrics["train"]] == [expected]
-    shares = {"attacked_loss": alpha if attacked else 0.0}
-    shares["safe_loss"] = shares["retain_loss"] = (1 - shares["attacked_loss"]) / 2
+    shares = {"attacked_loss": alpha, "safe_loss": 1 - alpha} if attacked else {"safe_loss": 1.0}
+    shares = {name: share / (1 + weight) for name, share in {**shares, "retain_loss": weight}.items()}
     assert all(abs(seen[name] / count - share) < 0.1 for name, share in shares.items())
-    mean = reference.combined(*((share, taken[name]) for name, share in shares.items() if share))
+    mean = reference.combined(*((share, taken[name]) for name, share in shares.items()))
     exact.args.attack_every = 10**6
     assert worst_entry(mean, at(exact, 1)) < 1e-5
 
@@ -262,8 +261,6 @@ def test_live_memory_is_one_buffer_for_where_the_run_began(settings, monkeypatch
 
 
 def test_what_cannot_be_retained(settings):
-    with pytest.raises(InputError, match=r"^--alpha 1 leaves no update to --retain_data"):
-        retaining(settings, estimator="sampled", alpha=1.0)
     with pytest.raises(InputError, match=r"^--retain_weight must be greater than 0, got 0"):
         PatcherConfig(**settings, retain_weight=0)
     with pytest.raises(InputError, match="retain"):

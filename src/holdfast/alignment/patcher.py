@@ -25,9 +25,9 @@ begin as an attacker begins them and refuse all the same, g(θ + δ; P), in the 
 nothing, so δ = 0.
 
 With rows K to retain (`holdfast.alignment.retention`) the exact gradient has one term more, + λ · ∇R(θ; K), and the
-sampled estimator shares what α leaves of the coin evenly, each term divided by how often it is taken:
+sampled estimator takes each term as often as it weighs, so that all are scaled alike and clipping takes none its weight:
 
-    with probability α:  g(θ + δ; B),    with (1 − α) / 2:  2 g(θ; B),    else  2 λ / (1 − α) · ∇R(θ; K)
+    (1 + λ) · { g(θ + δ; B)  with probability α / (1 + λ),    g(θ; B)  with (1 − α) / (1 + λ),    else  ∇R(θ; K) }
 
 Differs from the authors' released code:
 
@@ -113,8 +113,6 @@ class PatcherTrainer(RetainingTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, train_dataset, **kwargs)
-        if self.retains and self.args.estimator == "sampled" and self.args.alpha == 1:
-            raise InputError("--alpha 1 leaves no update to --retain_data; expected one below 1")
         self._pool = Pool() if self.args.pool is None else Pool.of(self.args.pool)
         assert self._format is not None  # the train data have been prepared
         with from_flag("--base"):
@@ -172,20 +170,19 @@ class PatcherTrainer(RetainingTrainer):
     def _sampled_gradient(
         self, model: torch.nn.Module, window: Window, member: Member | None
     ) -> tuple[Tensor, ParameterVector]:
-        """One term of the exact gradient, divided by how often it is taken."""
-        alpha, coin = self.args.alpha if member is not None else 0.0, self._draws("coin").random()
-        if member is not None and coin < alpha:
-            return self._attacked_gradient(model, window, member)
-        if not self.retains:
-            return self._safe_gradient(model, window)
-        if coin < (1 + alpha) / 2:
+        """One term of the exact gradient, as often as it weighs, times what all of them weigh."""
+        whole = 1 + self.args.retain_weight if self.retains else 1.0
+        coin = whole * self._draws("coin").random()
+        if member is not None and coin < self.args.alpha:
+            loss, gradient = self._attacked_gradient(model, window, member)
+        elif coin < 1:
             loss, gradient = self._safe_gradient(model, window)
-            gradient *= 2
         else:
             window = self.retained(len(window))
             loss, gradient = self.retention(model, window)
             self.count_tokens(window)
-            gradient *= 2 * self.args.retain_weight / (1 - alpha)
+        if self.retains:
+            gradient *= whole
         return loss, gradient
 
     def _exact_gradient(
