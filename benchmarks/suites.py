@@ -1,15 +1,16 @@
-"""What a search costs beside the training and the decoding that it is there for: the quick suite on the organism.
+"""What each suite of a stress test takes and finds, and what the search costs beside the attacks that it is there for.
 
-    python benchmarks/search_overhead.py            # on two quiet cores about five minutes, models made before them
+    python benchmarks/suites.py                    # quick and standard: about ten minutes of two cores
+    python benchmarks/suites.py --suites full      # about an hour and a half
 
-`holdfast stress` runs as on the command line, with two processes of its own, and CPU time is told by part: each of its
-processes computes on one thread, so that another program beside it hardly counts. Training and decoding, in trials and
-for the tax, are what a search is there for. All else is its own, the starting of processes, the loading of models and
-the evaluation of them before the first trial among it; what of that is the same for any number of trials is told apart.
+`holdfast stress` runs as on the command line on Patcher's model with SFT's as its counterpart, with two processes of
+its own, and CPU time is told by part: each of its processes computes on one thread, so that another program beside it
+hardly counts. Training and decoding, in trials and for the tax, are what a search is there for. All else is its own,
+the starting of processes, the loading of models and the evaluation of them before the first trial among it; what of
+that is the same for any number of trials is told apart.
 
-The models are the demo's, of another seed, and stay in benchmarks/out/search_overhead; a search that was measured is
-not measured again, unless --fresh is given. Writes benchmarks/results/search_overhead.json, and its line in
-docs/methods.md.
+The models are the demo's, of another seed, and stay in benchmarks/out/suites; a suite that was measured is not measured
+again, unless --fresh is given. Writes benchmarks/results/suites.json, and its table in docs/methods.md.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +38,20 @@ from holdfast.files import versions, write_json
 from readme import fill_block
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "search_overhead.json"
-OUT = ROOT / "benchmarks" / "out" / "search_overhead"
-PARTS = OUT / "parts"
+RESULTS = ROOT / "benchmarks" / "results" / "suites.json"
+OUT = ROOT / "benchmarks" / "out" / "suites"
+PARTS = "HOLDFAST_PARTS"
+"""What names, in the environment of a search that is measured, the folder of its processes' clocks."""
 SEED = 30
 AIM = 0.05
+"""The search's own share of the work, at most."""
+MINUTES = {"quick": 4, "standard": 45, "full": 240}
+"""How long a suite may take on two cores."""
 
 WORK = ("training", "decoding")
 """What a search is there for: the steps and passes of attacks, and the answers that measure them."""
 
+WHO = ("counterpart", "model")
 ONCE = ("starting", "before", "loading", "certificate")
 """What is the same however many trials there are."""
 
@@ -107,13 +114,13 @@ def instrument() -> None:
 
     def write() -> None:
         clock.switch()
-        write_json(PARTS / f"{os.getpid()}.json", dict(clock.seconds))
+        write_json(Path(os.environ[PARTS]) / f"{os.getpid()}.json", dict(clock.seconds))
 
     atexit.register(write)
 
 
-def measure(console: Console) -> dict[str, Any]:
-    """Run the search, and say what it took."""
+def prepare(console: Console) -> None:
+    """Make the demo's models."""
     from holdfast.cli import demo
     from holdfast.cli.workers import run_commands
     from plans import unfinished
@@ -121,58 +128,81 @@ def measure(console: Console) -> dict[str, Any]:
     plan = demo.commands(demo.DemoArguments(output_dir=str(OUT), seed=SEED), OUT)
     models = [command for command in plan if command.name in ("organism", "align-patcher", "align-sft")]
     run_commands(unfinished(models, OUT), OUT / "logs", console=console)
-    words = demo.stress_words("quick", OUT / "patcher", OUT / "organism", SEED)
-    folder = OUT / "quick"
-    for place in (folder, PARTS):  # one that was stopped is no measurement
+
+
+def measure(suite: str) -> dict[str, Any]:
+    """Run a search, and say what it took and found."""
+    from holdfast.cli import demo
+    from holdfast.report.wording import first_break
+    from holdfast.stress.certificate import read_certificate
+
+    words = demo.stress_words(suite, OUT / "patcher", OUT / "organism", SEED)
+    folder, parts = OUT / suite, OUT / f"{suite}-parts"
+    for place in (folder, parts):  # one that was stopped is no measurement
         shutil.rmtree(place, ignore_errors=True)
     load, began, before = os.getloadavg()[0], time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     more = ["--counterpart", str(OUT / "sft"), "--processes", "2", "--output_dir", str(folder)]
-    subprocess.run([sys.executable, __file__, "--search", *words, *more], check=True)
+    environment = {**os.environ, PARTS: str(parts)}
+    subprocess.run([sys.executable, __file__, "--search", *words, *more], check=True, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = time.perf_counter() - began
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     found: Counter[str] = Counter()
-    for path in PARTS.iterdir():
+    for path in parts.iterdir():
         found.update(json.loads(path.read_text(encoding="utf-8")))
     found["starting"] += cpu - found.total()  # what passes before and after these clocks
-    certificate = json.loads((folder / "certificate.json").read_text(encoding="utf-8"))
+    certificate = read_certificate(folder / "certificate.json")
     return {
         "seconds": seconds,
         "cpu_seconds": cpu,
         "load": [load, os.getloadavg()[0]],
         "trials": sum(count or 0 for count in certificate["trials"].values()),
         "parts": dict(found.most_common()),
+        **summary(cpu, found),
+        "costs": {kind: {who: first_break(of[who]) for who in WHO} for kind, of in certificate["attackers"].items()},
     }
 
 
-def summary(found: dict[str, Any]) -> dict[str, float]:
+def summary(cpu: float, parts: Mapping[str, float]) -> dict[str, float]:
     """The search's own share of the work: all of it, and what grows with the trials alone."""
-    work = sum(found["parts"].get(part, 0.0) for part in WORK)
-    own = found["cpu_seconds"] - work
-    once = sum(found["parts"].get(part, 0.0) for part in ONCE)
-    return {"work": work, "own": own, "share": own / work, "share_of_trials": (own - once) / work}
+    work = sum(parts.get(part, 0.0) for part in WORK)
+    once = sum(parts.get(part, 0.0) for part in ONCE)
+    return {"work": work, "share": (cpu - work) / work, "share_of_trials": (cpu - work - once) / work}
+
+
+def table(suites: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for each suite that was measured."""
+    kinds = list(next(iter(suites.values()))["costs"])
+    heads = ["suite", "trials", "minutes", "of two cores", "own", "of trials", *kinds]
+    rows = [heads, ["---", *["---:"] * 5, *["---"] * len(kinds)]]
+    for suite, found in suites.items():
+        clocks = (found["seconds"] / 60, found["cpu_seconds"] / 120)
+        amounts = [str(found["trials"]), *(f"{minutes:.1f}" for minutes in clocks)]
+        shares = [f"{found[share]:.1%}" for share in ("share", "share_of_trials")]
+        rows.append([suite, *amounts, *shares, *(", ".join(found["costs"][kind].values()) for kind in kinds)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
-    """Measure unless that has been done, write the record, and show it."""
+    """Measure what has not been measured, write the record, and show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suites", nargs="+", choices=list(MINUTES), default=["quick", "standard"], help="which")
     parser.add_argument("--fresh", action="store_true", help="measure again")
     args = parser.parse_args()
-    console, measured = Console(), OUT / "measured.json"
-    if args.fresh or not measured.is_file():
-        write_json(measured, measure(console))
-    found = json.loads(measured.read_text(encoding="utf-8"))
-    told = summary(found)
-    record = {"schema": 1, "versions": versions(), "device": "cpu", "suite": "quick", "processes": 2, "seed": SEED}
-    write_json(RESULTS, {**record, **found, **told, "aim": AIM, "within_aim": told["share"] <= AIM})
-    own = (f"{part} {seconds:.1f} s" for part, seconds in found["parts"].items() if part not in WORK)
-    lines = (
-        f"The quick suite, {found['trials']} trials with two processes, {told['work']:.0f} s of training and decoding "
-        f"(CPU): the search's own is {told['share']:.1%} of that ({', '.join(own)}); without what is the same for any "
-        f"number of trials ({', '.join(ONCE)}), {told['share_of_trials']:.1%}."
-    )
-    fill_block("search-overhead", lines, ROOT / "docs" / "methods.md")
-    console.print(lines)
+    console = Console()
+    known = json.loads(RESULTS.read_text(encoding="utf-8"))["suites"] if RESULTS.is_file() else {}
+    prepare(console)
+    for suite in args.suites:
+        measured = OUT / f"{suite}.json"
+        if args.fresh or not measured.is_file():
+            write_json(measured, measure(suite))
+        known[suite] = json.loads(measured.read_text(encoding="utf-8"))
+        known = {name: known[name] for name in MINUTES if name in known}
+        record = {"schema": 1, "versions": versions(), "device": "cpu", "processes": 2, "seed": SEED}
+        aims = {"share_of_trials": AIM, "minutes": MINUTES}
+        write_json(RESULTS, {**record, "aims": aims, "suites": known})
+        fill_block("suites", table(known), ROOT / "docs" / "methods.md")
+        console.print(f"wrote {RESULTS}")
 
 
 if __name__ == "__mp_main__" or sys.argv[1:2] == ["--search"]:
