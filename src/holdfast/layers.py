@@ -1,9 +1,11 @@
-"""Parts of transformers' architectures, found by structure: what carries information between tokens, and routers."""
+"""Parts of transformers' architectures, found by structure, such as routers; and hooks on them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -42,6 +44,20 @@ def has_routers(model: PreTrainedModel | PeftModel) -> bool:
     if not isinstance(recorder, OutputRecorder):
         return True
     return any(isinstance(module, recorder.target_class) for module in model.modules())
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
+    """Call `hook(module, inputs, output)` behind each of these modules in the body; what it returns takes its place.
+
+    Args:
+        modules: Whose outputs are looked at, or changed.
+        hook: As `register_forward_hook` takes it.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:

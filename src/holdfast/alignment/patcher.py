@@ -25,7 +25,7 @@ begin as an attacker begins them and refuse all the same, g(θ + δ; P), in the 
 nothing, so δ = 0.
 
 With rows K to retain (`holdfast.alignment.retention`) the exact gradient has one term more, + λ · ∇R(θ; K), and the
-sampled estimator takes each term as often as it weighs, so that all are scaled alike and clipping takes none its weight:
+sampled estimator takes each term as often as it weighs; all are scaled alike, so that clipping takes none its weight:
 
     (1 + λ) · { g(θ + δ; B)  with probability α / (1 + λ),    g(θ; B)  with (1 − α) / (1 + λ),    else  ∇R(θ; K) }
 

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from holdfast.config import DefenseConfig
 from holdfast.data.batches import BatchStream, all_tokens
 from holdfast.errors import InputError
+from holdfast.layers import hooked
 from holdfast.parameters import TINY, ParameterVector, exchanged, snapshot, take_gradient
 from holdfast.residual import decoder_layers
 from holdfast.trainer import DefenseTrainer
@@ -153,12 +154,8 @@ def _outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
     def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
 
-    handles = [module.register_forward_hook(note) for module in modules]
-    try:
+    with hooked(modules, note):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _relative_squares(now: Tensor, before: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 
 from holdfast.config import DefenseConfig, require_not_negative
 from holdfast.errors import InputError
-from holdfast.layers import token_mixers
+from holdfast.layers import hooked, token_mixers
 from holdfast.parameters import TINY, ParameterVector, take_gradient
 from holdfast.trainer import DefenseTrainer
 from holdfast.window import Window
@@ -191,9 +191,5 @@ def _outputs_changed(modules: list[nn.Module], change: Callable[[nn.Module, Tens
             raise InputError(f"--attention_pattern matches a {type(module).__name__}, which does not return a tensor")
         return change(module, output)
 
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
+    with hooked(modules, hook):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

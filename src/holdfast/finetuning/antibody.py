@@ -36,6 +36,7 @@ from holdfast.data.batches import Batch
 from holdfast.data.formats import called
 from holdfast.data.refusals import DEFAULT_REFUSAL, REFUSAL_HELP, refusal_view, row_numbers, without_refusals
 from holdfast.errors import InputError
+from holdfast.layers import hooked
 from holdfast.models import eval_mode
 from holdfast.trainer import DefenseTrainer
 
@@ -155,11 +156,8 @@ class AntibodyTrainer(DefenseTrainer):
             refusal_nll = self._refusal_nll(model, inputs)
         rows = row_numbers(inputs)
         noted: list[Any] = []  # TRL gives its fused outputs away only at the price of another pass
-        handle = self.model.register_forward_hook(lambda module, arguments, outputs: noted.append(outputs))
-        try:
+        with hooked([self.model], lambda module, arguments, outputs: noted.append(outputs)):
             super().compute_loss(model, without_refusals(inputs), num_items_in_batch=num_items_in_batch)
-        finally:
-            handle.remove()
         [outputs] = noted
         margin = refusal_nll - _mean_nll(outputs).detach()
         nll, tokens = -outputs.log_probs.sum(1), outputs.label_mask.sum(1)
