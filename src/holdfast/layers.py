@@ -48,11 +48,11 @@ def has_routers(model: PreTrainedModel | PeftModel) -> bool:
 
 @contextmanager
 def hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
-    """Call `hook(module, inputs, output)` behind each of these modules in the body; what it returns takes its place.
+    """Call `hook(module, inputs, output)` behind each of these modules in the body.
 
     Args:
         modules: Whose outputs are looked at, or changed.
-        hook: As `register_forward_hook` takes it.
+        hook: As `register_forward_hook` takes it: what it returns takes the output's place, None leaves that alone.
     """
     with ExitStack() as stack:
         for module in modules:
