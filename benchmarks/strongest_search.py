@@ -57,7 +57,7 @@ SEARCHED = Method(
         "rounds": IntDistribution(1, 4),
         "scale_low": FloatDistribution(0.0, 1.0),
         "scale_high": FloatDistribution(1.0, 2.5),
-        "retain_weight": FloatDistribution(0.3, 30, log=True),
+        "retain_weight": FloatDistribution(0.1, 3, log=True),
         **dict.fromkeys(_WEIGHTS, FloatDistribution(0.0, 1.0, step=0.05)),
     },
 )

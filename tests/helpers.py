@@ -233,7 +233,7 @@ _SGD = {"optimizer": "sgd", "learning_rate": {"low": 0.01, "high": 0.1, "log": T
 PATCHERS: dict[str, dict[str, Any]] = {
     "patcher": {},
     "sampled": {"estimator": "sampled", "attack_scale": [0.3, 1.5]},
-    "retaining": {"estimator": "sampled", "retain_weight": 30.0},
+    "retaining": {"estimator": "sampled", "retain_weight": 1.0},
     "pool": {
         "attack_every": 1,
         "attack_scale": [0.3, 1.5],

@@ -24,7 +24,7 @@ MODULES = (
 )
 PRESET = {
     **{"attack_steps": 11, "attack_every": 37, "attack_learning_rate": 3e-4, "alpha": 0.7, "learning_rate": 9e-5},
-    **{"estimator": "sampled", "attack_scale": [0.5, 2.0], "retain_weight": 5.0},
+    **{"estimator": "sampled", "attack_scale": [0.5, 2.0], "retain_weight": 0.8},
     "pool": {"fine-tuning": {"weight": 1, "rounds": 2}, "ablation": 0.9, "ablation+fine-tuning": 0.3, "dropping": 0.1},
 }
 
@@ -109,11 +109,12 @@ def test_what_goes_forwards_alone_does_so_as_often_as_the_mean_says(study, seed)
             continue
         pool, updates, every = Pool.of(setting["pool"]), setting["max_steps"], setting["attack_every"]
         alphas = [0.0] * every + [setting["alpha"]] * (updates - every)
-        coins = [draws(seed, "coin", update).random() for update in range(updates)]
+        weights = 1 + setting.get("retain_weight", 0.0)
+        coins = [weights * draws(seed, "coin", update).random() for update in range(updates)]
         displaced = [
             pool.draw(draws(seed, "member", update)) for update, alpha in enumerate(alphas) if coins[update] < alpha
         ]
-        retained = sum(coins[update] >= (1 + alpha) / 2 for update, alpha in enumerate(alphas))
+        retained = sum(coin >= 1 for coin in coins)
         trained = [one.name for one in pool.members if one.trains]
         rounds = [pool.draw(draws(seed, "round", number), trained) for number in range(1, 1 + (updates - 1) // every)]
         found = [one for one in displaced if not one.trains] + rounds

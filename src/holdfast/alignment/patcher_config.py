@@ -78,7 +78,7 @@ class PatcherConfig(DefenseConfig):
     )
     refusal: str | None = field(default=None, metadata={"help": f"For a --pool with prefill. {REFUSAL_HELP}"})
     retain_weight: float = field(
-        default=3.0, metadata={"help": "How much the rows of --retain_data hold the model to what it made of them."}
+        default=0.5, metadata={"help": "How much the rows of --retain_data hold the model to what it made of them."}
     )
 
     def __post_init__(self) -> None:

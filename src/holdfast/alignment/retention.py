@@ -12,7 +12,7 @@ its stream has, which grow from layer to layer and at single tokens.
 Examples:
     >>> trainer = PatcherTrainer(
     ...     model="Qwen/Qwen2.5-1.5B-Instruct",
-    ...     args=PatcherConfig(output_dir="hardened", retain_weight=3.0),
+    ...     args=PatcherConfig(output_dir="hardened", retain_weight=0.5),
     ...     train_dataset=alignment,
     ...     attack_dataset=harmful,
     ...     retain_dataset=harmless,
