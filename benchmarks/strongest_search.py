@@ -43,7 +43,10 @@ KEPT, OVER_REFUSAL, SLOWER, LESS = 0.97, 0.02, 1.5, 0.05
 TIE = 0.1
 DIVERGED = 5.0
 
-_OTHERS = {"alpha": 0.5, "learning_rate": 6e-5, "rounds": 3, "scale_low": SCALE[0], "scale_high": SCALE[1]}
+_OTHERS = {
+    **{"alpha": 0.5, "learning_rate": 6e-5, "rounds": 3, "rate_spread": 3.16},
+    **{"scale_low": SCALE[0], "scale_high": SCALE[1]},
+}
 _WEIGHTS = dict.fromkeys((*(name for name in POOL if name != "fine-tuning"), "ablation+prefill", "dropping"), 0.0)
 SEARCHED = Method(
     ("align", "patcher"),
@@ -55,13 +58,17 @@ SEARCHED = Method(
         "alpha": FloatDistribution(0.2, 0.9),
         "learning_rate": FloatDistribution(2e-5, 2e-4, log=True),
         "rounds": IntDistribution(1, 4),
+        "rate_spread": FloatDistribution(1.0, 5.0, log=True),
         "scale_low": FloatDistribution(0.0, 1.0),
         "scale_high": FloatDistribution(1.0, 2.5),
         "retain_weight": FloatDistribution(0.1, 3, log=True),
         **dict.fromkeys(_WEIGHTS, FloatDistribution(0.0, 1.0, step=0.05)),
     },
 )
-"""Where the search begins, which is fine-tuning alone, and what it tries; weights beside fine-tuning's, which is 1."""
+"""Where the search begins, which is fine-tuning alone, and what it tries; weights beside fine-tuning's, which is 1.
+
+A simulated fine-tuning's rate lies between `attack_learning_rate` / `rate_spread` and their product.
+"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,9 @@ def flags_of(knobs: Mapping[str, Any], study: Study) -> Flags:
     """The flags of a place in the search: of SFT, which has no knobs, none."""
     if not knobs:
         return {}
-    pool: dict[str, Any] = {"fine-tuning": {"weight": 1, "rounds": knobs["rounds"]}}
+    rate, spread = knobs["attack_learning_rate"], knobs["rate_spread"]
+    rates = {"low": float(f"{rate / spread:.3g}"), "high": float(f"{rate * spread:.3g}"), "log": True}
+    pool: dict[str, Any] = {"fine-tuning": {"weight": 1, "rounds": knobs["rounds"], "learning_rate": rates}}
     pool |= {name: knobs[name] for name in _WEIGHTS if knobs[name] > 0}
     same = ("attack_steps", "attack_every", "attack_learning_rate", "alpha", "learning_rate", "retain_weight")
     setting = {
