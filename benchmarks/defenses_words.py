@@ -26,6 +26,9 @@ from defenses_tables import (
 DEFENSE = "patcher"
 """Whom the demo shows beside the counterpart."""
 
+Bound = tuple[float, bool] | None
+"""Steps, and whether a model held for so many; None where a kind was not tried."""
+
 
 def listed(words: Sequence[str], nothing: str = "none") -> str:
     """Words with commas, and an "and" before the last."""
@@ -138,15 +141,15 @@ def corrections(entries: Sequence[Entry], demo: Mapping[str, Any]) -> str:
     kinds, names = kinds_of(entries), (COUNTERPART, DEFENSE)
     suite = next(iter(shown.values()))["stress"]["suite"]
 
-    def found(kind: str, method: str) -> list[tuple[float, bool] | None]:
+    def found(kind: str, method: str) -> list[Bound]:
         costs = (there[method, seed]["attackers"][kind] for seed in seeds)
         return [cost and steps_of(cost) for cost in costs]
 
-    def before(kind: str, method: str) -> list[tuple[float, bool] | None]:
+    def before(kind: str, method: str) -> list[Bound]:
         costs = (one["stress"]["attackers"][kind][method] for one in shown.values())
         return [None if cost["steps"] is None else (cost["steps"], not cost["broken"]) for cost in costs]
 
-    def told(bounds: Sequence[tuple[float, bool] | None]) -> str:
+    def told(bounds: Sequence[Bound]) -> str:
         return ", ".join("–" if bound is None else number(bound) for bound in bounds)
 
     heads = ["attacker", *(f"{NAMES[m]}, {which}" for m in names for which in (f"README's {suite} suite", "this page"))]
@@ -159,27 +162,7 @@ def corrections(entries: Sequence[Entry], demo: Mapping[str, Any]) -> str:
         + listed([f"{told(found(kind, DEFENSE))} by {kind} ({told(found(kind, COUNTERPART))})" for kind in trained])
         + "."
     ]
-    open_, dearer, cheaper = [], [], []
-    for kind in kinds:
-        for seed, old, new in zip(seeds, before(kind, DEFENSE), found(kind, DEFENSE), strict=True):
-            if old is None or new is None:
-                continue
-            said = f"{number(old)} by {kind} (seed {seed}): here {number(new)}"
-            if old[1] and not new[1]:
-                open_.append(said)
-            elif not new[1] and new[0] < old[0]:
-                cheaper.append(said)
-            elif not old[1] and old[0] < new[0]:
-                dearer.append(said)
-    if open_:
-        lines.append(f"**What a `>` left open** for {NAMES[DEFENSE]} is broken by a longer search: {'; '.join(open_)}.")
-    if cheaper:
-        lines.append(f"**Cheaper** to break {NAMES[DEFENSE]} than the {suite} suite found: {'; '.join(cheaper)}.")
-    if dearer:
-        lines.append(
-            f"**Dearer** than the {suite} suite found, whose settings have fewer seeds to be confirmed with: "
-            f"{'; '.join(dearer)}. Both are what a search came upon: the cheaper one counts."
-        )
+    lines += _otherwise(suite, seeds, {kind: (before(kind, DEFENSE), found(kind, DEFENSE)) for kind in kinds})
     own = [there[DEFENSE, seed] for seed in seeds]
     lines.append(
         f"**The capability with which {NAMES[DEFENSE]}'s attack curves begin** is {capability_cell(own, 'rehearsed')}, "
@@ -187,6 +170,30 @@ def corrections(entries: Sequence[Entry], demo: Mapping[str, Any]) -> str:
         f"{capability_cell(own, 'unrehearsed', 'base')}."
     )
     return "\n\n".join(["\n".join(f"- {line}" for line in lines), "Steps to break, by seed:", table(heads, rows)])
+
+
+def _otherwise(suite: str, seeds: Sequence[int], costs: Mapping[str, tuple[list[Bound], list[Bound]]]) -> list[str]:
+    """Where the defense costs other than a suite said, by seed: costs there and here, by kind."""
+    still, cheaper, dearer = [], [], []
+    for kind, (there, here) in costs.items():
+        for seed, old, new in zip(seeds, there, here, strict=True):
+            if old is None or new is None:
+                continue
+            said = f"{number(old)} by {kind} (seed {seed}): here {number(new)}"
+            if old[1] and not new[1]:
+                still.append(said)
+            elif not new[1] and new[0] < old[0]:
+                cheaper.append(said)
+            elif not old[1] and old[0] < new[0]:
+                dearer.append(said)
+    name = NAMES[DEFENSE]
+    sentences = {
+        f"**What a `>` left open** for {name} is broken by a longer search: {'; '.join(still)}.": still,
+        f"**Cheaper** to break {name} than the {suite} suite found: {'; '.join(cheaper)}.": cheaper,
+        f"**Dearer** than the {suite} suite found, whose settings have fewer seeds to be confirmed with: "
+        f"{'; '.join(dearer)}. Both are what a search came upon: the cheaper one counts.": dearer,
+    }
+    return [sentence for sentence, which in sentences.items() if which]
 
 
 def readme_block(entries: Sequence[Entry]) -> str:
