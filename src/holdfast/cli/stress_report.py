@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,6 +31,45 @@ from holdfast.stress.trials import Record, value_of
 #: Seconds between two lines where there is no terminal.
 _QUIET = 15
 
+_ALL = "all"
+
+
+class Pace:
+    """How long the rest of a search may take: trials of a kind of attacker are taken to be alike, and no others.
+
+    Kinds come in the order of what they cost, so that one of which no trial has ended here is taken for the dearest.
+
+    Args:
+        clock: Tells seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ended = dict[str, int]()  # here: some may have ended before
+        self._seconds = dict[str, float]()
+        self._done: dict[str, int] | None = None
+        self._noted = clock()
+
+    def note(self, done: Mapping[str, int]) -> None:
+        """Note how many trials of every kind have ended by now."""
+        new = {kind: count - (self._done or done).get(kind, 0) for kind, count in done.items()}
+        whole, now = sum(new.values()), self._clock()
+        if self._done is not None and whole == 0:
+            return  # what has gone by belongs to the trials under way
+        for kind, count in new.items():
+            if count:
+                self._ended[kind] = self._ended.get(kind, 0) + count
+                self._seconds[kind] = self._seconds.get(kind, 0.0) + (now - self._noted) * count / whole
+        self._done, self._noted = dict(done), now
+
+    def left(self, total: Mapping[str, int]) -> float | None:
+        """The seconds until there are so many of every kind; None before the first trial has ended."""
+        each = {kind: self._seconds[kind] / ended for kind, ended in self._ended.items()}
+        if not each or self._done is None:
+            return None
+        dearest = max(each.values())
+        return sum((count - self._done.get(kind, 0)) * each.get(kind, dearest) for kind, count in total.items())
+
 
 class Progress:
     """Trials done by kind of attacker, the best attack so far, and about how long it will take."""
@@ -39,9 +78,7 @@ class Progress:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
         self._bars = Bars(*columns, TimeElapsedColumn(), TextColumn("{task.fields[best]}"), console=stderr)
         self._tasks: dict[str, Any] = {}
-        self._began = self._told = time.monotonic()
-        self._at_first: int | None = None
-        self._shown = 0
+        self._pace, self._told, self._shown = Pace(), time.monotonic(), 0
 
     def __enter__(self) -> Self:
         if stderr.is_terminal:
@@ -63,26 +100,29 @@ class Progress:
                 if schedule.target == "model" and (kind not in best or value_of(record) < value_of(best[kind])):
                     best[kind] = record
         finished, of = sum(done.values()), sum(total.values())
-        self._at_first = finished if self._at_first is None else self._at_first
+        self._pace.note(done)
+        left = self._left(total)
         if stderr.is_terminal:
             for kind in total:
                 if kind not in self._tasks:
                     self._tasks[kind] = self._bars.add_task(kind, total=None, best="")
                 shown = _told(best[kind]) if kind in best else ""
                 self._bars.update(self._tasks[kind], completed=done[kind], total=total[kind], best=shown)
+            if _ALL not in self._tasks:
+                self._tasks[_ALL] = self._bars.add_task(_ALL, total=None, best="")
+            self._bars.update(self._tasks[_ALL], completed=finished, total=of, best=left)
         elif finished != self._shown and time.monotonic() - self._told >= _QUIET:
             self._shown = finished
             self._told = time.monotonic()
             top = min(best.values(), key=value_of, default=None)
-            left = self._left(finished, of)
-            say(f"stress: trial {finished}/{of}{left}{'' if top is None else f' · best so far: {_told(top)}'}")
+            best_so_far = "" if top is None else f"best so far: {_told(top)}"
+            say(" · ".join(filter(None, (f"stress: trial {finished}/{of}", left, best_so_far))))
 
-    def _left(self, finished: int, of: int) -> str:
-        here = finished - (self._at_first or 0)
-        if not here or finished == of:
+    def _left(self, total: Mapping[str, int]) -> str:
+        seconds = self._pace.left(total)
+        if not seconds:
             return ""
-        seconds = (time.monotonic() - self._began) / here * (of - finished)
-        return f" · about {seconds / 60:.0f} min left" if seconds >= 60 else f" · about {seconds:.0f} s left"
+        return f"about {seconds / 60:.0f} min left" if seconds >= 60 else f"about {seconds:.0f} s left"
 
 
 def _told(record: Record) -> str:
