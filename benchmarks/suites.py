@@ -205,7 +205,7 @@ def main() -> None:
         console.print(f"wrote {RESULTS}")
 
 
-if __name__ == "__mp_main__" or sys.argv[1:2] == ["--search"]:
+if PARTS in os.environ:
     instrument()
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Parts of transformers' architectures, found by structure, such as routers; and hooks on them."""
+"""Parts of transformers' architectures, found by structure, such as routers; and what is put on modules for a while."""
 
 from __future__ import annotations
 
@@ -58,6 +58,26 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], A
         for module in modules:
             stack.callback(module.register_forward_hook(hook).remove)
         yield
+
+
+@contextmanager
+def forwards_restored(model: nn.Module) -> Iterator[None]:
+    """Give every module back the `forward` that it had, whatever the body puts in its place.
+
+    A trainer of TRL puts a fused head there, and accelerate a cast to float32, around what it finds: on a model that is
+    trained again and again they would nest, until calling it exceeds Python's depth.
+    """
+    names = ("forward", "_original_forward")
+    before = {
+        module: {name: vars(module)[name] for name in names if name in vars(module)} for module in model.modules()
+    }
+    try:
+        yield
+    finally:
+        for module, found in before.items():
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(found)
 
 
 def _decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -111,6 +111,25 @@ def test_the_model_is_left_as_it_was(rank, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(("build", "rank"), [(tiny_llama, 0), (tiny_llama, 2), (mixtral, 0), (lora, 0)])
+def test_a_model_that_is_trained_again_and_again_gathers_nothing(build, rank):
+    """Libraries put a `forward` of their own around the one there is: a thousand would be too deep for Python."""
+
+    def gathered(model):
+        return {
+            name: {own: len(value) if own.endswith("_hooks") else 0 for own, value in vars(module).items()}
+            for name, module in model.named_modules()
+        }
+
+    model = build()
+    FineTuning(**SMALL, lora_rank=rank).train(model, ATTACKER)
+    once = gathered(model)
+    for _ in range(2):
+        FineTuning(**SMALL, lora_rank=rank).train(model, ATTACKER)
+    assert gathered(model) == once
+    assert all("forward" not in found for found in once.values())
+
+
 def test_it_says_what_it_cost():
     cost = FineTuning(**SMALL, rows=5).displace(tiny_llama(), ATTACKER).cost
     size = sum(p.numel() for p in tiny_llama().parameters())

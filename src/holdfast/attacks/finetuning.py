@@ -26,6 +26,7 @@ from holdfast.attacks.rows import RowVariant, mixed, sources_of
 from holdfast.config import require_not_negative, require_positive
 from holdfast.errors import InputError
 from holdfast.evaluation.evaluate import Evaluation
+from holdfast.layers import forwards_restored
 from holdfast.models import merge
 from holdfast.parameters import ParameterVector, displacement, snapshot
 from holdfast.precision import compute_in_bf16, keep_in_float32
@@ -140,7 +141,7 @@ class FineTuning(RowVariant, Displacement):
             if along.measured(cost(), evaluation):
                 trainer.control.should_training_stop = True
 
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, forwards_restored(model):
             config = config_of(
                 attacker,
                 folder,
