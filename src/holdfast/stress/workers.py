@@ -95,10 +95,11 @@ def _raise_what_they_raised(started: list[Started]) -> None:
                 raise connection.recv()
             except EOFError:  # it has ended, without a word
                 pass
-        if process.exitcode not in (None, 0):
+        if process.exitcode:
+            how = "was killed, as where memory runs out" if process.exitcode < 0 else "failed, as it says above"
             raise TrainingError(
-                f"a process of the search was killed (exit code {process.exitcode}), as where memory runs out; the "
-                "same command goes on from the trials that have ended"
+                f"a process of the search {how} (exit code {process.exitcode}); the same command goes on from the "
+                "trials that have ended"
             )
 
 
