@@ -31,6 +31,9 @@ from holdfast.stress.trials import Record, value_of
 #: Seconds between two lines where there is no terminal.
 _QUIET = 15
 
+#: The most of its time that a process spends on reading how far the studies are.
+_SHARE = 0.01
+
 _ALL = "all"
 
 
@@ -79,6 +82,8 @@ class Progress:
         self._bars = Bars(*columns, TimeElapsedColumn(), TextColumn("{task.fields[best]}"), console=stderr)
         self._tasks: dict[str, Any] = {}
         self._pace, self._told, self._shown = Pace(), time.monotonic(), 0
+        self._next = 0.0
+        self._last: Studies[Schedule] | None = None
 
     def __enter__(self) -> Self:
         if stderr.is_terminal:
@@ -86,10 +91,20 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None and self._last is not None:
+            self._show(self._last)
         self._bars.stop()
 
     def show(self, studies: Studies[Schedule]) -> None:
-        """Show how far the studies are."""
+        """Show how far the studies are, unless reading them took too much of the time that has gone by since."""
+        began = time.monotonic()
+        if began >= self._next:
+            self._last = studies
+            self._show(studies)
+            ended = time.monotonic()
+            self._next = ended + (ended - began) / _SHARE
+
+    def _show(self, studies: Studies[Schedule]) -> None:
         done, total, best = dict[str, int](), dict[str, int](), dict[str, Record]()
         for place, schedule in enumerate(studies.schedules):
             records = [record for batch in studies.records(place) for record in batch]
