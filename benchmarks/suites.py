@@ -171,7 +171,7 @@ def summary(cpu: float, parts: Mapping[str, float]) -> dict[str, float]:
 
 
 def table(suites: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each suite that was measured."""
+    """A row for each suite that was measured, and which keep the aim."""
     kinds = list(next(iter(suites.values()))["costs"])
     heads = ["suite", "trials", "minutes", "of two cores", "own", "of trials", *kinds]
     rows = [heads, ["---", *["---:"] * 5, *["---"] * len(kinds)]]
@@ -180,7 +180,10 @@ def table(suites: Mapping[str, Mapping[str, Any]]) -> str:
         amounts = [str(found["trials"]), *(f"{minutes:.1f}" for minutes in clocks)]
         shares = [f"{found[share]:.1%}" for share in ("share", "share_of_trials")]
         rows.append([suite, *amounts, *shares, *(", ".join(found["costs"][kind].values()) for kind in kinds)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    kept = {suite: found["share_of_trials"] <= AIM for suite, found in suites.items()}
+    told = ", ".join(f"{suite} {'is' if within else 'is not'}" for suite, within in kept.items())
+    return f"{lines}\n\nWithin {AIM:.0%} of trials, which was aimed at: {told}."
 
 
 def main() -> None:
