@@ -220,7 +220,7 @@ def test_a_run_may_go_on_without_retaining(tmp_path):
 
 def test_tokens_are_those_of_the_pass_that_was_taken(settings):
     """Of a sampled update that retains, of K; as TRL counts those of an update on the train data."""
-    trainer = retaining(settings, estimator="sampled", attack_every=100, max_steps=8)
+    trainer = retaining(settings, estimator="sampled", retain_weight=1.0, attack_every=100, max_steps=8)
     counts, retained = [], trainer.retained
 
     def noted(size):

@@ -170,7 +170,7 @@ def run(argv: list[str]) -> int:
         inputs = _begin(folder, prepared, told, processes, overwrite=options.overwrite_output_dir)
         _search(prepared, processes, folder)
         found = plan.studies("").all_records()
-        for record in found:  # of trials that other machines ran, too
+        for record in found if plan.storage is not None else ():  # of trials that other machines ran
             write_record(folder, record)
         certificate = assemble(found, inputs, tax_of(plan, plan.taxed, say))
         write_answers(plan, found)
