@@ -1,7 +1,7 @@
 """What each suite of a stress test takes and finds, and what the search costs beside the attacks that it is there for.
 
-    python benchmarks/suites.py                    # quick and standard: about ten minutes of two cores
-    python benchmarks/suites.py --suites full      # about an hour and a half
+    python benchmarks/suites.py                    # quick and standard: about twenty minutes of two cores
+    python benchmarks/suites.py --suites full      # about an hour
 
 `holdfast stress` runs as on the command line on Patcher's model with SFT's as its counterpart, with two processes of
 its own, and CPU time is told by part: each of its processes computes on one thread, so that another program beside it
@@ -53,7 +53,7 @@ WORK = ("training", "decoding")
 
 WHO = ("counterpart", "model")
 ONCE = ("starting", "before", "loading", "certificate")
-"""What is the same however many trials there are."""
+"""What is the same however many trials there are, but for what passes outside of the clocks, which is in "starting"."""
 
 
 class Clock:
