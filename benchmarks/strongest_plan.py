@@ -37,7 +37,7 @@ BUDGET = "exact"
 EQUAL = 0.02
 """By how much of the budget a row may miss it."""
 
-STUDY = Study(HERE / "out" / "strongest", search_seeds=CHOOSING, batches=10)
+STUDY = Study(HERE / "out" / "strongest", search_seeds=CHOOSING, batches=6)
 TINY = dataclasses.replace(SMOKE, out=HERE / "out" / "strongest-smoke")
 """Tiny numbers that prove nothing but that everything runs."""
 
@@ -52,7 +52,7 @@ POOL: dict[str, Any] = {
 """A pool of what broke Patcher's models by hand, fixed before it was run."""
 RETAINING: dict[str, Any] = {
     "pool": {"fine-tuning": {"weight": 1.0, "rounds": 3, "learning_rate": {"low": 5e-5, "high": 5e-4, "log": True}}},
-    "retain_weight": 0.5,
+    "retain_weight": 1.0,
 }
 """Fine-tuning at varied rates, and rows to retain: tried by hand on the first seed of `CHOOSING`, not searched for."""
 HELD_OUT = {

@@ -47,7 +47,7 @@ _OTHERS = {
     **{"alpha": 0.5, "learning_rate": 6e-5, "rounds": 3, "rate_spread": 3.16},
     **{"scale_low": SCALE[0], "scale_high": SCALE[1]},
 }
-_WEIGHTS = dict.fromkeys((*(name for name in POOL if name != "fine-tuning"), "ablation+prefill", "dropping"), 0.0)
+_WEIGHTS = {name: POOL.get(name, 0.0) for name in (*POOL, "ablation+prefill", "dropping") if name != "fine-tuning"}
 SEARCHED = Method(
     ("align", "patcher"),
     published={**DEMO_PATCHER, **_OTHERS, **_WEIGHTS, "retain_weight": RETAINING["retain_weight"]},
@@ -65,7 +65,7 @@ SEARCHED = Method(
         **dict.fromkeys(_WEIGHTS, FloatDistribution(0.0, 1.0, step=0.05)),
     },
 )
-"""Where the search begins, which is fine-tuning alone, and what it tries; weights beside fine-tuning's, which is 1.
+"""Where the search begins, which is the pool by hand with rows to retain, and what it tries; weights beside fine-tuning's, which is 1.
 
 A simulated fine-tuning's rate lies between `attack_learning_rate` / `rate_spread` and their product.
 """
@@ -216,9 +216,9 @@ def _off(share: float) -> float:
 
 
 def _identity(study: Study) -> str:
-    """A hash of all that the search hangs on."""
+    """A hash of all that the search hangs on, but for its length: one that is made longer goes on."""
     ranges = {name: distribution_to_json(one) for name, one in SEARCHED.ranges.items()}
     limits = [KEPT, OVER_REFUSAL, SLOWER, LESS, TIE]
-    numbers = {name: value for name, value in asdict(study).items() if name != "out"}
+    numbers = {name: value for name, value in asdict(study).items() if name not in ("out", "batches")}
     content = canonical({"start": SEARCHED.published, "ranges": ranges, "suite": SUITE, "limits": limits, **numbers})
     return hashlib.sha256(content.encode()).hexdigest()
