@@ -172,8 +172,8 @@ def searched(
     Returns:
         By method `trials`, and which was `chosen`.
     """
-    studies = Studies(_storage(study), identity, courses, shared=False, worker="search")
-    studies.release(everyone=True)  # of a run that was ended
+    studies = Studies(_storage(study), identity, courses)
+    studies.release()  # of a run that was ended
     while (taken := studies.take()) is not None:
         choice, token = taken
         said = ", ".join(f"{name} {value}" for name, value in choice.setting.items())

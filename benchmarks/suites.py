@@ -52,8 +52,8 @@ WORK = ("training", "decoding")
 """What a search is there for: the steps and passes of attacks, and the answers that measure them."""
 
 WHO = ("counterpart", "model")
-ONCE = ("starting", "before", "loading", "certificate")
-"""What is the same however many trials there are, but for what passes outside of the clocks, which is in "starting"."""
+ONCE = ("starting", "before", "loading", "certificate", "ending")
+"""What is the same however many trials there are."""
 
 
 class Clock:
@@ -150,7 +150,7 @@ def measure(suite: str) -> dict[str, Any]:
     found: Counter[str] = Counter()
     for path in parts.iterdir():
         found.update(json.loads(path.read_text(encoding="utf-8")))
-    found["starting"] += cpu - found.total()  # what passes before and after these clocks
+    found["ending"] = cpu - found.total()  # what passes after the clocks
     certificate = read_certificate(folder / "certificate.json")
     return {
         "seconds": seconds,

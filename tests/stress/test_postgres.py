@@ -59,7 +59,7 @@ def url(server: str, request: pytest.FixtureRequest) -> str:
 
 def opened(url: str, worker: str, identity: str = "one") -> Studies:
     schedules = [schedule(4), schedule(4, target="counterpart")]
-    return Studies(url, identity, schedules, shared=True, worker=worker)
+    return Studies(url, identity, schedules, worker=worker)
 
 
 def work(url: str, name: str, notes: Path, hang_at: int | None = None) -> None:
@@ -111,7 +111,7 @@ def test_workers_share_a_search_and_a_killed_one_loses_nothing(url, tmp_path, mo
     expected = [(target, number) for target in ("counterpart", "model") for number in range(6)]
     assert sorted(ran) == sorted([*expected, noted(tmp_path / "doomed")[1]])  # what was lost ran again, no other
 
-    alone = Studies(f"sqlite:///{tmp_path}/one.db", "one", opened(url, "d").schedules, shared=False, worker="one")
+    alone = Studies(f"sqlite:///{tmp_path}/one.db", "one", opened(url, "d").schedules)
     while (taken := alone.take()) is not None:
         trial, token = taken
         alone.finish(token, [found(trial, 0.6 if trial.number == 3 else 0.1)])

@@ -21,10 +21,8 @@ def url(tmp_path):
     return f"sqlite:///{tmp_path / 'study.db'}"
 
 
-def opened(url, worker="a", *, identity="one", schedules=None, shared=False):
-    return Studies(
-        url, identity, schedules or [schedule(), schedule(target="counterpart")], shared=shared, worker=worker
-    )
+def opened(url, worker=None, *, identity="one", schedules=None):
+    return Studies(url, identity, schedules or [schedule(), schedule(target="counterpart")], worker=worker)
 
 
 def harm_of(trial):
@@ -98,15 +96,17 @@ def test_a_duplicate_is_void(url):
     assert numbers(opened(url)).count((trial.target, trial.number)) == 1
 
 
-def test_what_a_killed_worker_ran_runs_again(url):
-    gone = opened(url, "gone")
+@pytest.mark.parametrize("worker", [None, "gone"])
+def test_what_a_killed_worker_ran_runs_again(url, worker):
+    gone = opened(url, worker)
     lost = [gone.take()[0] for _ in range(2)]
-    studies = opened(url, "b")
+    studies = opened(url, None if worker is None else "b")
     assert not studies.done()
-    studies.release()
-    assert studies.take()[0] not in lost
-    studies.release(everyone=True)
-    again = [studies.take()[0] for _ in range(3)]
+    if worker is not None:
+        studies.release()  # of its own
+        assert studies.take()[0] not in lost
+    opened(url, worker).release()
+    again = [studies.take()[0] for _ in range(4)]
     assert sorted(trial.number for trial in lost) == [0, 1]
     assert {(trial.target, trial.number) for trial in lost} <= {(trial.target, trial.number) for trial in again}
     assert [trial for trial in again if trial in lost] == lost
@@ -126,7 +126,7 @@ def test_a_batch_that_was_half_put_there_is_made_whole(url):
 def test_what_was_given_up_and_ran_elsewhere_is_dropped(url):
     slow, other = opened(url, "slow"), opened(url, "b")
     trial, token = slow.take()
-    other.release(everyone=True)
+    slow.release()
     work(other)
     slow.finish(token, [found(trial, 0.9)])
     assert numbers(other).count((trial.target, trial.number)) == 1
@@ -152,7 +152,7 @@ def test_hybrids_wait_for_what_is_measured_along_fine_tunings(url):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_full_disk_is_told_and_the_trial_handed_in_when_there_is_room(url, shared, tmp_path):
-    studies = opened(url, shared=shared)
+    studies = opened(url, "a" if shared else None)
     trial, token = studies.take()
     long = [{**found(trial), "reason": "x" * 10**6}]
     called = f"--storage {url}" if shared else f"{tmp_path}/study.db"
@@ -176,7 +176,7 @@ def test_a_full_disk_is_told_and_the_trial_handed_in_when_there_is_room(url, sha
 def test_a_database_whose_package_is_not_installed_says_how_it_is_had(scheme, module, why, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=rf"^--storage {re.escape(scheme)}://u:\*\*\*@127.0.0.1:1/{why}$"):
-        opened(f"{scheme}://u:secret@127.0.0.1:1/db", shared=True)
+        opened(f"{scheme}://u:secret@127.0.0.1:1/db", worker="a")
 
 
 def test_another_search_is_refused(url):
@@ -201,5 +201,5 @@ def test_another_search_is_refused(url):
 )
 def test_a_storage_that_cannot_be_reached_is_refused(bad, why):
     with pytest.raises(InputError, match=why) as refused:
-        opened(bad, shared=True)
+        opened(bad, worker="a")
     assert "secret" not in str(refused.value)

@@ -8,6 +8,7 @@ shown to the model and not trained on.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -142,13 +143,14 @@ def reader(dataset: Dataset, *, name: str, plain: str | None = None) -> Callable
             "prompt and response, messages, or conversations"
         )
     # Arrow fills up objects of a column with one another's keys; a column of JSON holds them as they were.
-    padded = {column for column, feature in dataset.features.items() if not _holds_json(feature)}
+    padded = frozenset(column for column, feature in dataset.features.items() if not _holds_json(feature))
+    # No closure: datasets hashes what it maps with, which takes longer for one than reading a hundred rows.
+    return functools.partial(_read_row, source=called(name), padded=padded, plain=plain)
 
-    def read(row: Row, index: int) -> tuple[str, Example]:
-        where = row.get(ORIGIN) or f"row {index + 1} of {called(name)}"
-        return where, _read({c: _pruned(v) if c in padded else v for c, v in row.items()}, where, plain)
 
-    return read
+def _read_row(row: Row, index: int, *, source: str, padded: frozenset[str], plain: str | None) -> tuple[str, Example]:
+    where = row.get(ORIGIN) or f"row {index + 1} of {source}"
+    return where, _read({c: _pruned(v) if c in padded else v for c, v in row.items()}, where, plain)
 
 
 def idle_columns(dataset: Dataset) -> list[str]:
@@ -177,27 +179,29 @@ def canonical(dataset: Dataset, *, name: str, plain: str | None = None) -> Datas
     """
     if is_tokenised(dataset, name=name):
         return dataset
-    read = reader(dataset, name=name, plain=plain)
-
-    def convert(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {column: [] for column in features}
-        for row, index in zip(rows_of(batch), indices, strict=True):
-            where, example = read(row, index)
-            for column, value in {ORIGIN: where, **vars(example)}.items():
-                found[column].append(value)
-        return found
-
     own = _CONVERSATIONS if plain is None else {"prompt": Value("string"), "completion": Value("string")}
     features = Features({**own, ORIGIN: Value("string")})
     return dataset.map(
-        convert,
+        _convert,
         batched=True,
         with_indices=True,
+        fn_kwargs={"read": reader(dataset, name=name, plain=plain), "columns": list(features)},
         remove_columns=dataset.column_names,
         features=features,
         load_from_cache_file=False,
         desc=f"Reading {called(name)}",
     )
+
+
+def _convert(
+    batch: Mapping[str, list[Any]], indices: list[int], read: Callable[[Row, int], Any], columns: list[str]
+) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {column: [] for column in columns}
+    for row, index in zip(rows_of(batch), indices, strict=True):
+        where, example = read(row, index)
+        for column, value in {ORIGIN: where, **vars(example)}.items():
+            found[column].append(value)
+    return found
 
 
 def called(name: str) -> str:

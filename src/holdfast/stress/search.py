@@ -66,8 +66,7 @@ class Plan:
     def studies(self, worker: str) -> Studies[Schedule]:
         """The studies in their storage."""
         url = self.storage or f"sqlite:///{self.folder / 'study.db'}"
-        shared = self.storage is not None
-        return Studies(url, self.identity, self.schedules(), shared=shared, worker=worker)
+        return Studies(url, self.identity, self.schedules(), worker=None if self.storage is None else worker)
 
     def runner(self) -> Runner:
         """What runs trials in this process: the models are loaded."""

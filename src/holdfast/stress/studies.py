@@ -98,29 +98,28 @@ class Studies(Generic[C]):
         url: Of Optuna's storage.
         identity: What is searched, as a hash: a storage that holds something else is refused.
         schedules: One for every study.
-        shared: Whether other machines may take part; then workers give signs of life.
-        worker: What tells this command's workers from others.
+        worker: What tells this command's workers from those of other machines, where such may take part: then they give
+            signs of life. None: all there are belong to this command.
 
     Raises:
         InputError: The storage cannot be reached, or holds another search.
         TrainingError: From all methods: it no longer takes or tells anything, as where a disk is full.
     """
 
-    def __init__(self, url: str, identity: str, schedules: list[C], *, shared: bool, worker: str) -> None:
+    def __init__(self, url: str, identity: str, schedules: list[C], *, worker: str | None = None) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=ExperimentalWarning)
         self.schedules = schedules
         self._over: set[int] = set()
         self._taken: dict[int, int] = {}
         self._worker = worker
-        self._shared = shared
+        self._shared = worker is not None
         self._lock = _lock_of(url)
-        self._called = f"--storage {_shown(url)}" if shared else str(make_url(url).database)
+        self._called = f"--storage {_shown(url)}" if self._shared else str(make_url(url).database)
         with self._lock:
             try:
-                self._storage = RDBStorage(
-                    url, heartbeat_interval=HEARTBEAT if shared else None, grace_period=GRACE if shared else None
-                )
+                signs = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE} if self._shared else {}
+                self._storage = RDBStorage(url, **signs)
                 self._studies = [self._opened(schedule, identity) for schedule in schedules]
             except (ImportError, RuntimeError, *_FAULTS) as error:
                 raise InputError(f"{self._called} {_unusable(error)}") from error
@@ -210,11 +209,11 @@ class Studies(Generic[C]):
             self._over.add(place)
 
     @_told
-    def release(self, *, everyone: bool = False) -> None:
-        """Give up the trials under way of this command's workers, which have ended; of `everyone` where it is alone."""
+    def release(self) -> None:
+        """Give up the trials under way of this command's workers, which have ended."""
         for study in self._studies:
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                if everyone or trial.user_attrs.get(_WORKER) == self._worker:
+                if not self._shared or trial.user_attrs.get(_WORKER) == self._worker:
                     self._fail(trial)
 
     @contextmanager
@@ -283,7 +282,8 @@ class Studies(Generic[C]):
                 return False
         except UpdateFinishedTrialError:
             return False
-        self._storage.set_trial_user_attr(trial._trial_id, _WORKER, self._worker)
+        if self._shared:
+            self._storage.set_trial_user_attr(trial._trial_id, _WORKER, self._worker)
         return True
 
     def _fail(self, trial: FrozenTrial) -> None:

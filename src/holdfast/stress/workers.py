@@ -6,6 +6,7 @@ on small models is faster than many and gives the same bits whatever else the ma
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import signal
@@ -47,7 +48,7 @@ def run(plan: Plan, *, processes: int, watch: Callable[[Studies[Schedule]], None
     keep_freed_memory()
     worker = uuid4().hex
     studies = plan.studies(worker)
-    studies.release(everyone=plan.storage is None)  # of a run that was killed
+    studies.release()  # of a run that was killed
     context = multiprocessing.get_context("spawn")
     started: list[Started] = []
     try:
@@ -107,6 +108,7 @@ def _work(plan: Plan, worker: str, taxed: list[str], connection: Connection) -> 
     from holdfast.cli.console import set_up_logging
     from holdfast.stress.search import tax_of, work
 
+    gc.freeze()  # what the libraries made stays, and the end of every training would look for garbage in it
     end_with_parent()
     tqdm.set_lock(threading.RLock())  # its own, of processes, would be left behind by one that is killed
     set_up_logging()
