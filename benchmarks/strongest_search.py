@@ -65,9 +65,10 @@ SEARCHED = Method(
         **dict.fromkeys(_WEIGHTS, FloatDistribution(0.0, 1.0, step=0.05)),
     },
 )
-"""Where the search begins, which is the pool by hand with rows to retain, and what it tries; weights beside fine-tuning's, which is 1.
+"""Where the search begins, which is the pool by hand with rows to retain, and what it tries.
 
-A simulated fine-tuning's rate lies between `attack_learning_rate` / `rate_spread` and their product.
+Weights stand beside fine-tuning's, which is 1. A simulated fine-tuning's rate lies between `attack_learning_rate` /
+`rate_spread` and their product.
 """
 
 

@@ -2,8 +2,10 @@
 
 import multiprocessing
 import re
+import sqlite3
 import sys
 import threading
+from contextlib import closing
 
 import pytest
 from optuna.storages import RDBStorage
@@ -148,6 +150,14 @@ def test_hybrids_wait_for_what_is_measured_along_fine_tunings(url):
         studies.finish(token, [found(trial), found(along, 0.9)])
     confirming = studies.take()[0]
     assert (confirming.kind, confirming.stage, confirming.setting) == ("hybrid", "confirm", prefilled)
+
+
+@pytest.mark.parametrize(("worker", "mode"), [(None, "wal"), ("a", "delete")])
+def test_what_machines_may_share_is_not_written_ahead(url, worker, mode):
+    """SQLite's log of what is to be written lies in memory that other machines do not see."""
+    work(opened(url, worker))
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == (mode,)
 
 
 @pytest.mark.parametrize("shared", [False, True])

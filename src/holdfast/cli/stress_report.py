@@ -32,7 +32,7 @@ from holdfast.stress.trials import Record, value_of
 _QUIET = 15
 
 #: The most of its time that a process spends on reading how far the studies are.
-_SHARE = 0.01
+_SHARE = 0.005
 
 _ALL = "all"
 

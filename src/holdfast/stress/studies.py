@@ -8,6 +8,7 @@ trial whose worker was killed is failed, in the storage's sense, and put there a
 from __future__ import annotations
 
 import functools
+import sqlite3
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -118,8 +120,11 @@ class Studies(Generic[C]):
         self._called = f"--storage {_shown(url)}" if self._shared else str(make_url(url).database)
         with self._lock:
             try:
-                signs = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE} if self._shared else {}
-                self._storage = RDBStorage(url, **signs)
+                beat, grace = (HEARTBEAT, GRACE) if self._shared else (None, None)
+                self._storage = RDBStorage(url, heartbeat_interval=beat, grace_period=grace)
+                if not self._shared:
+                    event.listen(self._storage.engine, "connect", _write_ahead)
+                    self._storage.engine.dispose()  # of the connection that it has made already
                 self._studies = [self._opened(schedule, identity) for schedule in schedules]
             except (ImportError, RuntimeError, *_FAULTS) as error:
                 raise InputError(f"{self._called} {_unusable(error)}") from error
@@ -320,6 +325,15 @@ def _lock_of(url: str) -> AbstractContextManager[Any]:
             raise InputError(f"--storage {url} cannot be used (there is no folder {Path(parsed.database).parent})")
         return FileLock(f"{parsed.database}.lock")
     return nullcontext()
+
+
+def _write_ahead(connection: sqlite3.Connection, _: Any) -> None:
+    """Let a commit wait for no disk, which takes a tenth of a small trial: what is killed loses nothing by that.
+
+    A machine that loses its power loses the last trials, which run again. Needs all processes on one machine.
+    """
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def _why(error: BaseException) -> str:
