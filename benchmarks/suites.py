@@ -1,6 +1,6 @@
 """What each suite of a stress test takes and finds, and what the search costs beside the attacks that it is there for.
 
-    python benchmarks/suites.py                    # quick and standard: about twenty minutes of two cores
+    python benchmarks/suites.py                    # quick and standard: about ten minutes of two cores
     python benchmarks/suites.py --suites full      # about an hour
 
 `holdfast stress` runs as on the command line on Patcher's model with SFT's as its counterpart, with two processes of

@@ -296,9 +296,9 @@ def test_the_union_is_the_cheapest_break_and_the_kinds_break_ties(study):
     assert search.held_by_all({"prompting": free, "full": three}) == pytest.approx(0.1)
 
 
-def search_all(study, folder, known, stop_at=None, monkeypatch=None):
+def search_all(study, folder, known, stop_at=None, monkeypatch=None, batches=1):
     commands = Strong(monkeypatch, study, stop_at=stop_at, known=known)
-    whole = replace(study["strongest_plan"].STUDY, out=folder / "out", batches=1)
+    whole = replace(study["strongest_plan"].STUDY, out=folder / "out", batches=batches)
     study["strongest_search"].search(whole, folder / "found.json")
     return commands, json.loads((folder / "found.json").read_text())
 
@@ -334,6 +334,9 @@ def test_the_search_goes_on_to_the_same_end_and_has_a_preset_that_meets_the_limi
     assert study["strongest_plan"].rows(study["strongest_plan"].STUDY, preset)["preset"]["pool"] == preset["pool"]
     assert study["strongest_search"].preset_of(tmp_path / "none.json") is None
     assert "| **chosen** |" in study["strongest_report"].searched(whole)
+    _, longer = search_all(study, tmp_path / "whole", known, monkeypatch=monkeypatch, batches=2)
+    assert longer["trials"][:5] == whole["trials"]
+    assert len(longer["trials"]) == 1 + 8
 
 
 # ---------------------------------------------------------------------- the page

@@ -46,6 +46,11 @@ def has_routers(model: PreTrainedModel | PeftModel) -> bool:
     return any(isinstance(module, recorder.target_class) for module in model.modules())
 
 
+def first_of(output: Any) -> Any:
+    """The tensor that a module hands on: some architectures' give a tuple that begins with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @contextmanager
 def hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
     """Call `hook(module, inputs, output)` behind each of these modules in the body.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from holdfast.errors import InputError
+from holdfast.layers import first_of
 from holdfast.models import eval_mode
 from holdfast.parameters import TINY
 from holdfast.residual import Writer, decoder_layers
@@ -84,7 +85,7 @@ def post_norms(model: PreTrainedModel | PeftModel, found: Iterable[Writer]) -> d
             behind[outputs[id(tensors[0])][1]] = _measured(module, names[module], tensors[0].shape[-1])
 
     def gave(module: nn.Module, _: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) else output
+        tensor = first_of(output)
         adds_itself = "residual" in inspect.signature(module.forward).parameters
         if isinstance(tensor, Tensor) and not adds_itself:
             outputs[id(tensor)] = tensor, names[module]
@@ -126,7 +127,7 @@ def left_along(model: PreTrainedModel, found: Iterable[Writer], norms: Mapping[s
     biases = {norm.path for norm in norms.values() if norm.centred}
 
     def without(directions: Tensor, _: nn.Module, __: Any, output: Any) -> Any:
-        tensor = output[0] if isinstance(output, tuple) else output
+        tensor = first_of(output)
         if tensor.shape[-1] != width:
             return output
         rows = directions.to(tensor)
@@ -137,7 +138,7 @@ def left_along(model: PreTrainedModel, found: Iterable[Writer], norms: Mapping[s
         seen: list[Tensor] = []
 
         def note(_: nn.Module, __: Any, output: Any) -> None:
-            stream = (output[0] if isinstance(output, tuple) else output).float().cpu()
+            stream = first_of(output).float().cpu()
             seen.append((stream @ r[0]).norm() / stream.norm().clamp(min=TINY))
 
         with ExitStack() as stack:

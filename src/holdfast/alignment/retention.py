@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from holdfast.config import DefenseConfig
 from holdfast.data.batches import BatchStream, all_tokens
 from holdfast.errors import InputError
-from holdfast.layers import hooked
+from holdfast.layers import first_of, hooked
 from holdfast.parameters import TINY, ParameterVector, exchanged, snapshot, take_gradient
 from holdfast.residual import decoder_layers
 from holdfast.trainer import DefenseTrainer
@@ -152,7 +152,7 @@ def _outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
 
     def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
+        found.append(first_of(output))
 
     with hooked(modules, note):
         yield found

@@ -59,6 +59,7 @@ from holdfast.data.load import Prompt
 from holdfast.data.rendering import ChatFormat
 from holdfast.data.tokens import padded_batches
 from holdfast.errors import InputError
+from holdfast.layers import first_of
 from holdfast.models import eval_mode
 from holdfast.parameters import TINY
 from holdfast.post_norms import PostNorm, left_along, post_norms
@@ -315,7 +316,7 @@ def last_tokens(
     last: Tensor
 
     def note(number: int, _: nn.Module, __: Any, output: Any) -> None:
-        stream = output[0] if isinstance(output, tuple) else output
+        stream = first_of(output)
         left[number].append(stream[torch.arange(len(last), device=stream.device), last.to(stream.device)].float().cpu())
 
     device = next(model.parameters()).device
