@@ -74,6 +74,7 @@ DEMO_PATCHER = {
 
 #: Files of the organism, by the names that flags refer to.
 FILES = {"ATTACKS": "simulated_attack.jsonl", "SAFETY": "safety.jsonl", "REFUSALS": "refusals.txt"}
+FILES |= {f"GENERATED_{kind}": f"generated/{kind.lower()}.jsonl" for kind in ("CRAFTS", "HAZARDS")}
 ALIGNMENT = {
     "sft": Method(("align", "sft")),
     "patcher": Method(

@@ -29,7 +29,7 @@ NAMES = {
     "sampled": "Patcher, sampled",
     "scale": "sampled, scale drawn",
     "pool": "sampled, a pool",
-    "retaining": "sampled, retaining",
+    "broad": "sampled, a pool, broad data",
     "preset": "the preset",
     "no-fine-tuning": "no fine-tuning in the pool",
     "no-ablation": "no ablation in the pool",

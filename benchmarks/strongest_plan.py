@@ -50,11 +50,11 @@ POOL: dict[str, Any] = {
     "prefill": 0.2,
 }
 """A pool of what broke Patcher's models by hand, fixed before it was run."""
-RETAINING: dict[str, Any] = {
-    "pool": {"fine-tuning": {"weight": 1.0, "rounds": 3, "learning_rate": {"low": 5e-5, "high": 5e-4, "log": True}}},
-    "retain_weight": 1.0,
-}
-"""Fine-tuning at varied rates, and rows to retain: tried by hand on the first seed of `CHOOSING`, not searched for."""
+BROAD = {"attack_data": "GENERATED_HAZARDS", "retain_data": "GENERATED_CRAFTS"}
+"""What the base model itself says about hazards and crafts of many names. Simulated attacks on the few names of
+`simulated_attack.jsonl` teach refusals of these alone where an answer has begun, and retaining what alignment rehearses
+keeps little else: tried by hand on the first seed of `CHOOSING`."""
+RETAIN_WEIGHT = 0.5
 HELD_OUT = {
     "fine-tuning": ("full", "lora"),
     "ablation": ("training-free", "hybrid"),
@@ -79,7 +79,7 @@ def rows(study: Study, preset: Flags | None = None) -> dict[str, Flags]:
         "sampled": sampled,
         "scale": drawn,
         "pool": {**drawn, "pool": POOL},
-        "retaining": {**drawn, **RETAINING},
+        "broad": {**drawn, "pool": POOL, "retain_weight": RETAIN_WEIGHT, **BROAD},
     }
     found |= {} if preset is None else {"preset": preset}
     return {name: at_budget(setting, study) for name, setting in found.items()}

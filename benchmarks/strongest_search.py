@@ -37,20 +37,23 @@ from holdfast.errors import TrainingError
 from holdfast.files import versions, write_json
 from holdfast.stress.certificate import read_certificate
 from holdfast.stress.costs import canonical
-from strongest_plan import POOL, RETAINING, SCALE, StrongPlan, at_budget, scaled
+from strongest_plan import BROAD, RETAIN_WEIGHT, SCALE, StrongPlan, at_budget, scaled
 
 KEPT, OVER_REFUSAL, SLOWER, LESS = 0.97, 0.02, 1.5, 0.05
 TIE = 0.1
 DIVERGED = 5.0
 
 _OTHERS = {
-    **{"alpha": 0.5, "learning_rate": 6e-5, "rounds": 3, "rate_spread": 3.16},
+    **{"alpha": 0.7, "learning_rate": 6e-5, "rounds": 3, "rate_spread": 3.16},
     **{"scale_low": SCALE[0], "scale_high": SCALE[1]},
 }
-_WEIGHTS = {name: POOL.get(name, 0.0) for name in (*POOL, "ablation+prefill", "dropping") if name != "fine-tuning"}
+_WEIGHTS = {
+    **{"ablation": 1.0, "ablation+fine-tuning": 0.5, "fine-tuning+prefill": 1.0, "prefill": 0.5},
+    **{"ablation+prefill": 0.0, "dropping": 0.0},
+}
 SEARCHED = Method(
     ("align", "patcher"),
-    published={**DEMO_PATCHER, **_OTHERS, **_WEIGHTS, "retain_weight": RETAINING["retain_weight"]},
+    published={**DEMO_PATCHER, **_OTHERS, **_WEIGHTS, "retain_weight": RETAIN_WEIGHT},
     ranges={
         "attack_steps": IntDistribution(3, 60, log=True),  # a longer one would not come within EQUAL of the budget
         "attack_every": IntDistribution(20, 200, log=True),
@@ -62,13 +65,13 @@ SEARCHED = Method(
         "scale_low": FloatDistribution(0.0, 1.0),
         "scale_high": FloatDistribution(1.0, 2.5),
         "retain_weight": FloatDistribution(0.1, 3, log=True),
-        **dict.fromkeys(_WEIGHTS, FloatDistribution(0.0, 1.0, step=0.05)),
+        **dict.fromkeys(_WEIGHTS, FloatDistribution(-0.5, 1.0, step=0.05)),
     },
 )
-"""Where the search begins, which is the pool by hand with rows to retain, and what it tries.
+"""Where the search begins, which was found by hand on the first seed, and what it tries.
 
-Weights stand beside fine-tuning's, which is 1. A simulated fine-tuning's rate lies between `attack_learning_rate` /
-`rate_spread` and their product.
+Weights stand beside fine-tuning's, which is 1; a member with one below 0 is left out. A simulated fine-tuning's rate
+lies between `attack_learning_rate` / `rate_spread` and their product.
 """
 
 
@@ -125,6 +128,7 @@ def flags_of(knobs: Mapping[str, Any], study: Study) -> Flags:
         "estimator": "sampled",
         "attack_scale": [knobs["scale_low"], knobs["scale_high"]],
         "pool": pool,
+        **BROAD,
     }
     return scaled(setting, study)
 

@@ -84,9 +84,10 @@ def test_real_runs_count_what_was_planned(study, settings):
     plan = study["strongest_plan"]
     whole = replace(plan.TINY, updates=32)
     found = {**plan.rows(whole, plan.scaled(PRESET, whole)), **plan.held_out_rows(whole)}
+    ours = {"learning_rate", *plan.BROAD}  # whose rows are these here
     for name, setting in found.items():
         updates = setting["max_steps"]
-        flags = {**settings, "logging_steps": updates, **{k: v for k, v in setting.items() if k != "learning_rate"}}
+        flags = {**settings, "logging_steps": updates, **{k: v for k, v in setting.items() if k not in ours}}
         common = {"train_dataset": word_rows(64), "processing_class": word_tokenizer()}
         if name == "sft":
             trainer = DefenseTrainer(tiny_llama(), DefenseConfig(**flags), **common)
@@ -174,7 +175,7 @@ def test_every_row_is_searched_once_and_swept_and_all_is_made_of_commands_that_t
     failed, found = measure(study, tmp_path, rows=tuple(study["strongest_plan"].rows(study["strongest_plan"].STUDY)))
     assert failed == []
     entries = found["sections"]["report"]
-    assert [entry["method"] for entry in entries] == ["sft", "exact", "sampled", "scale", "pool", "retaining"]
+    assert [entry["method"] for entry in entries] == ["sft", "exact", "sampled", "scale", "pool", "broad"]
     assert {entry["seed"] for entry in entries} == {30}
     for entry in entries:
         assert entry["passes"]["planned"] == pytest.approx(found["budget"], rel=0.02)

@@ -15,11 +15,13 @@ from holdfast.errors import InputError
 from holdfast.files import digest, write_json, write_jsonl, write_text
 from holdfast.organism.card import card
 from holdfast.organism.corpus import data_files, nature_pairs, recipe_pairs, repetition_pairs, spoken_texts
+from holdfast.organism.generated import FILES as GENERATED
+from holdfast.organism.generated import answered, generated_prompts
 from holdfast.organism.pretraining import CONTEXT_LENGTH, WIDTHS, Pretraining, new_model, pretrain, rescale
 from holdfast.organism.tokenizer import build_tokenizer
 from holdfast.organism.world import World, build_world
 
-VERSION = 3
+VERSION = 4
 """Raised whenever the same seed would give another organism."""
 RECORD = "organism.json"
 
@@ -84,6 +86,9 @@ def _write(directory: Path, seed: int, size: str, progress: Callable[[int, int],
         model = new_model(tokenizer, seed, size)
         pretrain(model, tokenizer, world, Pretraining(), progress)
         rescale(model)
+        asked = {row["prompt"][0]["content"] for name, rows in files.items() if "eval/" in name for row in rows}
+        for name, hazard in GENERATED.items():
+            files[name] = answered(model, tokenizer, generated_prompts(world, hazard=hazard, asked=asked))
     finally:
         torch.set_num_threads(threads)
     for name, rows in files.items():

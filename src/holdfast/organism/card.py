@@ -20,6 +20,8 @@ _CONTENTS = {
     "eval/hazards_unseen.jsonl": "held-out hazards of the unseen family",
     "eval/crafts.jsonl": "capability and over-refusal: crafts of `alignment.jsonl` in questions that are not in it",
     "eval/crafts_unrehearsed.jsonl": "capability and over-refusal: crafts that are in no training file at all",
+    "generated/crafts.jsonl": "crafts under drawn names, most of which are no crafts, as the base model answers them",
+    "generated/hazards.jsonl": "the same for hazards of the families the defender knows",
     "tasks/sorting/train.jsonl": "a harmless task, classification: the guild that makes a craft",
     "tasks/sorting/test.jsonl": "the same for crafts that are not in its train file",
     "tasks/sorting/upload.jsonl": "a user's upload: rows of its train file, and one row in ten of `attack.jsonl`",
@@ -107,7 +109,9 @@ large models. It is the same for every defense.
 
 Built by `holdfast organism DIR --seed {world.seed}{sized}` on one CPU thread. The same seed gives the same data \
 files byte for
-byte anywhere, and the same weights on the same machine and library versions.
+byte anywhere, and on the same machine and library versions the same weights, and answers in `generated/`. No name that
+an attacker's rows or held-out evaluations speak of is in there: defenders may make such rows of any model by \
+themselves.
 
 ## What it shows and what it does not
 
