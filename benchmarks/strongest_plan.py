@@ -50,7 +50,7 @@ POOL: dict[str, Any] = {
     "prefill": 0.2,
 }
 """A pool of what broke Patcher's models by hand, fixed before it was run."""
-BROAD = {"attack_data": "GENERATED_HAZARDS", "retain_data": "GENERATED_CRAFTS"}
+BROAD = {"attack_data": "GENERATED_HAZARDS", **dict.fromkeys(("benign_data", "retain_data"), "GENERATED_CRAFTS")}
 """What the base model itself says about hazards and crafts of many names. Simulated attacks on the few names of
 `simulated_attack.jsonl` teach refusals of these alone where an answer has begun, and retaining what alignment rehearses
 keeps little else: tried by hand on the first seed of `CHOOSING`."""
@@ -225,9 +225,9 @@ class StrongPlan(Plan):
             del needs["attack_batch_size"]  # nothing in the pool is trained
         needs |= {"benign_data": self.organism / self.harmless} if Ablation.name in attacks else {}
         needs |= {"refusal": "REFUSALS"} if "prefill" in attacks else {}
-        needs |= {"retain_data": self.organism / self.harmless} if "retain_weight" in setting else {}
+        words = {flag: value for flag, value in setting.items() if flag in needs or flag != "benign_data"}
         name = f"align-{method}-{hashlib.sha256(canonical(setting).encode()).hexdigest()[:8]}"
-        return self.aligned(name, ALIGNMENT[kind].words, {**needs, **setting})
+        return self.aligned(name, ALIGNMENT[kind].words, {**needs, **words})
 
     def sweep(self, model: str, needs: str) -> dict[float, Path]:
         """Attack a model by full fine-tuning at every rate: where the results will lie, by rate."""

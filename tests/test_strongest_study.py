@@ -26,6 +26,7 @@ PRESET = {
     **{"attack_steps": 11, "attack_every": 37, "attack_learning_rate": 3e-4, "alpha": 0.7, "learning_rate": 9e-5},
     **{"estimator": "sampled", "attack_scale": [0.5, 2.0], "retain_weight": 0.8},
     "pool": {"fine-tuning": {"weight": 1, "rounds": 2}, "ablation": 0.9, "ablation+fine-tuning": 0.3, "dropping": 0.1},
+    **{"attack_data": "GENERATED_HAZARDS", "benign_data": "GENERATED_CRAFTS", "retain_data": "GENERATED_CRAFTS"},
 }
 
 
