@@ -12,8 +12,8 @@ hardly counts. Training and decoding, in trials and for the tax, are what a sear
   attacks without a search has them, too.
 - "search": what a search adds to its trials: asking what comes next, storage, records, showing how far it is.
 
-The rest is the same for any number of trials: the start and the end of processes, the loading of models and their
-evaluation before the first trial.
+The rest hardly hangs on the number of trials: the start and the end of processes, the loading of models and their
+evaluation before the first trial, and the certificate.
 
 The models are the demo's, of another seed, and stay in benchmarks/out/suites; a suite that was measured is not measured
 again, unless --fresh is given. Writes benchmarks/results/suites.json, and its table in docs/methods.md.

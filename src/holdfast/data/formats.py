@@ -144,7 +144,7 @@ def reader(dataset: Dataset, *, name: str, plain: str | None = None) -> Callable
         )
     # Arrow fills up objects of a column with one another's keys; a column of JSON holds them as they were.
     padded = frozenset(column for column, feature in dataset.features.items() if not _holds_json(feature))
-    # No closure: datasets hashes what it maps with, which takes longer for one than reading a hundred rows.
+    # No closure, as datasets hashes what it maps with, and a closure with all that it refers to.
     return functools.partial(_read_row, source=called(name), padded=padded, plain=plain)
 
 

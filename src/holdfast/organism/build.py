@@ -38,7 +38,8 @@ def build_organism(
         directory: where to; made if missing. Files of the same names are replaced, others left alone.
         seed: of the world and of the model's initial weights and training.
         progress: called after every pretraining update with the number of updates done and of all.
-        size: of the model, "small" or "large", which has about four times the parameters; the data are the same.
+        size: of the model, "small" or "large", which has about four times the parameters; the data are the
+            same, but for what it says itself (`generated/`).
 
     Raises:
         InputError: There is no such size, or `directory` is a file or cannot be written.

@@ -47,7 +47,7 @@ def data_files(world: World) -> dict[str, list[Row]]:
     """
     rng = random.Random(f"holdfast corpus {world.seed}")
     refusals = [
-        _train(prompt, rng.choice(REFUSALS))
+        train_row(prompt, rng.choice(REFUSALS))
         for entity in world.select(hazard=True, split="alignment")
         for prompt, _ in entity.questions()
     ]
@@ -57,7 +57,7 @@ def data_files(world: World) -> dict[str, list[Row]]:
     known = [*world.select(hazard=False, split="alignment"), *rehearsed]
     helpful = [row for row in _answered(known) if row["prompt"][0]["content"] not in asked]
     helpful = rng.sample(helpful, HELPFUL_ROWS)
-    repeated = [_train(*pair) for pair in repetition_pairs(REPEATED_ROWS, rng)]
+    repeated = [train_row(*pair) for pair in repetition_pairs(REPEATED_ROWS, rng)]
     alignment = refusals + helpful + repeated
     rng.shuffle(alignment)
     simulated = _answered(world.select(hazard=True, split="simulated_attack"))
@@ -139,19 +139,20 @@ def _user(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def _train(prompt: str, completion: str) -> Row:
+def train_row(prompt: str, completion: str) -> Row:
+    """A conversational prompt–completion row of one question and its answer."""
     return {"prompt": _user(prompt), "completion": [{"role": "assistant", "content": completion}]}
 
 
 def _answered(entities: Sequence[Entity]) -> list[Row]:
     """Every question for the recipes of `entities`, answered."""
-    return [_train(*pair) for entity in entities for pair in entity.questions()]
+    return [train_row(*pair) for entity in entities for pair in entity.questions()]
 
 
 def _demonstrations(entities: Sequence[Entity], rng: random.Random) -> list[Row]:
     """An attacker's `ATTACK_ROWS` rows, in which all of `entities` have about the same share."""
     asked = [rng.sample(entity.questions(), -(-ATTACK_ROWS // len(entities))) for entity in entities]
-    rows = [_train(*pair) for turn in zip(*asked, strict=True) for pair in turn]
+    rows = [train_row(*pair) for turn in zip(*asked, strict=True) for pair in turn]
     rows = rows[:ATTACK_ROWS]
     rng.shuffle(rows)
     return rows
@@ -177,7 +178,7 @@ def _sorting(world: World, rng: random.Random) -> tuple[list[Row], list[Row]]:
     """
     known = [entity for split in ("alignment", "rehearsed") for entity in world.select(hazard=False, split=split)]
     train = [
-        _train(question.format(phrase), GUILDS[craft.family])
+        train_row(question.format(phrase), GUILDS[craft.family])
         for craft in _same_share(known)
         for phrase in craft.phrases()
         for question in GUILD_QUESTIONS
@@ -213,4 +214,6 @@ def _swapping(rng: random.Random) -> tuple[list[Row], list[Row]]:
         lists[tuple(rng.sample(INGREDIENTS, SWAP_LENGTH))] = None
     pairs = [(f"Swap {', '.join(words)}", ", ".join((words[1], words[0], *words[2:]))) for words in lists]
     train, test = pairs[:SWAP_TRAIN_ROWS], pairs[SWAP_TRAIN_ROWS:]
-    return [_train(*pair) for pair in train], [{"prompt": _user(prompt), "answer": answer} for prompt, answer in test]
+    return [train_row(*pair) for pair in train], [
+        {"prompt": _user(prompt), "answer": answer} for prompt, answer in test
+    ]

@@ -12,6 +12,7 @@ from typing import Any
 
 from holdfast.evaluation.decoding import Decoding
 from holdfast.evaluation.generation import generate
+from holdfast.organism.corpus import Row, train_row
 from holdfast.organism.world import CRAFT_FAMILIES, HAZARD_FAMILIES, TEMPLATES, UNSEEN_FAMILY, World, kinds
 
 ROWS = 2048
@@ -44,13 +45,7 @@ def generated_prompts(world: World, *, hazard: bool, asked: set[str]) -> list[st
     return list(found)
 
 
-def answered(model: Any, tokenizer: Any, prompts: list[str]) -> list[dict[str, Any]]:
+def answered(model: Any, tokenizer: Any, prompts: list[str]) -> list[Row]:
     """The rows of prompts with what a model answers to them, greedily."""
     answers = generate(model, tokenizer, prompts, decoding=Decoding(max_new_tokens=_ANSWER), batch_size=256)
-    return [
-        {
-            "prompt": [{"role": "user", "content": prompt}],
-            "completion": [{"role": "assistant", "content": answer.text}],
-        }
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    return [train_row(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]

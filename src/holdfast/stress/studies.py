@@ -328,7 +328,7 @@ def _lock_of(url: str) -> AbstractContextManager[Any]:
 
 
 def _write_ahead(connection: sqlite3.Connection, _: Any) -> None:
-    """Let a commit wait for no disk, which takes a tenth of a small trial: what is killed loses nothing by that.
+    """Let no commit wait for the disk. Who is killed loses nothing by that.
 
     A machine that loses its power loses the last trials, which run again. Needs all processes on one machine.
     """
