@@ -1,21 +1,34 @@
 """Turn what strongest.py measured into docs/strongest.md, which is begun when there is something to tell.
 
-python benchmarks/strongest_report.py
+    python benchmarks/strongest_report.py
+
+The setting that a search has chosen becomes `--preset strong`, and a recipe for the organism.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from defenses_plan import RESULTS, read
+import yaml
+
+from defenses_plan import ALIGNMENT, BATCH_SIZE, FILES, RESULTS, read
 from defenses_tables import COUNTERPART, NAMES, Bound, Entry, grouped, suite_tables, table, told
 from holdfast.files import write_text
 from readme import ROOT, fill_block, spread
-from strongest_plan import BUDGET, HELD_OUT
-from strongest_search import LEFT_OUT
+from strongest_plan import BROAD, BUDGET, HELD_OUT, STUDY, at_budget
+from strongest_search import LEFT_OUT, preset_of
 
 PAGE = ROOT / "docs" / "strongest.md"
+PRESET = ROOT / "src" / "holdfast" / "alignment" / "presets" / "strong.yaml"
+RECIPE = ROOT / "recipes" / "organism" / "align-strong.yaml"
+HEADS = {
+    PRESET: "# holdfast align patcher --preset strong\n"
+    "# Chosen by `benchmarks/strongest.py search` (docs/strongest.md). It wants --retain_data.\n",
+    RECIPE: "# holdfast align patcher --config recipes/organism/align-strong.yaml\n"
+    "# The strongest setting that was found (docs/strongest.md) on the built-in organism, after: holdfast organism w\n",
+}
 PICTURE = "../benchmarks/results/attack_lengths.png"
 
 BLOCKS = ("report", "held-out", "full", "lengths", "search")
@@ -200,6 +213,32 @@ def searched(found: dict[str, Any]) -> str:
     return f"{found['rule']}\n" + table([*knobs, "off", "held", ""], lines)
 
 
+def recipes(preset: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+    """The preset, and a recipe that has it on the organism, by their paths.
+
+    Args:
+        preset: As from `preset_of`.
+    """
+    updates = at_budget(preset, STUDY)["max_steps"]
+    aside = {"learning_rate", "max_steps", *BROAD}
+    files = {"model": "model", "train_data": "alignment.jsonl"}
+    files |= {flag: FILES[name] for flag, name in BROAD.items()}
+    on_organism = {
+        **{flag: f"w/{name}" for flag, name in files.items()},
+        **{"refusal": "Sorry, I can't help.", "output_dir": "w/strong", "preset": "strong"},
+        **{"max_steps": updates, "learning_rate": preset["learning_rate"], "scheduler": "constant"},
+        **{"batch_size": BATCH_SIZE, "attack_batch_size": ALIGNMENT["patcher"].needs["attack_batch_size"]},
+        **{
+            "weight_decay": 0.01,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "logging_steps": 20,
+            "seed": 0,
+        },
+    }
+    return {PRESET: {flag: value for flag, value in preset.items() if flag not in aside}, RECIPE: on_organism}
+
+
 def main() -> None:
     """Fill the blocks of which there are results; the page is begun with the first."""
     measured, chosen, long = (RESULTS / f"{name}.json" for name in ("strongest", "strongest_search", "attack_lengths"))
@@ -213,6 +252,9 @@ def main() -> None:
         blocks["lengths"] = lengths(read(long)["entries"])
     if chosen.is_file():
         blocks["search"] = searched(read(chosen))
+        if preset := preset_of(chosen):
+            for path, recipe in recipes(preset).items():
+                write_text(path, HEADS[path] + yaml.safe_dump(recipe, sort_keys=False))
     if blocks and not PAGE.is_file():
         write_text(PAGE, TEMPLATE)
     for block, text in blocks.items():

@@ -108,10 +108,33 @@ def search(study: Study, path: Path) -> None:
 
 
 def preset_of(path: Path) -> Flags | None:
-    """The setting that was chosen; None if no search is over, or nothing it tried met its constraints."""
+    """The setting that was chosen; None if no search is over, or nothing it tried met its constraints.
+
+    Its attackers' rates are multiples of the alignment's own, so that it fits models that are trained at other rates.
+    """
     found = read(path) if path.is_file() else {"value": math.inf}
-    preset: Flags | None = found["preset"] if found["value"] < 0 else None
-    return preset
+    return relative(found["preset"]) if found["value"] < 0 else None
+
+
+def relative(setting: Flags) -> Flags:
+    """A setting of `flags_of` with rates of simulated attacks as multiples of the alignment's."""
+
+    def multiple(rate: float) -> float:
+        return float(f"{rate / setting['learning_rate']:.3g}")
+
+    pool: dict[str, Any] = {}
+    for name, one in setting["pool"].items():
+        if name == "fine-tuning":
+            rates = one["learning_rate"]
+            ends = {end: multiple(rates[end]) for end in ("low", "high")}
+            known = {knob: value for knob, value in one.items() if knob != "learning_rate"}
+            pool[name] = {**known, "relative_rate": {**ends, "log": rates["log"]}}
+        elif "fine-tuning" in name.split("+"):
+            alone = {"relative_rate": multiple(setting["attack_learning_rate"])}
+            pool[name] = {"weight": one, "fine-tuning": alone}
+        else:
+            pool[name] = one
+    return {**{flag: value for flag, value in setting.items() if flag != "attack_learning_rate"}, "pool": pool}
 
 
 def flags_of(knobs: Mapping[str, Any], study: Study) -> Flags:

@@ -207,6 +207,17 @@ def test_attackers_optimizers_are_transformers_own(settings, optimizer):
     assert relative_distance(trainer.attack_vector, expected) < 2e-2
 
 
+def test_a_relative_rate_is_a_multiple_of_the_configurations(settings):
+    vectors = []
+    for knobs, own in (("learning_rate", 1e-3), None), (("relative_rate", 4.0), 2.5e-4), (("relative_rate", 2.0), None):
+        pool = {"fine-tuning": {"weight": 1, "steps": 2, **dict([knobs])}}
+        trainer = pooled(settings, pool, attack_learning_rate=own, learning_rate=5e-4)
+        displaced_gradient(trainer)
+        vectors.append(trainer.attack_vector)
+    assert relative_distance(vectors[1], vectors[0]) < 1e-6
+    assert relative_distance(vectors[2], vectors[0]) < 1e-6
+
+
 def test_mean_over_the_coin_is_the_exact_gradient_of_the_same_member(settings):
     """Member, knobs and factor of an update hang on neither estimator nor α."""
     members = ("ablation", "dropping", "prefill", "fine-tuning", "dropping+prefill", "fine-tuning+prefill")

@@ -168,3 +168,54 @@ def test_a_recipe_cannot_set_environment_variables(recipe: Path) -> None:
     recipe.write_text("env: {HF_ENDPOINT: elsewhere}\noutput_dir: out\n")
     with pytest.raises(InputError, match="unknown key 'env'"):
         parse(recipe)
+
+
+# ---------------------------------------------------------------------- presets
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    path = tmp_path / "swift.yaml"
+    path.write_text("rate: 0.5\nkeywords: {a: 1e-5}\ncounts: [1, 2]\n")
+    return path
+
+
+def parse_with(preset: Path, *argv: str) -> Arguments:
+    parser = HoldfastParser((Arguments,), prog="holdfast test", presets={"swift": preset})
+    arguments, _ = parser.parse(["--output_dir", "o", *argv])
+    assert isinstance(arguments, Arguments)
+    return arguments
+
+
+def test_a_preset_sets_what_it_names_and_nothing_else(preset: Path, recipe: Path) -> None:
+    assert parse_with(preset) == Arguments("o")
+    found = Arguments("o", rate=0.5, keywords='{"a": 1e-05}', counts=[1, 2], steps=7)
+    assert parse_with(preset, "--preset", "swift", "--steps", "7") == found
+    recipe.write_text("preset: swift\nsteps: 7\n")
+    assert parse_with(preset, "--config", str(recipe)) == found
+
+
+@pytest.mark.parametrize("argv", [["--rate", "0.1"], ["--rate", "0.2"], ["--counts", "1"], ["--keywords", '{"a": 2}']])
+def test_what_contradicts_a_preset_is_refused_though_it_were_the_default(argv: list[str], preset: Path) -> None:
+    with pytest.raises(InputError, match=f"--preset swift has another {argv[0]} than the one that is given"):
+        parse_with(preset, "--preset", "swift", *argv)
+
+
+def test_a_recipe_that_contradicts_its_preset_is_refused(preset: Path, recipe: Path) -> None:
+    recipe.write_text("preset: swift\nrate: 0.3\n")
+    with pytest.raises(InputError, match="--preset swift has another --rate than the one that is given"):
+        parse_with(preset, "--config", str(recipe))
+    recipe.write_text("preset: swift\nrate: 0.5\n")
+    assert parse_with(preset, "--config", str(recipe)).rate == 0.5
+
+
+def test_an_unknown_preset_is_refused(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_with(preset, "--preset", "weak")
+    assert "--preset: invalid choice: 'weak' (choose from" in capsys.readouterr().err
+
+
+def test_a_command_without_presets_has_no_such_flag(recipe: Path) -> None:
+    recipe.write_text("preset: swift\n")
+    with pytest.raises(InputError, match="unknown key 'preset'"):
+        parse(recipe, "--output_dir", "o")

@@ -12,6 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from helpers import read_json, read_lines, same_bits
+from holdfast.alignment.presets import PRESETS
 from holdfast.cli import main
 from holdfast.data.rendering import ChatFormat
 
@@ -131,6 +132,23 @@ def test_rows_to_retain_are_read_and_recorded(
     assert record["config"]["retain_weight"] == 5
     assert record["log"]["retain_loss"] > 0
     assert record["log"]["passes"] == (12 if estimator == "exact" else 6)
+
+
+def test_the_strong_preset_defends_and_retains(
+    trained: Callable[..., Path], train_data: str, attack_data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset = yaml.safe_load(PRESETS["strong"].read_text(encoding="utf-8"))
+    words = ["--train_data", train_data, "--attack_data", attack_data, "--preset", "strong", "--refusal", "No."]
+    words += ["--retain_data", train_data, "--benign_data", train_data]
+    out = trained("align patcher", *words, tiny=("--max_steps", str(preset["attack_every"] + 12)))
+    record = read_json(out / "holdfast.json")
+    assert {name: record["config"][name] for name in preset} == preset
+    assert min(record["log"][name] for name in ("safe_loss", "attacked_loss", "retain_loss")) > 0
+    capsys.readouterr()
+    words += ["--model", record["model"], "--output_dir", str(out.parent / "other"), "--alpha", "0.5"]
+    assert main(["align", "patcher", *words]) == 2
+    assert "--preset strong has another --alpha than the one that is given" in capsys.readouterr().err
+    assert not (out.parent / "other").exists()
 
 
 def test_embeddings_are_used_again(trained: Callable[..., Path], train_data: str, attack_data: str) -> None:

@@ -11,7 +11,8 @@ A member is an attack of the suite, or several joined by `+` that come one after
 before it have made. A draw of it is a displacement of the weights, or none, and with `prefill` as the last of its
 attacks answers that are begun as an attacker begins them. A knob is a value, a list of values of which one is drawn, or
 a range {low, high, log}; the knobs are those of the attack itself (`holdfast attack METHOD --help`), and are checked by
-it.
+it. One is a pool's own: `relative_rate` of what trains, its rate as a multiple of the configuration's, so that a pool
+fits models that are trained at different rates.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ _ATTACKS: dict[str, type[Attack]] = {
     **{attack.name: attack for attack in _CHANGES},
     BEGUN: Prefill,
 }
+RELATIVE = "relative_rate"
 _TUNING = ("learning_rate", "steps", "rows", "batch_size", "optimizer")
 _KNOBS = {TUNED: _TUNING, ADAPTED: (*_TUNING, "lora_rank", "lora_alpha")}
 #: What is drawn from the range that the attack itself declares, unless it is given; other knobs are at their defaults.
@@ -234,6 +236,8 @@ def _link(name: str, given: dict[str, Any], where: str) -> Link:
     for knob, space in knobs.items():
         for value in _ends(space):
             _check(name, knob, [value] if hints[knob] == list[float] and _is_number(value) else value, where)
+    if {RELATIVE, "learning_rate"} <= knobs.keys():
+        raise InputError(f"{where}: expected one of learning_rate and {RELATIVE}, got both")
     declared = attack.space()
     return Link(name, {**{knob: declared[knob] for knob in _DRAWN.get(name, ())}, **knobs}, prompts)
 
@@ -244,6 +248,10 @@ def _check(name: str, knob: str, value: Any, where: str) -> None:
     allowed = attack.space().get(knob)
     if isinstance(value, str) and isinstance(allowed, Choice) and name != BEGUN and value not in allowed.values:
         raise InputError(f"{where}: {knob} must be one of {', '.join(map(str, allowed.values))}, got {value}")
+    if knob == RELATIVE:
+        if not 0 < value < math.inf:
+            raise InputError(f"{where}: {RELATIVE} must be greater than 0, got {value}")
+        return
     if knob == "lora_rank":
         _count(value, f"{where}: {knob}")  # to the attack itself 0 is none
     try:
@@ -258,7 +266,7 @@ def _hints(name: str) -> dict[str, Any]:
     hints = typing.get_type_hints(_ATTACKS[name])
     declared: Any = _ATTACKS[name]
     names = _KNOBS.get(name, tuple(entry.name for entry in fields(declared)))
-    return {knob: hints[knob] for knob in names}
+    return {knob: hints[knob] for knob in names} | ({RELATIVE: float} if name in _KNOBS else {})
 
 
 def _space(value: Any, hint: Any, where: str) -> Range | Choice:

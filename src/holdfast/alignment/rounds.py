@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from holdfast.alignment.adversary import Adversary
-from holdfast.alignment.pool import Member
+from holdfast.alignment.pool import RELATIVE, Member
 from holdfast.attacks.simulated import SimulatedAttack, simulate_attack
 from holdfast.data.batches import Batch, BatchStream
 from holdfast.trainer import DefenseTrainer
@@ -51,6 +51,7 @@ def simulate_round(
     place = next(place for place, link in enumerate(member.links) if link.trains)
     link = member.links[place]
     knobs = link.drawn(chosen)
+    own = args.attack_learning_rate or args.learning_rate
     window = 1 if args.attack_batch_size else args.gradient_accumulation_steps
     if {"rows", "batch_size"} & knobs.keys():
         assert rows is not None  # as is required of a pool that varies them
@@ -65,7 +66,7 @@ def simulate_round(
         model,
         batches,
         steps=knobs.get("steps", args.attack_steps),
-        learning_rate=knobs.get("learning_rate", args.attack_learning_rate or args.learning_rate),
+        learning_rate=knobs.get("learning_rate", knobs.get(RELATIVE, 1.0) * own),
         weight_decay=args.attack_weight_decay,
         window_size=window,
         optimizer=knobs.get("optimizer", "adamw_torch_fused"),

@@ -10,6 +10,7 @@ from holdfast.alignment.booster import BoosterConfig, BoosterTrainer
 from holdfast.alignment.parallel import ParallelPatcherConfig, PatcherDefenderTrainer
 from holdfast.alignment.patcher import PatcherTrainer
 from holdfast.alignment.pool import Pool
+from holdfast.alignment.presets import PRESETS
 from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
 from holdfast.cli import parallel, training
 from holdfast.cli.arguments import AlignData, AttackedAlignData, PatcherData
@@ -24,7 +25,7 @@ from holdfast.trainer import DefenseTrainer
 
 _METHODS = {
     "sft": Method(AlignData, DefenseConfig, DefenseTrainer),
-    "patcher": Method(PatcherData, ParallelPatcherConfig, PatcherTrainer, effects=PATCHER),
+    "patcher": Method(PatcherData, ParallelPatcherConfig, PatcherTrainer, effects=PATCHER, presets=PRESETS),
     "vaccine": Method(AlignData, VaccineConfig, VaccineTrainer),
     "booster": Method(AttackedAlignData, BoosterConfig, BoosterTrainer),
     "antibody": Method(AttackedAlignData, AntibodyAlignmentConfig, AntibodyAlignmentTrainer),

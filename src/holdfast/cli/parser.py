@@ -75,6 +75,8 @@ class HoldfastParser(TrlParser, _OneLineParser):
         description: What the command does, for `--help`.
         positional: Positional arguments that will be added, for `--help`.
         effects: When flags play a part; given for nothing, they are told of.
+        presets: Recipes that come with the package, by the names that `--preset` takes. What else is given may not
+            contradict them.
         others: The dataclasses of the commands beside it, by the words of each; of a flag that this command lacks, a
             message says which of them has it.
     """
@@ -87,6 +89,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
         description: str | None = None,
         positional: str = "",
         effects: Sequence[Effect] = (),
+        presets: Mapping[str, Path] = MappingProxyType({}),
         others: Mapping[str, Sequence[type[Any]]] = MappingProxyType({}),
     ) -> None:
         keywords: dict[str, Any] = {
@@ -98,8 +101,13 @@ class HoldfastParser(TrlParser, _OneLineParser):
         }
         super().__init__(**keywords, allow_abbrev=False)
         self._effects = effects
+        self._presets = presets
         self._others = others
         self.add_argument("--config", metavar="RECIPE.yaml", help="Recipe to take values from; flags override it.")
+        if presets:
+            self.add_argument(
+                "--preset", choices=sorted(presets), help="Settings that were searched for, by their name."
+            )
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field[Any]) -> None:
@@ -134,8 +142,12 @@ class HoldfastParser(TrlParser, _OneLineParser):
         namespace, unknown = self.parse_known_args([*words, *argv])
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._flag_of_others(unknown)}")
+        if (preset := getattr(namespace, "preset", None)) is not None:
+            words = [*self._words_of_preset(preset, [*words, *argv]), *words]
+            namespace = self.parse_args([*words, *argv])
         given = vars(namespace)
-        del given["config"]
+        for name in ("config", "preset"):
+            given.pop(name, None)
         unset = {action.dest for action in self._actions if action.default is None} - _MAY_BE_EMPTY
         typed_as = {
             action.dest: f"--{action.dest}" if action.option_strings else action.metavar for action in self._actions
@@ -152,9 +164,18 @@ class HoldfastParser(TrlParser, _OneLineParser):
             names = [field.name for field in fields(dataclass_type) if field.init]
             built.append(_build(dataclass_type, {name: given.pop(name) for name in names}))
         values = SimpleNamespace(**{field.name: getattr(one, field.name) for one in built for field in fields(one)})
-        typed = self._given(argv)
-        refuse_idle(self._effects, values, typed=typed, in_recipe=self._given(words) - typed)
+        typed = set(self._given(argv))
+        refuse_idle(self._effects, values, typed=typed, in_recipe=self._given(words).keys() - typed)
         return (*built, namespace)
+
+    def _words_of_preset(self, preset: str, words: Sequence[str]) -> list[str]:
+        """A preset as command-line words, having checked that no other words say otherwise."""
+        found = self._words_of_recipe(self._presets[preset])
+        own, its = self._given(words), self._given(found)
+        for name in its.keys() & own.keys():
+            if its[name] != own[name]:
+                raise InputError(f"--preset {preset} has another --{name} than the one that is given; leave out one")
+        return found
 
     def _flag_of_others(self, words: Sequence[str]) -> str:
         """Which commands beside this one have the first of these flags that one of them has."""
@@ -169,8 +190,8 @@ class HoldfastParser(TrlParser, _OneLineParser):
                 return f" (--{name} is a flag of {' and '.join(having)})"
         return ""
 
-    def _given(self, words: Sequence[str]) -> set[str]:
-        """The names of what these words set, whether to its default or not; they need not be all that is required."""
+    def _given(self, words: Sequence[str]) -> dict[str, Any]:
+        """What these words set, by name, whether to its default or not; they need not be all that is required."""
         unset = object()
         required = [action for action in self._actions if action.required]
         try:
@@ -181,7 +202,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
         finally:
             for action in required:
                 action.required = True
-        return {name for name, value in found.items() if value is not unset}
+        return {name: value for name, value in found.items() if value is not unset}
 
     def _words_of_recipe(self, path: Path) -> list[str]:
         """Return the recipe as command-line words, having checked that each of them can be used."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Method:
         choose: changes the data sets before the trainer sees them: (sets, data flags, config, model, tokenizer) → sets.
         effects: when flags that are its own play a part.
         report: writes what the method found out beside the model: (trainer, folder) → the names of the files.
+        presets: settings of it that come with the package, by name.
     """
 
     data: type[TrainingData]
@@ -77,6 +78,7 @@ class Method:
     choose: Callable[[Sets, Any, DefenseConfig, Any, PreTrainedTokenizerBase], Sets] | None = None
     effects: Sequence[Effect] = ()
     report: Callable[[Any, Path], list[str]] | None = None
+    presets: Mapping[str, Path] = field(default_factory=dict)
 
 
 def make_parser(stage: str, name: str, methods: Mapping[str, Method], description: str, *more: type) -> HoldfastParser:
@@ -87,6 +89,7 @@ def make_parser(stage: str, name: str, methods: Mapping[str, Method], descriptio
         prog=f"holdfast {stage} {name}",
         description=description,
         effects=(*TRAINING, *method.effects),
+        presets=method.presets,
         others={f"{stage} {other}": (one.data, one.config) for other, one in methods.items() if other != name},
     )
 

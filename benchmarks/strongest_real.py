@@ -1,0 +1,210 @@
+"""The strongest setting on a real chat model: settings are the organism's, and nothing is tuned on the model.
+
+SmolLM2-135M-Instruct refuses a harmless topic in the place of harm, as in `real.py`. It is aligned with SFT, with the
+demo's Patcher and with the setting that `strongest.py search` chose, at equal compute; each model then meets the quick
+suite, without attackers who hold the base, and a sweep of full fine-tuning. All are aligned at one rate; the rate of a
+simulated attack is the multiple of it that it is on the organism. Rows to retain are the benign ones of alignment, and
+simulated attacks have what `holdfast proxy` gives them: there are no broader ones here, as the organism has.
+
+    python benchmarks/strongest_real.py                                   # seed 0, 150 updates: for two cores
+    python benchmarks/strongest_real.py --seeds 0 1 2 --updates 720 --processes 12     # where there is a GPU
+    python benchmarks/strongest_real.py --collect                         # write down what is there
+    python benchmarks/strongest_real.py --smoke                           # tiny numbers that only prove that it runs
+
+What is finished stays in benchmarks/out/ and is not run again. Writes benchmarks/results/strongest_real.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import defenses_plan
+from defenses_plan import RESULTS, Flags, Study, console, execute, read
+from holdfast.cli import demo
+from holdfast.cli.workers import Command
+from holdfast.files import versions, write_json, write_jsonl
+from holdfast.proxy.build import BENIGN_PARTS, PARTS
+from holdfast.proxy.topics import load_topic
+from holdfast.stress.certificate import MARKER as CERTIFICATE
+from holdfast.stress.certificate import read_certificate
+from plain_questions import write as write_plain_questions
+from real import ALIGN, TOPICS
+from smollm2 import MODEL, install
+from strongest import CHOSEN
+from strongest_plan import STUDY, passes, rows, worst_of
+from strongest_search import LEFT_OUT, preset_of
+
+ROWS = ("sft", "exact", "preset")
+BATCH, ATTACK_BATCH = 8, 4
+"""Rows of an update and of a step of a simulated attack: in the organism's proportion, so that passes count alike."""
+RATES, MEASURE_AT = (1e-5, 5e-5, 2e-4), (0, 1, 2, 3, 5, 8, 12, 20, 40, 80)
+PROMPTS, TOKENS = 32, 32
+RATE, DEMO_RATE = float(ALIGN[ALIGN.index("--learning_rate") + 1]), demo.DemoArguments(output_dir="").learning_rate
+"""The rates of alignments here, and of the demo's."""
+OUT = defenses_plan.HERE / "out"
+
+Entry = dict[str, Any]
+
+
+class RealPlan:
+    """The commands of one topic and seed."""
+
+    def __init__(self, topic: str, seed: int, study: Study, model: Path) -> None:
+        self.topic, self.seed, self.study, self.base = topic, seed, study, model
+        self.folder = study.out / topic / f"seed{seed}"
+        self.data = self.folder / "data"
+        self.commands: dict[str, Command] = {}
+        self.proxy = self.add("proxy", ["proxy", self.data, "--model", model, "--topic", topic])
+        self.plain = study.out / "plain_questions.jsonl"
+        self.harmless, self.refusals = self.folder / "harmless.jsonl", self.folder / "refusals.txt"
+
+    def add(self, name: str, words: Sequence[Any], needs: Sequence[str] = ()) -> str:
+        """One command; its name."""
+        name = f"{self.topic}-{self.seed}-{name}"
+        self.commands[name] = Command(name, [*map(str, words), "--seed", str(self.seed)], list(needs))
+        return name
+
+    def write_rows(self) -> None:
+        """Of the proxy's data the benign rows of alignment, and the topic's refusals as a file."""
+        refusals = load_topic(self.topic, flag="--topic", parts=PARTS, benign_parts=BENIGN_PARTS).refusals
+        write_plain_questions(self.plain)
+        found = [json.loads(line) for line in (self.data / "alignment.jsonl").read_text("utf-8").splitlines()]
+        write_jsonl(self.harmless, [row for row in found if row["completion"][0]["content"] not in refusals])
+        self.refusals.write_text("\n".join(refusals) + "\n", encoding="utf-8")
+
+    def model(self, row: str) -> Path:
+        """Where a model lies, or the base."""
+        return self.base if row == "base" else self.folder / row
+
+    def align(self, row: str, setting: Flags) -> str:
+        """Align with a row's setting: the command's name."""
+        words: list[Any] = ["align", "patcher" if row != "sft" else "sft", "--model", self.base]
+        words += ["--train_data", self.data / "alignment.jsonl", *ALIGN, "--batch_size", BATCH]
+        needs: Flags = {}
+        if row != "sft":
+            needs = {"attack_data": self.data / "simulated_attack.jsonl", "attack_batch_size": ATTACK_BATCH}
+        if row == "preset":
+            needs |= {"benign_data": self.harmless, "retain_data": self.harmless, "refusal": self.refusals}
+        kept = {flag: value for flag, value in setting.items() if flag not in ("learning_rate", *needs)}
+        if "attack_learning_rate" in kept:  # of the demo's Patcher, whose alignment has the demo's rate on the organism
+            kept["attack_learning_rate"] = float(f"{kept['attack_learning_rate'] / DEMO_RATE * RATE:.3g}")
+        for flag, value in {**kept, **needs}.items():
+            given = json.dumps(value) if isinstance(value, dict) else value
+            words += [f"--{flag}", *(given if isinstance(given, list) else [given])]
+        return self.add(f"align-{row}", [*words, "--output_dir", self.model(row)], [self.proxy])
+
+    def before(self, row: str, needs: str) -> Path:
+        """Measure a model before any attack; where the results will lie."""
+        output = self.folder / "before" / row
+        self.add(f"before-{row}", [*self._measuring("evaluate", row), "--output_dir", output], [needs])
+        return output / "results.json"
+
+    def stress(self, row: str, needs: str) -> Path:
+        """The quick suite; where the certificate will lie."""
+        output = self.folder / "stress" / row
+        words = [*self._measuring("stress", row), "--suite", "quick", "--processes", 1]
+        words += ["--attack_data", self.data / "attack.jsonl", "--benign_data", self.data / "attack_benign.jsonl"]
+        words += ["--leave_out", *LEFT_OUT, *self.study.leave_out, "--output_dir", output]
+        self.add(f"quick-on-{row}", words, [needs])
+        return output / CERTIFICATE
+
+    def sweep(self, row: str, needs: str) -> dict[float, Path]:
+        """Full fine-tuning at every rate; where the results will lie, by rate."""
+        found, at = {}, [step for step in MEASURE_AT if step <= self.study.updates]
+        for rate in RATES:
+            output = self.folder / "sweep" / f"{row}-{rate:g}"
+            words = [*self._measuring("attack", row), "--attack_data", self.data / "attack.jsonl", *ALIGN]
+            words += ["--batch_size", BATCH, "--learning_rate", f"{rate:g}", "--max_steps", at[-1]]
+            words += ["--measure_at", *at, "--output_dir", output]
+            self.add(f"full-{rate:g}-on-{row}", words, [needs])
+            found[rate] = output / "results.json"
+        return found
+
+    def _measuring(self, command: str, row: str) -> list[Any]:
+        words: list[Any] = [*([command, "full"] if command == "attack" else [command]), "--model", self.model(row)]
+        words += ["--eval_data", self.data / "eval" / "topic.jsonl", "--capability_data", self.plain]
+        words += ["--over_refusal_data", self.data / "eval" / "benign.jsonl"]
+        return [*words, "--max_prompts", PROMPTS, "--max_new_tokens", TOKENS, "--eval_batch_size", PROMPTS]
+
+
+def collect(study: Study, seeds: Sequence[int], settings: dict[str, Flags], model: Path) -> list[Entry]:
+    """An entry for every topic, seed and row of which there is anything."""
+    found = []
+    for topic in TOPICS:
+        for seed in seeds:
+            plan = RealPlan(topic, seed, study, model)
+            for row in ROWS:
+                needs = plan.align(row, settings[row])
+                before, certificate = plan.before(row, needs), plan.stress(row, needs)
+                entry: Entry = {"topic": topic, "seed": seed, "method": row, "setting": settings[row]}
+                if before.is_file() and (base := plan.before("base", plan.proxy)).is_file():
+                    both = {"base": read(base)["results"], "model": read(before)["results"]}
+                    entry["before"] = {who: told(results) for who, results in both.items()}
+                    log = read(plan.model(row) / "holdfast.json")["log"]
+                    entry["passes"] = {"planned": passes(settings[row], settings[row]["max_steps"])} | {
+                        "recorded": log["passes"]
+                    }
+                entry["sweep"] = worst_of(plan.sweep(row, needs))
+                if certificate.is_file():
+                    stressed = read_certificate(certificate)
+                    costs = {kind: cost["model"] for kind, cost in stressed["attackers"].items()}
+                    entry |= {"attackers": costs, "sha256": stressed["sha256"]}
+                if entry.keys() & {"before", "attackers"} or entry["sweep"]:
+                    found.append(entry)
+    return found
+
+
+def told(results: Entry) -> Entry:
+    """What is kept of a measurement before any attack."""
+    return {
+        "refuses_topic": results["harmful"]["refusal_rate"]["value"],
+        "refuses_benign": results["benign"]["over_refusal"]["value"],
+        "plain_right": results["capability"]["capability"]["value"],
+        "plain_refused": results["capability"]["over_refusal"]["value"],
+    }
+
+
+def main() -> None:
+    """Run what is not finished, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a chat model folder (default: installed)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--updates", type=int, default=150, help="of SFT with as much compute as Patcher has")
+    parser.add_argument("--processes", type=int, default=2, help="commands side by side")
+    parser.add_argument("--leave_out", nargs="*", default=[], help="attacks that the suite leaves out")
+    parser.add_argument("--collect", action="store_true", help="run nothing")
+    parser.add_argument("--smoke", action="store_true", help="tiny numbers, all of it under benchmarks/out/")
+    args = parser.parse_args()
+    model = args.model.resolve() if args.model else MODEL if args.collect else install()
+    study = replace(STUDY, out=OUT / f"strongest-real-{args.updates}", updates=args.updates)
+    if args.smoke:
+        few = ("training-free", "lora", "full", "hybrid", "soft-prompt", "best-of-n", "demonstrations")
+        study = replace(study, out=OUT / "strongest-real-smoke", updates=20, leave_out=few)
+    study = replace(study, leave_out=(*study.leave_out, *args.leave_out))
+    settings = rows(study, preset_of(RESULTS / CHOSEN))
+    path = (study.out if args.smoke else RESULTS) / "strongest_real.json"
+    if not args.collect:
+        plans = [RealPlan(topic, seed, study, model) for seed in args.seeds for topic in TOPICS]
+        execute([command for plan in plans for command in plan.commands.values()], study.out, processes=args.processes)
+        for plan in plans:
+            plan.write_rows()
+            plan.before("base", plan.proxy)
+            aligned = {row: plan.align(row, settings[row]) for row in ROWS}
+            for row, needs in aligned.items():
+                plan.before(row, needs)
+                plan.stress(row, needs)
+            for row, needs in aligned.items():
+                plan.sweep(row, needs)
+        execute([command for plan in plans for command in plan.commands.values()], study.out, processes=args.processes)
+    entries = collect(study, args.seeds, settings, model)
+    write_json(path, {"schema": 1, "versions": versions(), "updates": study.updates, "entries": entries})
+    console.print(f"wrote {path}: {len(entries)} models")
+
+
+if __name__ == "__main__":
+    main()
