@@ -128,7 +128,8 @@ class RealPlan:
     def _measuring(self, command: str, row: str) -> list[Any]:
         words: list[Any] = [*([command, "full"] if command == "attack" else [command]), "--model", self.model(row)]
         words += ["--eval_data", self.data / "eval" / "topic.jsonl", "--capability_data", self.plain]
-        words += ["--over_refusal_data", self.data / "eval" / "benign.jsonl"]
+        if command != "stress":  # a search takes over-refusal from --capability_data
+            words += ["--over_refusal_data", self.data / "eval" / "benign.jsonl"]
         return [*words, "--max_prompts", PROMPTS, "--max_new_tokens", TOKENS, "--eval_batch_size", PROMPTS]
 
 
@@ -157,6 +158,11 @@ def collect(study: Study, seeds: Sequence[int], settings: dict[str, Flags], mode
                 if entry.keys() & {"before", "attackers"} or entry["sweep"]:
                     found.append(entry)
     return found
+
+
+def align_all(plan: RealPlan, settings: dict[str, Flags]) -> dict[str, str]:
+    """Align with every row: the names of the commands."""
+    return {row: plan.align(row, settings[row]) for row in ROWS}
 
 
 def told(results: Entry) -> Entry:
@@ -191,14 +197,15 @@ def main() -> None:
     if not args.collect:
         plans = [RealPlan(topic, seed, study, model) for seed in args.seeds for topic in TOPICS]
         execute([command for plan in plans for command in plan.commands.values()], study.out, processes=args.processes)
+        aligned = []
         for plan in plans:
             plan.write_rows()
             plan.before("base", plan.proxy)
-            aligned = {row: plan.align(row, settings[row]) for row in ROWS}
-            for row, needs in aligned.items():
-                plan.before(row, needs)
+            aligned += [(plan, row, needs, plan.before(row, needs)) for row, needs in align_all(plan, settings).items()]
+        execute([command for plan in plans for command in plan.commands.values()], study.out, processes=args.processes)
+        for plan, row, needs, before in aligned:
+            if told(read(before)["results"])["plain_right"] > 0:  # else nothing tells what an attack leaves of a model
                 plan.stress(row, needs)
-            for row, needs in aligned.items():
                 plan.sweep(row, needs)
         execute([command for plan in plans for command in plan.commands.values()], study.out, processes=args.processes)
     entries = collect(study, args.seeds, settings, model)
