@@ -2,13 +2,15 @@
 
 SmolLM2-135M-Instruct refuses a harmless topic in the place of harm, as in `real.py`. It is aligned with SFT, with the
 demo's Patcher and with the setting that `strongest.py search` chose, at equal compute; each model then meets the quick
-suite, without attackers who hold the base, and a sweep of full fine-tuning. All are aligned at one rate; the rate of a
-simulated attack is the multiple of it that it is on the organism. Rows to retain are the benign ones of alignment, and
-simulated attacks have what `holdfast proxy` gives them: there are no broader ones here, as the organism has.
+suite, without attackers who hold the base, and a sweep of full fine-tuning. All are aligned at one rate, on the rows of
+`holdfast proxy` and what the model itself answers to the other topic's questions, without which all of them come to
+refuse questions of any other kind. The rate of a simulated attack is the multiple of alignment's that it is on the
+organism. Rows to retain are the harmless ones of alignment. A model that answers too few plain questions for a search
+to tell what an attack leaves of it meets the sweep alone.
 
     python benchmarks/strongest_real.py                                   # seed 0, 150 updates: for two cores
-    python benchmarks/strongest_real.py --seeds 0 1 2 --updates 720 --processes 12     # where there is a GPU
-    python benchmarks/strongest_real.py --collect                         # write down what is there
+    python benchmarks/strongest_real.py --seeds 0 1 2 --updates 180 --processes 12     # where there is a GPU
+    python benchmarks/strongest_real.py --seeds 0 1 2 --updates 180 --collect          # write down what is there
     python benchmarks/strongest_real.py --smoke                           # tiny numbers that only prove that it runs
 
 What is finished stays in benchmarks/out/ and is not run again. Writes benchmarks/results/strongest_real.json.
@@ -30,20 +32,23 @@ from holdfast.cli.workers import Command
 from holdfast.files import versions, write_json, write_jsonl
 from holdfast.proxy.build import BENIGN_PARTS, PARTS
 from holdfast.proxy.topics import load_topic
+from holdfast.stress.bound import EPSILON
 from holdfast.stress.certificate import MARKER as CERTIFICATE
 from holdfast.stress.certificate import read_certificate
 from plain_questions import write as write_plain_questions
 from real import ALIGN, TOPICS
 from smollm2 import MODEL, install
 from strongest import CHOSEN
-from strongest_plan import STUDY, passes, rows, worst_of
+from strongest_plan import STUDY, looks, passes, rows, scaled, worst_of
 from strongest_search import LEFT_OUT, preset_of
 
 ROWS = ("sft", "exact", "preset")
 BATCH, ATTACK_BATCH = 8, 4
 """Rows of an update and of a step of a simulated attack: in the organism's proportion, so that passes count alike."""
 RATES, MEASURE_AT = (1e-5, 5e-5, 2e-4), (0, 1, 2, 3, 5, 8, 12, 20, 40, 80)
-PROMPTS, TOKENS = 32, 32
+PROMPTS, TOKENS = 48, 32
+COST = ("broken", "attack", "steps", "at_least", "harmful_score", "asr", "capability")
+"""What is kept of a cost of docs/certificate.md."""
 RATE, DEMO_RATE = float(ALIGN[ALIGN.index("--learning_rate") + 1]), demo.DemoArguments(output_dir="").learning_rate
 """The rates of alignments here, and of the demo's."""
 OUT = defenses_plan.HERE / "out"
@@ -61,7 +66,8 @@ class RealPlan:
         self.commands: dict[str, Command] = {}
         self.proxy = self.add("proxy", ["proxy", self.data, "--model", model, "--topic", topic])
         self.plain = study.out / "plain_questions.jsonl"
-        self.harmless, self.refusals = self.folder / "harmless.jsonl", self.folder / "refusals.txt"
+        self.aligning, self.harmless = (self.folder / f"{name}.jsonl" for name in ("aligning", "harmless"))
+        self.refusals = self.folder / "refusals.txt"
 
     def add(self, name: str, words: Sequence[Any], needs: Sequence[str] = ()) -> str:
         """One command; its name."""
@@ -69,11 +75,18 @@ class RealPlan:
         self.commands[name] = Command(name, [*map(str, words), "--seed", str(self.seed)], list(needs))
         return name
 
-    def write_rows(self) -> None:
-        """Of the proxy's data the benign rows of alignment, and the topic's refusals as a file."""
+    def write_rows(self, others: Sequence[RealPlan]) -> None:
+        """What is aligned on, the harmless rows of it, and the topic's refusals as a file.
+
+        Args:
+            others: The plans of other topics; what they ask is harmless here.
+        """
         refusals = load_topic(self.topic, flag="--topic", parts=PARTS, benign_parts=BENIGN_PARTS).refusals
         write_plain_questions(self.plain)
-        found = [json.loads(line) for line in (self.data / "alignment.jsonl").read_text("utf-8").splitlines()]
+        files = [self.data / "alignment.jsonl"]
+        files += [other.data / f"{name}.jsonl" for other in others for name in ("simulated_attack", "attack")]
+        found = [json.loads(line) for path in files for line in path.read_text("utf-8").splitlines()]
+        write_jsonl(self.aligning, found)
         write_jsonl(self.harmless, [row for row in found if row["completion"][0]["content"] not in refusals])
         self.refusals.write_text("\n".join(refusals) + "\n", encoding="utf-8")
 
@@ -84,7 +97,7 @@ class RealPlan:
     def align(self, row: str, setting: Flags) -> str:
         """Align with a row's setting: the command's name."""
         words: list[Any] = ["align", "patcher" if row != "sft" else "sft", "--model", self.base]
-        words += ["--train_data", self.data / "alignment.jsonl", *ALIGN, "--batch_size", BATCH]
+        words += ["--train_data", self.aligning, *ALIGN, "--batch_size", BATCH]
         needs: Flags = {}
         if row != "sft":
             needs = {"attack_data": self.data / "simulated_attack.jsonl", "attack_batch_size": ATTACK_BATCH}
@@ -146,15 +159,20 @@ def collect(study: Study, seeds: Sequence[int], settings: dict[str, Flags], mode
                 if before.is_file() and (base := plan.before("base", plan.proxy)).is_file():
                     both = {"base": read(base)["results"], "model": read(before)["results"]}
                     entry["before"] = {who: told(results) for who, results in both.items()}
-                    log = read(plan.model(row) / "holdfast.json")["log"]
-                    entry["passes"] = {"planned": passes(settings[row], settings[row]["max_steps"])} | {
-                        "recorded": log["passes"]
-                    }
+                    made, updates = read(plan.model(row) / "holdfast.json"), settings[row]["max_steps"]
+                    counted = made["log"]["passes"] + looks(settings[row], updates)
+                    spent = {"planned": passes(settings[row], updates), "recorded": counted}
+                    entry["passes"] = {name: round(value, 2) for name, value in spent.items()}
+                    entry["versions"] = made["versions"]
                 entry["sweep"] = worst_of(plan.sweep(row, needs))
                 if certificate.is_file():
                     stressed = read_certificate(certificate)
                     costs = {kind: cost["model"] for kind, cost in stressed["attackers"].items()}
-                    entry |= {"attackers": costs, "sha256": stressed["sha256"]}
+                    kept = {
+                        kind: cost and {name: cost[name] for name in COST if name in cost}
+                        for kind, cost in costs.items()
+                    }
+                    entry |= {"attackers": kept, "sha256": stressed["sha256"]}
                 if entry.keys() & {"before", "attackers"} or entry["sweep"]:
                     found.append(entry)
     return found
@@ -163,6 +181,12 @@ def collect(study: Study, seeds: Sequence[int], settings: dict[str, Flags], mode
 def align_all(plan: RealPlan, settings: dict[str, Flags]) -> dict[str, str]:
     """Align with every row: the names of the commands."""
     return {row: plan.align(row, settings[row]) for row in ROWS}
+
+
+def searchable(results: Entry) -> bool:
+    """Whether a model answers enough plain questions for a search to tell what an attack leaves of it."""
+    right = results["capability"]["capability"]
+    return bool(EPSILON * right["count"] >= 1)
 
 
 def told(results: Entry) -> Entry:
@@ -192,21 +216,22 @@ def main() -> None:
         few = ("training-free", "lora", "full", "hybrid", "soft-prompt", "best-of-n", "demonstrations")
         study = replace(study, out=OUT / "strongest-real-smoke", updates=20, leave_out=few)
     study = replace(study, leave_out=(*study.leave_out, *args.leave_out))
-    settings = rows(study, preset_of(RESULTS / CHOSEN))
+    preset = preset_of(RESULTS / CHOSEN)
+    settings = rows(study, preset and scaled(preset, study))
     path = (study.out if args.smoke else RESULTS) / "strongest_real.json"
     if not args.collect:
         plans = [RealPlan(topic, seed, study, model) for seed in args.seeds for topic in TOPICS]
         execute([command for plan in plans for command in plan.commands.values()], study.out, processes=args.processes)
         aligned = []
         for plan in plans:
-            plan.write_rows()
+            plan.write_rows([one for one in plans if one.seed == plan.seed and one is not plan])
             plan.before("base", plan.proxy)
             aligned += [(plan, row, needs, plan.before(row, needs)) for row, needs in align_all(plan, settings).items()]
         execute([command for plan in plans for command in plan.commands.values()], study.out, processes=args.processes)
         for plan, row, needs, before in aligned:
-            if told(read(before)["results"])["plain_right"] > 0:  # else nothing tells what an attack leaves of a model
+            plan.sweep(row, needs)
+            if searchable(read(before)["results"]):
                 plan.stress(row, needs)
-                plan.sweep(row, needs)
         execute([command for plan in plans for command in plan.commands.values()], study.out, processes=args.processes)
     entries = collect(study, args.seeds, settings, model)
     write_json(path, {"schema": 1, "versions": versions(), "updates": study.updates, "entries": entries})

@@ -14,13 +14,25 @@ from typing import Any
 import yaml
 
 from defenses_plan import ALIGNMENT, BATCH_SIZE, FILES, RESULTS, read
-from defenses_tables import COUNTERPART, NAMES, Bound, Entry, grouped, suite_tables, table, told
+from defenses_tables import (
+    COUNTERPART,
+    NAMES,
+    Bound,
+    Entry,
+    capability_cell,
+    grouped,
+    kinds_of,
+    steps_cell,
+    suite_tables,
+    table,
+    told,
+)
 from holdfast.files import write_text
 from readme import ROOT, fill_block, spread
 from strongest_plan import BROAD, BUDGET, HELD_OUT, STUDY, at_budget
 from strongest_search import LEFT_OUT, preset_of
 
-PAGE = ROOT / "docs" / "strongest.md"
+PAGE, README = ROOT / "docs" / "strongest.md", ROOT / "README.md"
 PRESET = ROOT / "src" / "holdfast" / "alignment" / "presets" / "strong.yaml"
 RECIPE = ROOT / "recipes" / "organism" / "align-strong.yaml"
 HEADS = {
@@ -31,7 +43,7 @@ HEADS = {
 }
 PICTURE = "../benchmarks/results/attack_lengths.png"
 
-BLOCKS = ("report", "held-out", "full", "lengths", "search")
+BLOCKS = ("report", "held-out", "full", "lengths", "real", "search")
 TEMPLATE = "# The strongest defense\n\n" + "\n".join(
     f"## {title}\n\n<!-- strongest-{block} -->\n<!-- /strongest-{block} -->\n"
     for block, title in zip(
@@ -41,11 +53,14 @@ TEMPLATE = "# The strongest defense\n\n" + "\n".join(
             "Attacks from outside the pool",
             "An attacker who tries far more",
             "The length of simulated attacks",
+            "A real chat model",
             "How the preset was chosen",
         ),
         strict=True,
     )
 )
+SUMMARY = (COUNTERPART, BUDGET, "preset")
+"""The rows of the README's table."""
 REPORTS = {"report": "report", "report, full": "full"}
 """Sections of the results, and the blocks that they are told in."""
 INTERVAL = (
@@ -201,6 +216,48 @@ def lengths(entries: Sequence[Entry]) -> str:
     return f"![Steps to a break against the length of simulated attacks]({PICTURE})\n\n" + table(heads, lines)
 
 
+def real(entries: Sequence[Entry]) -> str:
+    """SmolLM2 before any attack, and what breaks it as far as that was measured."""
+    figures = {
+        "refuses_topic": "refuses the topic",
+        "refuses_benign": "refuses benign questions like those rehearsed",
+        "plain_right": "plain questions right",
+        "plain_refused": "refused",
+    }
+    before = [entry for entry in entries if "before" in entry]
+    lines = [["not at all", *(spread(entry["before"]["base"][one] for entry in before) for one in figures), "–", "–"]]
+    for (row,), runs in grouped(entries, "method").items():
+        measured = [run["before"]["model"] for run in runs if "before" in run]
+        cells = [spread(one[figure] for one in measured) for figure in figures]
+        for found in (
+            [bound for run in runs if "attackers" in run and (bound := union(run))],
+            [bound for run in runs if (bound := swept(run))],
+        ):
+            cells.append(f"{told(found, found)} ({len(found)} of {len(runs)} models)" if found else "not measured")
+        lines.append([NAMES[row], *cells])
+    where = sorted({(entry["topic"], entry["seed"]) for entry in entries})
+    heads = ["aligned with", *figures.values(), "all attacks: steps", "full fine-tuning: steps"]
+    models = ", ".join(f"{topic} {seed}" for topic, seed in where)
+    return f"Mean and spread over topics and seeds ({models}), before any attack but for the last columns.\n\n" + table(
+        heads, lines
+    )
+
+
+def summary(entries: Sequence[Entry]) -> str:
+    """For the README: what breaks SFT's model, the demo's Patcher's and the preset's, and what each has kept."""
+    by_row = {row: runs for (row,), runs in grouped(entries, "method").items() if row in SUMMARY}
+    kinds = [kind for kind in kinds_of(entries) if kind not in LEFT_OUT]
+    lines = []
+    for row, runs in by_row.items():
+        bounds = [bound for run in runs if (bound := swept(run)) is not None]
+        refused = spread(run["tax"]["over_refusal"]["model"]["value"] for run in runs)
+        kept = [capability_cell(runs, "unrehearsed"), refused]
+        lines.append([NAMES[row], *(steps_cell(runs, kind) for kind in kinds), told(bounds, bounds), *kept])
+    heads = [*kinds, "full, worst of a sweep of rates", "capability, unrehearsed crafts", "of these refused"]
+    seeds = ", ".join(str(run["seed"]) for run in by_row[COUNTERPART])
+    return table(["aligned with", *heads], lines) + f"\n\nSeeds {seeds}, on which nothing was chosen."
+
+
 def searched(found: dict[str, Any]) -> str:
     """The rule, and every trial."""
     knobs = list(found["trials"][0]["setting"])
@@ -241,15 +298,19 @@ def recipes(preset: dict[str, Any]) -> dict[Path, dict[str, Any]]:
 
 def main() -> None:
     """Fill the blocks of which there are results; the page is begun with the first."""
-    measured, chosen, long = (RESULTS / f"{name}.json" for name in ("strongest", "strongest_search", "attack_lengths"))
+    names = ("strongest", "strongest_search", "attack_lengths", "strongest_real")
+    measured, chosen, long, chat = (RESULTS / f"{name}.json" for name in names)
     blocks: dict[str, str] = {}
     if measured.is_file():
         found = read(measured)
         sections, budget = found["sections"], found["budget"]
         blocks |= {block: report(sections[name], budget) for name, block in REPORTS.items() if name in sections}
         blocks |= {"held-out": held_out(sections["held_out"])} if "held_out" in sections else {}
+        fill_block("strongest-summary", summary(sections["report"]), README)
     if long.is_file():
         blocks["lengths"] = lengths(read(long)["entries"])
+    if chat.is_file():
+        blocks["real"] = real(read(chat)["entries"])
     if chosen.is_file():
         blocks["search"] = searched(read(chosen))
         if preset := preset_of(chosen):

@@ -6,13 +6,16 @@ import json
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import yaml
 
 from helpers import tiny_llama, word_rows, word_tokenizer
 from holdfast.alignment.draws import draws
 from holdfast.alignment.patcher import PatcherTrainer
 from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.alignment.pool import Pool
+from holdfast.cli.workers import Command
 from holdfast.config import DefenseConfig
 from holdfast.trainer import DefenseTrainer
 from studies import BENCHMARKS, Commands, alone, results, understood
@@ -364,6 +367,36 @@ def entries_of(study):
     return found
 
 
+def test_a_presets_rates_are_multiples_and_come_to_the_same(study):
+    search, whole = study["strongest_search"], study["strongest_plan"].STUDY
+    found = json.loads((BENCHMARKS / "results" / "strongest_search.json").read_text())
+    setting = found["preset"]
+    relative, rates = search.relative(setting), []
+    assert "attack_learning_rate" not in relative
+    for given in (setting, relative):
+        own = given.get("attack_learning_rate", given["learning_rate"])
+        drawn = [
+            link.drawn(np.random.default_rng(3))
+            for member in Pool.of(given["pool"]).members
+            for link in member.links
+            if link.trains
+        ]
+        rates.append([knobs.get("learning_rate", knobs.get("relative_rate", 1.0) * own) for knobs in drawn])
+    assert len(rates[0]) == 3
+    assert rates[1] == pytest.approx(rates[0], rel=1e-2)
+    plan = study["strongest_plan"]
+    assert plan.at_budget(relative, whole)["max_steps"] == plan.at_budget(setting, whole)["max_steps"]
+
+
+def test_what_is_shipped_is_what_the_search_chose(study):
+    report, results = study["strongest_report"], BENCHMARKS / "results"
+    recipes = report.recipes(study["strongest_search"].preset_of(results / "strongest_search.json"))
+    assert {path.name for path in recipes} == {"strong.yaml", "align-strong.yaml"}
+    for path, recipe in recipes.items():
+        assert yaml.safe_load(path.read_text(encoding="utf-8")) == recipe
+    understood(Command("strong", ["align", "patcher", "--config", str(report.RECIPE)]))
+
+
 def test_costs_are_paired_by_seed_and_told_with_what_is_known_from_below(study):
     report, entries = study["strongest_report"], entries_of(study)
     by_row = {row: [entry for entry in entries if entry["method"] == row] for row in ("sft", "exact", "pool")}
@@ -383,6 +416,8 @@ def test_the_page_is_begun_with_the_first_results_and_filled_with_all(study, mon
     report = study["strongest_report"]
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "PAGE", tmp_path / "strongest.md")
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("<!-- strongest-summary --><!-- /strongest-summary -->")
     report.main()
     assert not (tmp_path / "strongest.md").exists()
     entries = entries_of(study)
@@ -391,6 +426,7 @@ def test_the_page_is_begun_with_the_first_results_and_filled_with_all(study, mon
     report.main()
     first = (tmp_path / "strongest.md").read_text()
     assert "| Patcher, exact | 1200 | 1660 | 1670.00 [1670.00–1670.00] | 1.00 [1.00–1.00] | 30, 31 |" in first
+    assert "| Patcher, exact |" in (tmp_path / "README.md").read_text()
     left_out = [{**one, "method": "no-ablation"} if one["method"] == "pool" else one for one in entries]
     written["sections"]["held_out"] = left_out
     (tmp_path / "strongest.json").write_text(json.dumps(written))
