@@ -1,4 +1,4 @@
-"""`benchmarks/strongest_real.py`: what it runs on a real chat model, with the organism's settings, and what it keeps."""
+"""`benchmarks/strongest_real.py`: what it runs on a real chat model, with the organism's settings, and keeps."""
 
 import importlib
 import json

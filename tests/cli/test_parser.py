@@ -8,6 +8,7 @@ import pytest
 from trl import SFTConfig
 
 from holdfast.cli.arguments import ModelArguments
+from holdfast.cli.effects import Effect
 from holdfast.cli.parser import HoldfastParser
 from holdfast.errors import InputError
 
@@ -207,6 +208,14 @@ def test_a_recipe_that_contradicts_its_preset_is_refused(preset: Path, recipe: P
         parse_with(preset, "--config", str(recipe))
     recipe.write_text("preset: swift\nrate: 0.5\n")
     assert parse_with(preset, "--config", str(recipe)).rate == 0.5
+
+
+def test_a_preset_of_which_a_part_would_play_no_part_is_refused(preset: Path) -> None:
+    idle = Effect("rate", lambda given: given.fast, "without --fast")
+    parser = HoldfastParser((Arguments,), prog="holdfast test", presets={"swift": preset}, effects=[idle])
+    parser.parse(["--output_dir", "o", "--preset", "swift"])
+    with pytest.raises(InputError, match="--preset swift: --rate plays no part without --fast"):
+        parser.parse(["--output_dir", "o", "--preset", "swift", "--fast", "false"])
 
 
 def test_an_unknown_preset_is_refused(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:

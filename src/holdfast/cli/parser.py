@@ -142,8 +142,10 @@ class HoldfastParser(TrlParser, _OneLineParser):
         namespace, unknown = self.parse_known_args([*words, *argv])
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._flag_of_others(unknown)}")
-        if (preset := getattr(namespace, "preset", None)) is not None:
-            words = [*self._words_of_preset(preset, [*words, *argv]), *words]
+        preset: str | None = getattr(namespace, "preset", None)
+        presets = [] if preset is None else self._words_of_preset(preset, [*words, *argv])
+        if presets:
+            words = [*presets, *words]
             namespace = self.parse_args([*words, *argv])
         given = vars(namespace)
         for name in ("config", "preset"):
@@ -165,6 +167,10 @@ class HoldfastParser(TrlParser, _OneLineParser):
             built.append(_build(dataclass_type, {name: given.pop(name) for name in names}))
         values = SimpleNamespace(**{field.name: getattr(one, field.name) for one in built for field in fields(one)})
         typed = set(self._given(argv))
+        try:
+            refuse_idle(self._effects, values, typed=self._given(presets), in_recipe=())
+        except InputError as error:  # without a part of it, it would be another setting under its name
+            raise InputError(f"--preset {preset}: {error}") from error
         refuse_idle(self._effects, values, typed=typed, in_recipe=self._given(words).keys() - typed)
         return (*built, namespace)
 
