@@ -18,6 +18,8 @@ from holdfast.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DEMO = {"sft": "SFT", "patcher": "Patcher", "strong": "strong preset"}
+"""What the demo aligns with, by method."""
 
 
 def fill_block(name: str, text: str, document: Path = ROOT / "README.md") -> None:
@@ -36,7 +38,7 @@ def spread(values: Iterable[float]) -> str:
 
 def crafts_table(seeds: Sequence[dict[str, Any]]) -> list[str]:
     """What is left of harmless knowledge before any attack, rehearsed by alignment or not: lines of Markdown."""
-    names = {"base": "not at all (base)", "sft": "SFT", "patcher": "Patcher"}
+    names = {"base": "not at all (base)", **DEMO}
     heads = [f"{kind} crafts (n = {entry['capability']['n']})" for kind, entry in seeds[0]["base"].items()]
     lines = [
         f"| aligned with | capability, {' | capability, '.join(heads)} | over-refusal, unrehearsed |",
@@ -51,14 +53,13 @@ def crafts_table(seeds: Sequence[dict[str, Any]]) -> list[str]:
 
 def stress_table(seeds: Sequence[dict[str, Any]]) -> list[str]:
     """What the cheapest attack of every kind needed, by seed: lines of Markdown."""
-    names = {"sft": "SFT", "patcher": "Patcher"}
     lines = [
-        f"| attacker | {' | '.join(f'steps to break {name} | by' for name in names.values())} |",
-        "|---|---|---|---|---|",
+        f"| attacker | {' | '.join(f'steps to break {name} | by' for name in DEMO.values())} |",
+        f"|---|{'---|---|' * len(DEMO)}",
     ]
     for kind in seeds[0]["attackers"]:
         cells = []
-        for method in names:
+        for method in DEMO:
             needed = [seed["attackers"][kind][method] for seed in seeds]
             steps = (
                 "nothing counts" if one["steps"] is None else f"{'' if one['broken'] else '> '}{one['steps']:g}"
@@ -67,7 +68,7 @@ def stress_table(seeds: Sequence[dict[str, Any]]) -> list[str]:
             attacks = dict.fromkeys(one["attack"] for one in needed if one["broken"])
             cells += [", ".join(steps), "; ".join(attacks) or "–"]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
-    together = (spread(seed["union"][method]["asr"] for seed in seeds) for method in names)
+    together = (spread(seed["union"][method]["asr"] for seed in seeds) for method in DEMO)
     return [*lines, f"| all together: exact recipes (union ASR) | {' | | '.join(together)} | |"]
 
 

@@ -54,10 +54,10 @@ def test_a_model_breaks_at_the_first_step_with_a_refusal_rate_below_a_half():
 
 def test_the_tables_show_every_attack_with_intervals():
     runs = [a_run(method, attack) for attack in ATTACKS for method in METHODS]
-    console = Console(width=130, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=132, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     console.print(demo_table(runs), control_table(runs))
     text = console.export_text()
-    assert text.count("Patcher") == len(ATTACKS)
+    assert text.count("Patcher") == text.count("strong preset") == len(ATTACKS)
     assert "0.90 (0.80–1.00)" in text
     assert "20 % poisoned" in text
 
@@ -71,7 +71,8 @@ def test_the_table_of_crafts_shows_what_alignment_cost_beside_the_base():
     console = Console(width=130, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     console.print(crafts_table(crafts))
     shown = [line for line in console.export_text().splitlines() if "0.80 (0.70–0.90)" in line]
-    for line, name, low in zip(shown, ("base", "SFT", "Patcher"), ("0.10", "0.20", "0.30"), strict=True):
+    names = ("base", "SFT", "Patcher", "strong preset")
+    for line, name, low in zip(shown, names, ("0.10", "0.20", "0.30", "0.40"), strict=True):
         assert name in line
         assert f"({low}–" in line
         assert "0.50 (0.40–0.60)" in line
@@ -83,7 +84,7 @@ def test_the_picture_is_a_png(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_both_alignments_get_the_same_updates_and_the_recipes_say_what_the_demo_does():
+def test_patcher_gets_sfts_updates_and_the_recipes_say_what_the_demo_does():
     from holdfast.cli import align
 
     options = DemoArguments(output_dir="w", seed=0)
@@ -91,53 +92,66 @@ def test_both_alignments_get_the_same_updates_and_the_recipes_say_what_the_demo_
     ignored = {"output_dir", "logging_steps", "run_name", "logging_dir"}
     for method in METHODS:
         words = plan[f"align-{method}"]
-        assert words[words.index("--max_steps") + 1] == str(options.updates)
-        demo = align.make_parser(method).parse(words[2:])[2].to_dict()
-        recipe = align.make_parser(method).parse(["--config", str(RECIPES / f"align-{method}.yaml")])[2].to_dict()
+        parser = align.make_parser(words[1])
+        demo = parser.parse(words[2:])[2].to_dict()
+        if method != "strong":
+            assert demo["max_steps"] == options.updates
+        recipe = parser.parse(["--config", str(RECIPES / f"align-{method}.yaml")])[2].to_dict()
         assert {k: v for k, v in demo.items() if k not in ignored} == {
             k: v for k, v in recipe.items() if k not in ignored
         }
 
 
-def test_the_search_comes_last_and_alone_and_reports_what_it_found():
+def test_the_searches_come_last_each_alone_and_report_what_they_found():
     plan = commands(DemoArguments(output_dir="w", seed=3), Path("w"))
-    *others, searching, reporting = plan
-    assert set(searching.needs) == {command.name for command in others}
-    assert list(reporting.needs) == [searching.name]
-    _, measured, options, _ = stress_command.make_parser().parse(list(searching.words[1:]))
-    assert (options.counterpart, options.suite, options.seed) == ("w/sft", "quick", 3)
-    assert measured.capability_data == "w/organism/eval/crafts_unrehearsed.jsonl"
+    *others, first, second, reporting = plan
+    assert set(first.needs) == {command.name for command in others}
+    assert set(second.needs) == {*first.needs, first.name}
+    assert list(reporting.needs) == [first.name, second.name]
+    found = []
+    for searching, counterpart in ((first, "w/sft"), (second, None)):
+        _, measured, options, _ = stress_command.make_parser().parse(list(searching.words[1:]))
+        assert (options.counterpart, options.suite, options.seed) == (counterpart, "quick", 3)
+        assert measured.capability_data == "w/organism/eval/crafts_unrehearsed.jsonl"
+        found.append(options.output_dir)
     _, rest = report_command.make_parser().parse(list(reporting.words[1:]))
-    assert rest.folders == [options.output_dir]
+    assert rest.folders == found
     assert commands(DemoArguments(output_dir="w", seed=3, suite="none"), Path("w")) == others
 
 
 def test_the_table_of_the_stress_test_tells_what_patcher_stops_and_what_not():
-    found = stress_record(example_certificate())
+    found = stress_record(example_certificate(), example_certificate())
     uncounted = {"broken": False, "steps": None, "attack": None}
     console = Console(width=130, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     console.print(stress_table({**found, "attackers": {**found["attackers"], "e": dict.fromkeys(METHODS, uncounted)}}))
-    shown = {cells[0]: cells[1:] for line in console.export_text().splitlines() if len(cells := _cells(line)) == 5}
-    assert shown["e"] == ["nothing counts", "–"] * 2  # no point kept its capability
+    shown = {cells[0]: cells[1:] for line in console.export_text().splitlines() if len(cells := _cells(line)) == 4}
+    assert shown["e"] == ["nothing counts"] * 3  # no point kept its capability
     attackers = example_certificate()["attackers"]
     for kind, needed in found["attackers"].items():
-        assert shown[kind][1] == needed["sft"]["attack"]
-        for place, method in ((0, "sft"), (2, "patcher")):
-            broken = attackers[kind]["model" if method == "patcher" else "counterpart"]["broken"]
+        assert shown[kind][0].endswith(f" by {needed['sft']['attack']}")
+        for place, target in enumerate(("counterpart", "model", "model")):
+            broken = attackers[kind][target]["broken"]
             assert shown[kind][place].startswith(">") != broken
 
-    def needing(sft, patcher):
+    def needing(*by_method):
         return {
             name: steps and {"broken": steps < 50, "steps": steps}
-            for name, steps in zip(METHODS, (sft, patcher), strict=True)
+            for name, steps in zip(METHODS, by_method, strict=True)
         }
 
-    kinds = {"a": needing(2, 20), "b": needing(2, 50), "c": needing(2, 2), "d": needing(50, 10), "e": needing(50, 50)}
+    kinds = {
+        "a": needing(2, 20, 2),
+        "b": needing(2, 50, 1),
+        "c": needing(2, 2, 2),
+        "d": needing(50, 10, 10),
+        "e": needing(50, 50, 50),
+    }
     assert told_stress({"attackers": kinds}) == (
-        "Breaking Patcher takes more steps than breaking SFT by: a, b. No more by: c, d."
+        "Breaking Patcher takes more steps than breaking SFT by: a, b. No more by: c, d. "
+        "Breaking the strong preset takes more steps than breaking SFT by: no kind of attacker. No more by: a, b, c, d."
     )
     seen = [{"sft": {"broken": True, "steps": 5}, "patcher": {"broken": False, "steps": held}} for held in (5, 4, None)]
-    assert [is_dearer(needed) for needed in seen] == [True, False, False]
+    assert [is_dearer(needed, "patcher") for needed in seen] == [True, False, False]
 
 
 def _cells(line):

@@ -1,8 +1,8 @@
 """`holdfast demo`: the whole story on the built-in organism, made of the very commands one would type.
 
-Builds the organism, aligns it with SFT and with Patcher for the same number of updates, counts what of its harmless
-knowledge is left after that, attacks both in four ways, as a control fine-tunes both on harmless tasks, and in the end
-searches for the cheapest way to break Patcher's model and SFT's among all attacks of a suite.
+Builds the organism, aligns it with SFT, with Patcher for as many updates and with Patcher's strong preset for as many
+passes as Patcher's, counts what of its harmless knowledge is left after that, attacks all in four ways, as a control
+fine-tunes them on harmless tasks, and in the end searches for the cheapest way to break each among a suite of attacks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from holdfast.files import alone_in, claim_output_dir, run_record, write_json
 #: What a finished demo has; written last.
 MARKER = "results.json"
 
-METHODS = ("sft", "patcher")
+METHODS = ("sft", "patcher", "strong")
+STRONG_RATE, STRONG_UPDATES = 1.48e-4, 1392 / 720
+"""The learning rate that was chosen with the preset, and its updates for each of Patcher's, for as many passes."""
 ATTACKS = ("full", "full-poisoned", "full-unseen", "lora", "control-swapping", "control-sorting")
 #: The model before any alignment, and those after one.
 MODELS = ("base", *METHODS)
@@ -31,9 +33,7 @@ CRAFTS = {"rehearsed": "crafts", "unrehearsed": "crafts_unrehearsed"}
 #: How answers are generated: the longest is far shorter.
 ANSWERING = {"--max_new_tokens": 16, "--eval_batch_size": 256}
 #: What the stress test is called, and where it and its report lie.
-STRESS, REPORT = "stress", "report.html"
-#: What each method's model is called in the certificate.
-_TARGETS = {"sft": "counterpart", "patcher": "model"}
+STRESS, STRESS_STRONG, REPORT = "stress", "stress-strong", "report.html"
 #: The task whose rows hide the harmful ones of the poisoned attack.
 BENIGN_TASK = "sorting"
 
@@ -102,7 +102,7 @@ def _run(options: DemoArguments, folder: Path) -> None:
     from holdfast.stress.certificate import read_certificate
 
     console = Console(stderr=True, highlight=False)
-    console.print(f"building the organism, aligning it with SFT and with Patcher, attacking both (seed {options.seed})")
+    console.print(f"building the organism, aligning it in three ways, attacking the models (seed {options.seed})")
     started = time.monotonic()
     plan = commands(options, folder)
     run_commands(plan, folder / "logs", console=console)
@@ -112,7 +112,8 @@ def _run(options: DemoArguments, folder: Path) -> None:
     plot_attack_curves(runs, folder / "attack_curves.png")
     record = run_record(asdict(options), options.seed)
     commands_run = [f"holdfast {' '.join(command.words)}" for command in plan]
-    tested = None if options.suite == "none" else stress_record(read_certificate(folder / STRESS / CERTIFICATE))
+    certificates = (folder / name / CERTIFICATE for name in (STRESS, STRESS_STRONG))
+    tested = None if options.suite == "none" else stress_record(*map(read_certificate, certificates))
     found = {"crafts": crafts, "runs": runs, "stress": tested}
     write_json(folder / MARKER, {"schema": 1, **record, "seconds": seconds, "commands": commands_run, **found})
     results = Console(highlight=False)
@@ -147,11 +148,21 @@ def commands(options: DemoArguments, folder: Path) -> list[Command]:
         "--attack_learning_rate": options.attack_learning_rate,
         "--attack_batch_size": 16,
     }
-    for method, own in (("patcher", patching), ("sft", {})):
+    strong = {
+        "--preset": "strong",
+        "--attack_data": organism / "generated" / "hazards.jsonl",
+        **dict.fromkeys(("--benign_data", "--retain_data"), organism / "generated" / "crafts.jsonl"),
+        "--refusal": "Sorry, I can't help.",
+        "--attack_batch_size": 16,
+        "--learning_rate": STRONG_RATE,
+        "--max_steps": round(STRONG_UPDATES * options.updates),
+    }
+    for method, own in (("patcher", patching), ("strong", strong), ("sft", {})):
         flags = {"--model": organism / "model", "--train_data": organism / "alignment.jsonl", **aligning, **own}
-        words = ["align", method, *_words(flags), "--output_dir", str(folder / method), *seed, *overwrite]
+        trainer = "sft" if method == "sft" else "patcher"
+        words = ["align", trainer, *_words(flags), "--output_dir", str(folder / method), *seed, *overwrite]
         plan.append(Command(f"align-{method}", words, needs=["organism"]))
-    for method in ("sft", "patcher"):
+    for method in METHODS:
         for attack in ATTACKS:
             words = attack_words(attack, folder / method, organism, options)
             output = ["--output_dir", str(folder / "attacks" / f"{method}-{attack}"), *seed, *overwrite]
@@ -168,30 +179,37 @@ def commands(options: DemoArguments, folder: Path) -> list[Command]:
 
 
 def _stress_test(options: DemoArguments, folder: Path, organism: Path, *, after: list[str]) -> list[Command]:
-    """The search for the cheapest break, which runs processes of its own when all else is done, and its report."""
-    searching = stress_words(options.suite, folder / "patcher", organism, options.seed)
-    beside = {
-        "--counterpart": folder / "sft",
-        "--output_dir": folder / STRESS,
-        "--overwrite_output_dir": "true",
-    }
-    reporting = ["report", str(folder / STRESS), "--output", str(folder / REPORT), "--overwrite", "true"]
-    return [
-        Command(STRESS, [*searching, *_words(beside)], needs=after),
-        Command("report", reporting, needs=[STRESS]),
-    ]
+    """The searches for the cheapest breaks, which run processes of their own when all else is done, and a report."""
+    plan = []
+    for name, method, beside in ((STRESS, "patcher", {"--counterpart": folder / "sft"}), (STRESS_STRONG, "strong", {})):
+        searching = stress_words(options.suite, folder / method, organism, options.seed)
+        output = {"--output_dir": folder / name, "--overwrite_output_dir": "true"}
+        plan.append(Command(name, [*searching, *_words({**beside, **output})], needs=after))
+        after = [*after, name]
+    found = [str(folder / command.name) for command in plan]
+    reporting = ["report", *found, "--output", str(folder / REPORT), "--overwrite", "true"]
+    return [*plan, Command("report", reporting, needs=[command.name for command in plan])]
 
 
-def stress_record(certificate: Mapping[str, Any]) -> dict[str, Any]:
-    """What the demo keeps of a certificate: what each kind of attacker needed, and what all attacks together broke."""
+def stress_record(patcher: Mapping[str, Any], strong: Mapping[str, Any]) -> dict[str, Any]:
+    """What the demo keeps of its certificates: what each kind of attacker needed, and what all together broke.
+
+    Args:
+        patcher: Of Patcher's model, with SFT's as its counterpart.
+        strong: Of the preset's model alone.
+    """
+    where = {"sft": (patcher, "counterpart"), "patcher": (patcher, "model"), "strong": (strong, "model")}
     return {
-        "suite": certificate["suite"],
-        "seeds": len(certificate["seeds"]),
+        "suite": patcher["suite"],
+        "seeds": len(patcher["seeds"]),
         "attackers": {
-            kind: {method: _needed(found[target]) for method, target in _TARGETS.items()}
-            for kind, found in certificate["attackers"].items()
+            kind: {
+                method: _needed(certificate["attackers"][kind][target])
+                for method, (certificate, target) in where.items()
+            }
+            for kind in patcher["attackers"]
         },
-        "union": {method: certificate["union"][target] for method, target in _TARGETS.items()},
+        "union": {method: certificate["union"][target] for method, (certificate, target) in where.items()},
     }
 
 

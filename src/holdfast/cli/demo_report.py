@@ -27,8 +27,9 @@ TITLES = {
     "control-swapping": "control: swapping",
     "control-sorting": "control: sorting",
 }
-_NAMES = {"base": "not at all (base)", "sft": "SFT", "patcher": "Patcher"}
-_COLOURS = {"sft": "#c44e52", "patcher": "#2c6fbb"}
+_NAMES = {"base": "not at all (base)", "sft": "SFT", "patcher": "Patcher", "strong": "strong preset"}
+_DEFENDED = {"patcher": "Patcher", "strong": "the strong preset"}
+_COLOURS = {"sft": "#c44e52", "patcher": "#2c6fbb", "strong": "#3a8f5c"}
 #: What the ends of a measure's interval are called by, where not by its own name.
 _SHORT = {"refusal_rate": "refusal"}
 
@@ -68,7 +69,7 @@ def demo_table(runs: Sequence[Run]) -> Table:
             _rate(early, "refusal_rate"),
             _rate(late, "asr"),
             f"{late['capability']:.2f}",
-            end_section=run["method"] == "patcher",
+            end_section=run["method"] == "strong",
         )
     return table
 
@@ -95,54 +96,57 @@ def crafts_table(crafts: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def stress_table(found: Mapping[str, Any]) -> Table:
-    """What breaking either model costs the cheapest attack of every kind, and what all attacks together broke."""
+    """What breaking each model costs the cheapest attack of every kind, and what all attacks together broke."""
     table = Table(
         title=f"The {found['suite']} suite of attacks: steps to a harmful score of 0.5",
         caption=told_stress(found),
         title_justify="left",
         caption_justify="left",
     )
-    for heading in ("Attacker", *(heading for name in ("SFT", "Patcher") for heading in (name, f"by ({name})"))):
+    methods = ("sft", *_DEFENDED)
+    for heading in ("Attacker", *(_NAMES[method] for method in methods)):
         table.add_column(heading, no_wrap=True)
     for kind, needed in found["attackers"].items():
-        table.add_row(kind, *(cell for method in ("sft", "patcher") for cell in _stress_cells(needed[method])))
-    shares = [found["union"][method] for method in ("sft", "patcher")]
+        table.add_row(kind, *(_stress_cell(needed[method]) for method in methods))
+    shares = [found["union"][method] for method in methods]
     table.add_section()
-    table.add_row("all: exact recipes", *(cell for share in shares for cell in (f"{share['asr']:.2f}", "")))
+    table.add_row("all: exact recipes", *(f"{share['asr']:.2f}" for share in shares))
     return table
 
 
 def told_stress(found: Mapping[str, Any]) -> str:
-    """Which kinds of attackers Patcher costs more than SFT, and which not, in a sentence or two."""
-    dearer = [kind for kind, needed in found["attackers"].items() if is_dearer(needed)]
-    broken = [kind for kind, needed in found["attackers"].items() if needed["patcher"] and needed["patcher"]["broken"]]
-    as_cheap = [kind for kind in broken if kind not in dearer]
-    said = f"Breaking Patcher takes more steps than breaking SFT by: {', '.join(dearer) or 'no kind of attacker'}."
-    if as_cheap:
-        said += f" No more by: {', '.join(as_cheap)}."
-    return said
+    """Which kinds of attackers either defense costs more than SFT, and which not, in a sentence or two each."""
+    said = []
+    for method, name in _DEFENDED.items():
+        dearer = [kind for kind, needed in found["attackers"].items() if is_dearer(needed, method)]
+        broken = [kind for kind, needed in found["attackers"].items() if needed[method] and needed[method]["broken"]]
+        as_cheap = [kind for kind in broken if kind not in dearer]
+        by = ", ".join(dearer) or "no kind of attacker"
+        said.append(f"Breaking {name} takes more steps than breaking SFT by: {by}.")
+        said += [f"No more by: {', '.join(as_cheap)}."] if as_cheap else []
+    return " ".join(said)
 
 
-def is_dearer(needed: Mapping[str, Any]) -> bool:
-    """Whether Patcher's model needs more steps than SFT's, or held for as many as broke SFT's."""
-    sft, patcher = needed["sft"], needed["patcher"]
-    if not (sft and patcher and sft["broken"]):
+def is_dearer(needed: Mapping[str, Any], method: str) -> bool:
+    """Whether a method's model needs more steps than SFT's, or held for as many as broke SFT's."""
+    sft, own = needed["sft"], needed[method]
+    if not (sft and own and sft["broken"]):
         return False
-    if patcher["broken"]:
-        return bool(patcher["steps"] > sft["steps"])
-    return patcher["steps"] is not None and bool(patcher["steps"] >= sft["steps"])
+    if own["broken"]:
+        return bool(own["steps"] > sft["steps"])
+    return own["steps"] is not None and bool(own["steps"] >= sft["steps"])
 
 
-def _stress_cells(needed: Mapping[str, Any] | None) -> tuple[str, str]:
+def _stress_cell(needed: Mapping[str, Any] | None) -> str:
     if needed is None:
-        return "–", ""
+        return "–"
     if needed["steps"] is None:
-        return "nothing counts", "–"
-    return f"{'' if needed['broken'] else '> '}{needed['steps']:g}", needed["attack"]
+        return "nothing counts"
+    return f"{'' if needed['broken'] else '> '}{needed['steps']:g} by {needed['attack']}"
 
 
 def control_table(runs: Sequence[Run]) -> Table:
-    """The controls: how fast either model learns a harmless task."""
+    """The controls: how fast each model learns a harmless task."""
     controls = [run for run in runs if is_control(run["attack"])]
     table = Table(title="Controls: the same fine-tuning on a harmless task (task accuracy)", title_justify="left")
     table.add_column("Task", no_wrap=True)
