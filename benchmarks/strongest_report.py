@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+import strongest_search
 from defenses_plan import ALIGNMENT, BATCH_SIZE, FILES, RESULTS, read
 from defenses_tables import (
     COUNTERPART,
@@ -267,7 +268,10 @@ def searched(found: dict[str, Any]) -> str:
         held = "–" if trial["held"] is None else f"{trial['held']:.2f}"
         values = [f"{trial['setting'][knob]:g}" for knob in knobs]
         lines.append([*values, off, held, "**chosen**" if number == found["chosen"] else ""])
-    return f"{found['rule']}\n" + table([*knobs, "off", "held", ""], lines)
+    rule = found["rule"]
+    for name in ("KEPT", "OVER_REFUSAL", "SLOWER", "LESS"):
+        rule = rule.replace(f"`{name}`", f"{getattr(strongest_search, name):g}")
+    return f"{rule}\n" + table([*knobs, "off", "held", ""], lines)
 
 
 def recipes(preset: dict[str, Any]) -> dict[Path, dict[str, Any]]:
