@@ -2,7 +2,8 @@
 
 As in step_cost.py: SFT updates and the method's alternate inside one `trainer.train()`, on batches of the same size at
 accumulation 1, a pair compared with itself only; memory is the highest live tensor storage of a step, in buffers of the
-parameters' size beyond an SFT step's.
+parameters' size beyond an SFT step's. Of Patcher's strong preset as it is run, simulated attacks and all, as many pairs
+as lie between two attacks are compared together, at the organism's size.
 
     python benchmarks/method_cost.py        # writes benchmarks/results/method_cost.json
 """
@@ -25,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import datasets
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, pre_tokenizers
@@ -36,6 +38,8 @@ from holdfast.alignment.antibody import AntibodyAlignmentConfig, AntibodyAlignme
 from holdfast.alignment.booster import BoosterConfig, BoosterTrainer
 from holdfast.alignment.patcher import PatcherTrainer
 from holdfast.alignment.patcher_config import PatcherConfig
+from holdfast.alignment.pool import Pool
+from holdfast.alignment.presets import PRESETS
 from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
 from holdfast.data.refusals import without_refusals
 from holdfast.files import versions, write_json
@@ -62,8 +66,10 @@ class Cost:
         time: The largest ratio to an SFT update.
         buffers: The largest memory beyond SFT's in buffers of the parameters' size; None where it is activations.
         settings: Under which it does all of its work at every update.
-        second: The name of its second data set.
+        second: The names of its further data sets.
         prepare: What is to be done to its trainer before it runs.
+        block: How many pairs are compared together, two such blocks at least; more than one of them are timed at the
+            organism's size alone.
     """
 
     trainer: type[DefenseTrainer]
@@ -71,8 +77,9 @@ class Cost:
     time: float
     buffers: float | None
     settings: dict[str, Any] = field(default_factory=dict)
-    second: str | None = None
+    second: tuple[str, ...] = ()
     prepare: Callable[[Any], None] = lambda trainer: None
+    block: int = 1
 
 
 def under_attack(trainer: PatcherTrainer) -> None:
@@ -80,16 +87,45 @@ def under_attack(trainer: PatcherTrainer) -> None:
     trainer.attack_vector = {n: 1e-3 * torch.randn_like(p) for n, p in trainable_parameters(trainer.model).items()}
 
 
+def under_attacks(trainer: PatcherTrainer) -> None:
+    """Put as many vectors in force as the pool keeps."""
+    parameters = trainable_parameters(trainer.model)
+    for member in (one for one in Pool.of(STRONG["pool"]).members if one.trains):
+        for _ in range(member.rounds):
+            trainer._vectors.add(member, {n: 1e-3 * torch.randn_like(p) for n, p in parameters.items()})
+
+
+STRONG = yaml.safe_load(PRESETS["strong"].read_text(encoding="utf-8"))
+_POOLED = ("attack", "benign")
 COSTS = {
-    # Every update of it at displaced weights, which are the dearer ones.
+    # Every update of these two at displaced weights, which are the dearer ones; of the pool none has an attack.
     "Patcher, sampled": Cost(
-        PatcherTrainer, PatcherConfig, 1.1, 2.1, {"estimator": "sampled", "alpha": 1.0}, "attack", under_attack
+        PatcherTrainer, PatcherConfig, 1.1, 2.1, {"estimator": "sampled", "alpha": 1.0}, ("attack",), under_attack
+    ),
+    "Patcher, the preset's pool": Cost(
+        PatcherTrainer,
+        PatcherConfig,
+        1.2,
+        2.1,
+        {"estimator": "sampled", "alpha": 1.0, "pool": STRONG["pool"], "attack_every": 2},  # when SFT has its turn
+        _POOLED,
+        under_attacks,
+    ),
+    "Patcher, strong, attacks included": Cost(
+        PatcherTrainer,
+        PatcherConfig,
+        1.6,
+        2.1,
+        STRONG,
+        (*_POOLED, "retain"),
+        under_attacks,
+        block=STRONG["attack_every"],
     ),
     "Vaccine": Cost(VaccineTrainer, VaccineConfig, 2.1, None),
-    "Booster": Cost(BoosterTrainer, BoosterConfig, 3.1, 2.2, second="attack"),
-    "Antibody, alignment": Cost(AntibodyAlignmentTrainer, AntibodyAlignmentConfig, 4.2, 2.2, second="attack"),
-    "Lisa": Cost(LisaTrainer, LisaConfig, 1.05, 1.1, {"proximal_start": 0.0}, second="safety"),
-    "SPARD, projecting": Cost(SpardTrainer, SpardConfig, 2.1, 0.1, {"tau": 1e-6}, second="safety"),
+    "Booster": Cost(BoosterTrainer, BoosterConfig, 3.1, 2.2, second=("attack",)),
+    "Antibody, alignment": Cost(AntibodyAlignmentTrainer, AntibodyAlignmentConfig, 4.2, 2.2, second=("attack",)),
+    "Lisa": Cost(LisaTrainer, LisaConfig, 1.05, 1.1, {"proximal_start": 0.0}, second=("safety",)),
+    "SPARD, projecting": Cost(SpardTrainer, SpardConfig, 2.1, 0.1, {"tau": 1e-6}, second=("safety",)),
     "Antibody, fine-tuning": Cost(AntibodyTrainer, AntibodyConfig, 1.5, None),
 }
 
@@ -152,11 +188,10 @@ def make_trainer(cost: Cost, kind: type[DefenseTrainer], shape: Shape, folder: s
     backend = Tokenizer(WordLevel(vocabulary_ids, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>")
-    second = {} if cost.second is None else {f"{cost.second}_dataset": rows}
+    second = {f"{name}_dataset": rows for name in cost.second}
     model = LlamaForCausalLM(LlamaConfig(**shape.model))
     trainer = kind(model, config, rows, processing_class=tokenizer, **second)
     trainer.remove_callback(PrinterCallback)
-    cost.prepare(trainer)
     return trainer
 
 
@@ -178,21 +213,31 @@ class _Stopwatch(TrainerCallback):
 
 def measure_time(cost: Cost, shape: Shape, *, checkpointing: bool, pairs: int, folder: str) -> dict[str, Any]:
     """Time alternating SFT updates and the method's."""
+    pairs = pairs if cost.block == 1 else max(pairs // cost.block, 2) * cost.block
     steps = 2 * (WARM_UP_PAIRS + pairs)
     kind = alternating(cost.trainer)
     trainer = make_trainer(cost, kind, shape, folder, max_steps=steps, gradient_checkpointing=checkpointing)
     stopwatch = _Stopwatch()
+    cost.prepare(trainer)
     trainer.add_callback(stopwatch)
     trainer.train()
-    pairs_of = lambda found: zip(found[::2][WARM_UP_PAIRS:], found[1::2][WARM_UP_PAIRS:], strict=True)  # noqa: E731
+
+    def ratios(found: list[float]) -> list[float]:
+        sft, own = ([sum(one) for one in _blocks(found[start::2][WARM_UP_PAIRS:], cost.block)] for start in (0, 1))
+        return [mine / theirs for mine, theirs in zip(own, sft, strict=True)]
+
     return {
         "shape": asdict(shape),
         "activation_checkpointing": checkpointing,
         "pairs": pairs,
-        "ratio": spread([own / sft for sft, own in pairs_of(stopwatch.updates)]),
-        "cpu_ratio": spread([own / sft for sft, own in pairs_of(stopwatch.cpu)]),
+        "ratio": spread(ratios(stopwatch.updates)),
+        "cpu_ratio": spread(ratios(stopwatch.cpu)),
         "limit": cost.time,
     }
+
+
+def _blocks(values: Sequence[float], size: int) -> list[Sequence[float]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def measure_memory(cost: Cost, shape: Shape, *, folder: str) -> dict[str, Any]:
@@ -200,6 +245,7 @@ def measure_memory(cost: Cost, shape: Shape, *, folder: str) -> dict[str, Any]:
     kind = alternating(cost.trainer)
     trainer = make_trainer(cost, kind, shape, folder, max_steps=6, gradient_checkpointing=False)
     with peak_meter(trainer.model) as meter:
+        cost.prepare(trainer)
         watch = MemoryWatch(meter)
         trainer.add_callback(watch)
         trainer.train()
@@ -231,6 +277,7 @@ def table(found: dict[str, dict[str, Any]]) -> Table:
         ratios = [
             f"{t['ratio']['median']:.2f} ({t['ratio']['low']:.2f}–{t['ratio']['high']:.2f})" for t in entry["time"]
         ]
+        ratios += ["–"] * (3 - len(ratios))
         memory = entry["memory"]
         limit = "activations" if memory["limit"] is None else f"{memory['limit']:.1f}"
         buffers = f"{memory['buffers_beyond_sft']:+.2f}"
@@ -266,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, console.status("measuring") as status:
         for name in args.methods:
             cost, times = COSTS[name], []
-            for shape, checkpointing, pairs in plan:
+            for shape, checkpointing, pairs in plan if cost.block == 1 else plan[:1]:
                 status.update(f"timing {name} on {shape.name}, checkpointing {'on' if checkpointing else 'off'}")
                 times.append(measure_time(cost, shape, checkpointing=checkpointing, pairs=pairs, folder=folder))
             status.update(f"memory of {name}")

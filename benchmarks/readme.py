@@ -104,6 +104,7 @@ def method_cost_table(results: dict[str, Any]) -> str:
         ratios = [
             f"{t['ratio']['median']:.2f} ({t['ratio']['low']:.2f}–{t['ratio']['high']:.2f})" for t in entry["time"]
         ]
+        ratios += ["–"] * (3 - len(ratios))
         memory = entry["memory"]
         buffers = "activations" if memory["limit"] is None else f"{max(0.0, memory['buffers_beyond_sft']):.2f}"
         lines.append(f"| {name} | {' | '.join(ratios)} | {buffers} |")
