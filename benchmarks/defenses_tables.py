@@ -30,7 +30,7 @@ NAMES = {
     "scale": "sampled, scale drawn",
     "pool": "sampled, a pool",
     "broad": "sampled, a pool, broad data",
-    "preset": "the preset",
+    "preset": "strong preset",
     "no-fine-tuning": "no fine-tuning in the pool",
     "no-ablation": "no ablation in the pool",
     "no-prefill": "no prefill in the pool",

@@ -245,8 +245,15 @@ def real(entries: Sequence[Entry]) -> str:
 
 
 def summary(entries: Sequence[Entry]) -> str:
-    """For the README: what breaks SFT's model, the demo's Patcher's and the preset's, and what each has kept."""
-    by_row = {row: runs for (row,), runs in grouped(entries, "method").items() if row in SUMMARY}
+    """For the README: what breaks SFT's model, the demo's Patcher's and the preset's, and what each has kept.
+
+    Of the seeds that all of them have.
+    """
+    seeds = set.intersection(*({run["seed"] for run in entries if run["method"] == row} for row in SUMMARY))
+    told_of = [run for run in entries if run["method"] in SUMMARY and run["seed"] in seeds]
+    if not told_of:
+        return ""
+    by_row = {row: runs for (row,), runs in grouped(told_of, "method").items()}
     kinds = [kind for kind in kinds_of(entries) if kind not in LEFT_OUT]
     lines = []
     for row, runs in by_row.items():
@@ -255,8 +262,8 @@ def summary(entries: Sequence[Entry]) -> str:
         kept = [capability_cell(runs, "unrehearsed"), refused]
         lines.append([NAMES[row], *(steps_cell(runs, kind) for kind in kinds), told(bounds, bounds), *kept])
     heads = [*kinds, "full, worst of a sweep of rates", "capability, unrehearsed crafts", "of these refused"]
-    seeds = ", ".join(str(run["seed"]) for run in by_row[COUNTERPART])
-    return table(["aligned with", *heads], lines) + f"\n\nSeeds {seeds}, on which nothing was chosen."
+    numbers = ", ".join(str(seed) for seed in sorted(seeds))
+    return table(["aligned with", *heads], lines) + f"\n\nSeeds {numbers}, on which nothing was chosen."
 
 
 def searched(found: dict[str, Any]) -> str:

@@ -412,6 +412,15 @@ def test_costs_are_paired_by_seed_and_told_with_what_is_known_from_below(study):
     assert line == "| Patcher, exact | 0 of 2 | 0 of 2 | 2 of 2 | 0 of 2 | 0 of 2 | 0 of 2 |"
 
 
+def test_the_summary_is_of_the_seeds_that_all_its_rows_have(study):
+    entries = [{**one, "method": "preset"} if one["method"] == "pool" else one for one in entries_of(study)]
+    more = {**entries[0], "seed": 32}
+    text = study["strongest_report"].summary([*entries, more])
+    assert text == study["strongest_report"].summary(entries)
+    assert text.endswith("Seeds 30, 31, on which nothing was chosen.")
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:5]] == ["| SFT", "| Patcher, exact", "| strong preset"]
+
+
 def test_the_page_is_begun_with_the_first_results_and_filled_with_all(study, monkeypatch, tmp_path):
     report = study["strongest_report"]
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -426,7 +435,7 @@ def test_the_page_is_begun_with_the_first_results_and_filled_with_all(study, mon
     report.main()
     first = (tmp_path / "strongest.md").read_text()
     assert "| Patcher, exact | 1200 | 1660 | 1670.00 [1670.00–1670.00] | 1.00 [1.00–1.00] | 30, 31 |" in first
-    assert "| Patcher, exact |" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "README.md").read_text() == "<!-- strongest-summary -->\n\n<!-- /strongest-summary -->"
     left_out = [{**one, "method": "no-ablation"} if one["method"] == "pool" else one for one in entries]
     written["sections"]["held_out"] = left_out
     (tmp_path / "strongest.json").write_text(json.dumps(written))
