@@ -185,7 +185,7 @@ def plot_attack_curves(runs: Sequence[Run], path: Path) -> None:
         axis.minorticks_off()
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.25)
-    axes[0, 0].legend(frameon=False, fontsize=9)
+    axes[-1, 0].legend(frameon=False, fontsize=9, loc="lower left")  # where there is room, as capability is kept
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
