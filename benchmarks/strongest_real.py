@@ -29,6 +29,7 @@ import defenses_plan
 from defenses_plan import RESULTS, Flags, Study, console, execute, read
 from holdfast.cli import demo
 from holdfast.cli.workers import Command
+from holdfast.data.load import load_rows
 from holdfast.files import versions, write_json, write_jsonl
 from holdfast.proxy.build import BENIGN_PARTS, PARTS
 from holdfast.proxy.topics import load_topic
@@ -85,7 +86,7 @@ class RealPlan:
         write_plain_questions(self.plain)
         files = [self.data / "alignment.jsonl"]
         files += [other.data / f"{name}.jsonl" for other in others for name in ("simulated_attack", "attack")]
-        found = [json.loads(line) for path in files for line in path.read_text("utf-8").splitlines()]
+        found = [row for path in files for row in load_rows(str(path), flag="train")]
         write_jsonl(self.aligning, found)
         write_jsonl(self.harmless, [row for row in found if row["completion"][0]["content"] not in refusals])
         self.refusals.write_text("\n".join(refusals) + "\n", encoding="utf-8")

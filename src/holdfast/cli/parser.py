@@ -167,10 +167,11 @@ class HoldfastParser(TrlParser, _OneLineParser):
             built.append(_build(dataclass_type, {name: given.pop(name) for name in names}))
         values = SimpleNamespace(**{field.name: getattr(one, field.name) for one in built for field in fields(one)})
         typed = set(self._given(argv))
-        try:
-            refuse_idle(self._effects, values, typed=self._given(presets), in_recipe=())
-        except InputError as error:  # without a part of it, it would be another setting under its name
-            raise InputError(f"--preset {preset}: {error}") from error
+        if presets:  # without a part of it, it would be another setting under its name
+            try:
+                refuse_idle(self._effects, values, typed=self._given(presets), in_recipe=())
+            except InputError as error:
+                raise InputError(f"--preset {preset}: {error}") from error
         refuse_idle(self._effects, values, typed=typed, in_recipe=self._given(words).keys() - typed)
         return (*built, namespace)
 
