@@ -8,9 +8,10 @@
 
 Rows and the count of compute are in `strongest_plan.py`, the rule of choice in `strongest_search.py`. Everything is
 made of ordinary `holdfast` commands, two processes side by side, one thread each; what is finished stays in
-benchmarks/out/strongest and is not run again, and all that is there is written down after every search.
+benchmarks/out/strongest and is not run again, and all that is there is written down after every search, beside what was
+written down of other seeds and rows of the same settings.
 
-    python benchmarks/strongest.py report --rows sft exact --seeds 30        # a part of it
+    python benchmarks/strongest.py report --rows sft exact --seeds 30        # a part of it, beside what is there
     python benchmarks/strongest.py report --suite full --rows sft exact preset   # by attackers who try far more
     python benchmarks/strongest.py report --smoke    # tiny numbers that prove nothing but that everything runs
 """
@@ -25,6 +26,7 @@ from typing import Any
 import defenses_stress
 from defenses_plan import RESULTS, Flags, Study, console, execute, read
 from holdfast.files import versions, write_json
+from holdfast.stress.costs import canonical
 from holdfast.stress.suites import SUITES
 from strongest_lengths import run as run_lengths
 from strongest_plan import EQUAL, SEEDS, STUDY, TINY, StrongPlan, budget, held_out_rows, rows, worst_of
@@ -52,8 +54,8 @@ def measure(
     """
 
     def write(entries: list[Entry]) -> None:
-        found = [told(entry, study, settings) for entry in entries]
         sections = read(path)["sections"] if path.is_file() else {}
+        found = joined(sections.get(section, []), [told(entry, study, settings) for entry in entries], settings)
         known = {"schema": 1, "versions": versions(), "budget": budget(study)}
         write_json(path, {**known, "sections": {**sections, section: found}})
 
@@ -69,6 +71,17 @@ def measure(
         write(defenses_stress.collect(study, settings, seeds=every, suite=suite, make=StrongPlan))
     entries = read(path)["sections"][section]
     return [*failed, *(sentence for entry in entries if (sentence := missed(entry, study)))]
+
+
+def joined(before: Sequence[Entry], found: Sequence[Entry], settings: Mapping[str, Flags]) -> list[Entry]:
+    """What is written down, with what other machines have found of the same settings; in order of seeds and rows."""
+
+    def same(entry: Entry) -> bool:
+        method = entry["method"]
+        return method in settings and canonical(entry["setting"]) == canonical(settings[method])
+
+    entries = {(entry["seed"], entry["method"]): entry for entry in [*filter(same, before), *found]}
+    return [entries[key] for key in sorted(entries, key=lambda key: (key[0], list(settings).index(key[1])))]
 
 
 def told(entry: Entry, study: Study, settings: Mapping[str, Flags]) -> Entry:

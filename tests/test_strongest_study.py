@@ -221,6 +221,23 @@ def test_it_goes_on_where_it_was_stopped(study, monkeypatch, tmp_path):
     assert third.ran == []
 
 
+def test_what_another_machine_has_found_stays_as_long_as_its_settings_do(study, monkeypatch, tmp_path):
+    Strong(monkeypatch, study)
+    plan, path = study["strongest_plan"], tmp_path / "strongest.json"
+    measure(study, tmp_path, rows=("pool", "exact"), seeds=(31,))
+    elsewhere = replace(plan.STUDY, out=tmp_path / "elsewhere")
+    settings = plan.rows(elsewhere)
+
+    def of_another(settings):
+        study["strongest"].measure(elsewhere, settings, ["sft"], (30,), "standard", path, "report")
+        entries = json.loads(path.read_text())["sections"]["report"]
+        return [(entry["seed"], entry["method"]) for entry in entries]
+
+    assert of_another(settings) == [(30, "sft"), (31, "exact"), (31, "pool")]
+    changed = {**settings, "pool": plan.at_budget({**settings["pool"], "alpha": 0.6}, elsewhere)}
+    assert of_another(changed) == [(30, "sft"), (31, "exact")]
+
+
 def test_a_model_of_other_compute_is_told_of(study, monkeypatch, tmp_path):
     monkeypatch.setattr(Strong, "found", lambda self, command: {"log": {"passes": 1500.0}, **results()})
     monkeypatch.setattr(study["strongest_plan"], "worst_of", lambda paths: None)
