@@ -1,6 +1,6 @@
 """The strongest defense on the organism, at the compute of the demo's Patcher: its search, and what is reported of it.
 
-    python benchmarks/strongest.py search      # the setting: benchmarks/results/strongest_search.json
+    python benchmarks/strongest.py search      # the setting: strongest_trials.json; at its end strongest_search.json
     python benchmarks/strongest.py report      # every row by the standard suite: benchmarks/results/strongest.json
     python benchmarks/strongest.py held_out    # a family of attacks left out of the pool: the same file
     python benchmarks/strongest.py lengths     # the length of simulated attacks: attack_lengths.json and .png
@@ -33,7 +33,7 @@ from strongest_plan import EQUAL, SEEDS, STUDY, TINY, StrongPlan, budget, held_o
 from strongest_search import preset_of, search
 
 STEPS = ("search", "report", "held_out", "lengths")
-MEASURED, CHOSEN = "strongest.json", "strongest_search.json"
+MEASURED, CHOSEN, TRIED = "strongest.json", "strongest_search.json", "strongest_trials.json"
 
 Entry = dict[str, Any]
 
@@ -111,7 +111,7 @@ def main() -> None:
     study = TINY if args.smoke else STUDY
     results = study.out if args.smoke else RESULTS
     if args.step == "search":
-        search(study, results / CHOSEN)
+        search(study, results / CHOSEN, results / TRIED)
         return
     if args.step == "lengths":
         run_lengths(study, args.seeds, SEEDS, results)

@@ -1,9 +1,9 @@
 """What is compared with the strongest defense, at equal compute, and the commands of one seed that make the models.
 
 A *pass* is a forward-backward pass of `BATCH_SIZE` rows; a step of a simulated attack counts by its rows, and a look of
-an ablation at its prompts, or of a retention at its rows, which go forwards alone, as a third of one by their rows
-(2·N·tokens against 6·N·tokens). The budget is what the demo's setting of Patcher takes; every other row has as many
-updates as that leaves it.
+an ablation at its prompts, or of a retention or rerouting at its rows, which go forwards alone, as a third of one by
+their rows (2·N·tokens against 6·N·tokens). The budget is what the demo's setting of Patcher takes; every other row has
+as many updates as that leaves it.
 """
 
 from __future__ import annotations
@@ -135,8 +135,9 @@ def trained_besides(setting: Mapping[str, Any], updates: int) -> float:
     """The passes with a backward pass that come to one an update: further gradients, and steps of attacks."""
     if "attack_every" not in setting:
         return 0
-    second = _displaced(setting, updates) if _is_exact(setting) else 0
-    second += updates if _is_exact(setting) and "retain_weight" in setting else 0
+    second = 0
+    if _is_exact(setting):
+        second = _displaced(setting, updates) + updates * sum(weight > 0 for weight in _beside_origin(setting))
     share = ALIGNMENT["patcher"].needs["attack_batch_size"] / BATCH_SIZE
     trained = [member for member in _pool(setting).members if member.trains]
     steps = _mean(trained, lambda member: _steps(member, setting["attack_steps"]))
@@ -147,25 +148,28 @@ def looks(setting: Mapping[str, Any], updates: int) -> float:
     """What goes forwards alone.
 
     What ablations look at, their prompts of both kinds, in every displaced pass and round with one; and the rows that
-    are retained, by the weights of the beginning.
+    are retained or rerouted, by the weights of the beginning.
     """
     if "attack_every" not in setting:
         return 0
-    members = _pool(setting).members
-    each = 1.0 if _is_exact(setting) else setting["alpha"] / (1 + setting.get("retain_weight", 0.0))
-    drawn = each * _displaced(setting, updates) * _mean(members, lambda one: 0 if one.trains else _look(one))
-    retained = _retained(setting, updates) if "retain_weight" in setting else 0
-    return drawn + retained / 3 + _rounds(setting, updates) * _mean([one for one in members if one.trains], _look)
+    members, (retained, rerouted) = _pool(setting).members, _beside_origin(setting)
+    if _is_exact(setting):
+        attacked, measured = 1.0 + (rerouted > 0), 0.0 + (retained > 0) + (rerouted > 0)
+    else:
+        whole = 1 + retained + rerouted
+        attacked, measured = (setting["alpha"] + rerouted) / whole, (retained + rerouted) / whole
+    drawn = attacked * _displaced(setting, updates) * _mean(members, lambda one: 0 if one.trains else _look(one))
+    simulated = _rounds(setting, updates) * _mean([one for one in members if one.trains], _look)
+    return drawn + updates * measured / 3 + simulated
+
+
+def _beside_origin(setting: Mapping[str, Any]) -> tuple[float, float]:
+    """The weights of retention and of rerouting, which ask the weights of the beginning, too."""
+    return setting.get("retain_weight", 0.0), setting.get("reroute_weight", 0.0)
 
 
 def _is_exact(setting: Mapping[str, Any]) -> bool:
     return bool(setting.get("estimator", "exact") == "exact")
-
-
-def _retained(setting: Mapping[str, Any], updates: int) -> float:
-    """The updates that take the gradient of what is retained: all, or as many as its weight is of the whole."""
-    weight = setting["retain_weight"]
-    return updates if _is_exact(setting) else updates * weight / (1 + weight)
 
 
 def _displaced(setting: Mapping[str, Any], updates: int) -> int:

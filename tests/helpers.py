@@ -234,6 +234,7 @@ PATCHERS: dict[str, dict[str, Any]] = {
     "patcher": {},
     "sampled": {"estimator": "sampled", "attack_scale": [0.3, 1.5]},
     "retaining": {"estimator": "sampled", "retain_weight": 1.0},
+    "rerouting": {"estimator": "sampled", "retain_weight": 1.0, "reroute_weight": 2.0},
     "pool": {
         "attack_every": 1,
         "attack_scale": [0.3, 1.5],
@@ -295,7 +296,7 @@ def run_to_resume(method: str, output_dir: str, callbacks: Sequence[TrainerCallb
     if method in PATCHERS:
         config = PatcherConfig(**{"attack_every": 3, "attack_steps": 4, **PATCHERS[method], **settings})
         second = {"attack_dataset": word_rows(7, seed=1), "benign_dataset": word_rows(5, seed=2)}
-        if method == "retaining":
+        if "retain_weight" in PATCHERS[method]:
             second["retain_dataset"] = word_rows(6, seed=3)
         return PatcherTrainer(model, config, **second, **common)
     from methods import METHODS

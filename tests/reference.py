@@ -100,6 +100,30 @@ def patcher(model, window, vector, alpha):
 def retention(model, origin, window, layers):
     """R(θ; K) and its gradient; `layers`: the names of the decoder layers."""
 
+    def moved(now, before):
+        return ((now - before) @ (now - before)) / (before @ before)
+
+    return _beside(model, origin, window, layers, lambda batch: batch["attention_mask"] == 1, moved)
+
+
+def rerouting(model, origin, window, layers):
+    """C(θ'; H) and its gradient, `model` having the weights θ'; `layers`: the names of the decoder layers."""
+
+    def alike(now, before):
+        return torch.clamp((now @ before) / (now.norm() * before.norm()), min=0)
+
+    def answering(batch):
+        """Where the next token is an answer's."""
+        mask = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        mask[:, :-1] = batch["labels"][:, 1:] != -100
+        return mask
+
+    return _beside(model, origin, window, layers, answering, alike)
+
+
+def _beside(model, origin, window, layers, counted, measure):
+    """The mean of a measure over layers and counted tokens, and its gradient."""
+
     def streams(model, batch):
         found = []
         with ExitStack() as stack:
@@ -115,11 +139,9 @@ def retention(model, origin, window, layers):
             with torch.no_grad():
                 before = streams(origin, batch)
             for now, known in zip(streams(model, batch), before, strict=True):
-                for row, mask in enumerate(batch["attention_mask"]):
-                    for token in range(int(mask.sum())):
-                        change = now[row, token] - known[row, token]
-                        total = total + (change @ change) / (known[row, token] @ known[row, token])
-                        count += 1
+                for row, token in counted(batch).nonzero().tolist():
+                    total = total + measure(now[row, token], known[row, token])
+                    count += 1
         return total / count
 
     return loss_of(model).detach(), gradient(model, loss_of)

@@ -134,6 +134,23 @@ def test_rows_to_retain_are_read_and_recorded(
     assert record["log"]["passes"] == (12 if estimator == "exact" else 6)
 
 
+def test_rows_to_reroute_are_the_attackers_and_need_rows_to_retain(
+    trained: Callable[..., Path], train_data: str, attack_data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--train_data", train_data, "--attack_data", attack_data, "--attack_every", "2", "--reroute_weight", "2"]
+    out = trained("align patcher", *words, "--retain_data", train_data, tiny=("--max_steps", "3"))
+    record = read_json(out / "holdfast.json")
+    assert record["log"]["reroute_loss"] > 0
+    assert record["log"]["passes"] >= 3 * 3  # safe, retained and rerouted, beside what is attacked and attacks
+    capsys.readouterr()
+    words += ["--model", record["model"], "--output_dir", str(out.parent / "other")]
+    assert main(["align", "patcher", *words]) == 2
+    assert "--reroute_weight needs --attack_data, whose rows are led elsewhere, and --retain_data" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    assert not (out.parent / "other").exists()
+
+
 def test_the_strong_preset_defends_and_retains(
     trained: Callable[..., Path], train_data: str, attack_data: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

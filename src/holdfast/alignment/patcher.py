@@ -24,10 +24,12 @@ them (`holdfast.alignment.pool`). A member that ends with `prefill` takes its gr
 begin as an attacker begins them and refuse all the same, g(θ + δ; P), in the place of g(θ + δ; B); alone it displaces
 nothing, so δ = 0.
 
-With rows K to retain (`holdfast.alignment.retention`) the exact gradient has one term more, + λ · ∇R(θ; K), and the
-sampled estimator takes each term as often as it weighs; all are scaled alike, so that clipping takes none its weight:
+With rows K to retain (`holdfast.alignment.retention`) the exact gradient has one term more, + λ · ∇R(θ; K); and with
+harmful rows H to reroute (`holdfast.alignment.rerouting`), which are the attacker's, + μ · ∇C(θ + δ; H), the δ being
+that of the update, or none as long as there is none. The sampled estimator takes each term as often as it weighs; all
+are scaled alike, so that clipping takes none its weight. With w = 1 + λ + μ:
 
-    (1 + λ) · { g(θ + δ; B)  with probability α / (1 + λ),    g(θ; B)  with (1 − α) / (1 + λ),    else  ∇R(θ; K) }
+    w · { g(θ + δ; B) with probability α / w,  g(θ; B) with (1 − α) / w,  ∇R(θ; K) with λ / w,  else ∇C(θ + δ; H) }
 
 Differs from the authors' released code:
 
@@ -48,6 +50,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -60,13 +63,13 @@ from holdfast.alignment.adversary import Adversary
 from holdfast.alignment.draws import draws
 from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.alignment.pool import BEGUN, Link, Member, Pool
-from holdfast.alignment.retention import RetainingTrainer
+from holdfast.alignment.rerouting import ReroutingTrainer
 from holdfast.alignment.rounds import simulate_round
 from holdfast.alignment.vectors import BY_HAND, AttackVectors
 from holdfast.attacks.attack import Choice, whole_model
 from holdfast.attacks.changes import changed
 from holdfast.attacks.prefill import OPENERS, openers_of
-from holdfast.data.batches import Batch
+from holdfast.data.batches import Batch, BatchStream
 from holdfast.errors import InputError
 from holdfast.models import from_flag, load_model
 from holdfast.parameters import ParameterVector, displaced, vector_for
@@ -75,7 +78,7 @@ from holdfast.window import Window
 logger = logging.getLogger(__name__)
 
 
-class PatcherTrainer(RetainingTrainer):
+class PatcherTrainer(ReroutingTrainer):
     """Align with Patcher, in its sequential form: attacker and defender take turns on the same devices.
 
     Each update logs `safe_loss` L(θ; B), `attacked_loss` L(θ + δ; B) and their `loss_gap`; under the sampled estimator
@@ -136,8 +139,21 @@ class PatcherTrainer(RetainingTrainer):
             for member in self._pool.members
             if member.begun is not None and member.weight > 0
         }
+        self._rerouted: BatchStream | None = None
+        if self.reroutes:
+            if not self.retains or self._attack_rows is None:
+                raise InputError(
+                    "--reroute_weight needs --attack_data, whose rows are led elsewhere, and --retain_data, by which "
+                    "all else stays"
+                )
+            self._rerouted = self.stream(self._attack_rows, "reroute")
         self._vectors = AttackVectors()
         self.add_callback(_BeforeTheFirstUpdate(self))
+
+    @property
+    def reroutes(self) -> bool:
+        """Whether harmful rows are led elsewhere."""
+        return bool(self.args.reroute_weight > 0)
 
     @property
     def attack_vector(self) -> ParameterVector | None:
@@ -155,7 +171,7 @@ class PatcherTrainer(RetainingTrainer):
         self._vectors.set_by_hand(None if vector is None else vector_for(self.model, vector, "attack_vector"))
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
-        """(1 − α) · g(θ; B) + α · g(θ + s·δ; B) + λ · ∇R(θ; K), or one of the terms by a coin."""
+        """(1 − α) · g(θ; B) + α · g(θ + s·δ; B) + λ · ∇R(θ; K) + μ · ∇C(θ + s·δ; H), or one of the terms by a coin."""
         self.remember()
         if self._attack_is_due():
             self.attack(model)
@@ -165,23 +181,28 @@ class PatcherTrainer(RetainingTrainer):
         loss, gradient = self._exact_gradient(model, window, member)
         if self.retains:
             gradient += self.args.retain_weight * self.retention(model, self.retained(len(window)))[1]
+        if self.reroutes:
+            gradient += self.args.reroute_weight * self._rerouting_gradient(model, len(window), member)[1]
         return loss, gradient
 
     def _sampled_gradient(
         self, model: torch.nn.Module, window: Window, member: Member | None
     ) -> tuple[Tensor, ParameterVector]:
         """One term of the exact gradient, as often as it weighs, times what all of them weigh."""
-        whole = 1 + self.args.retain_weight if self.retains else 1.0
+        aligned = 1 + (self.args.retain_weight if self.retains else 0.0)
+        whole = aligned + self.args.reroute_weight
         coin = whole * self._draws("coin").random()
         if member is not None and coin < self.args.alpha:
             loss, gradient = self._attacked_gradient(model, window, member)
         elif coin < 1:
             loss, gradient = self._safe_gradient(model, window)
-        else:
+        elif coin < aligned:
             window = self.retained(len(window))
             loss, gradient = self.retention(model, window)
             self.count_tokens(window)
-        if self.retains:
+        else:
+            loss, gradient = self._rerouting_gradient(model, len(window), member)
+        if whole != 1:
             gradient *= whole
         return loss, gradient
 
@@ -211,18 +232,9 @@ class PatcherTrainer(RetainingTrainer):
         self, model: torch.nn.Module, window: Window, member: Member
     ) -> tuple[Tensor, ParameterVector]:
         """L(θ + s·δ; B) and its gradient, δ the member's, if any; of one that begins answers, L(θ + s·δ; P)."""
-        chosen = self._draws("attack")
-        scale = float(self._draws("scale").uniform(*self.args.attack_scale))
         if member.begun is not None:
             window = self.draw(self._begun[member.name], len(window))
-        if member.trains:
-            vectors = self._vectors.of(member)
-            place = displaced(self.model, vectors[int(chosen.integers(len(vectors)))], scale)
-        else:
-            place = changed(self.model, self._adversary.changes(member, chosen), scale)
-        if member.links:
-            self.log_metric("attack_scale", scale)
-        with place:
+        with self._under_attack(member):
             loss, gradient = self.loss_and_gradient(model, window, quiet=True)
         if self.args.estimator == "sampled":
             self.count_tokens(window)
@@ -230,6 +242,29 @@ class PatcherTrainer(RetainingTrainer):
         if self.args.pool is not None and member is not BY_HAND:
             self.log_metric(f"attacked_loss_{member.name}", loss)
         return loss, gradient
+
+    def _rerouting_gradient(
+        self, model: torch.nn.Module, size: int, member: Member | None
+    ) -> tuple[Tensor, ParameterVector]:
+        """C(θ + s·δ; H) and its gradient, over the next `size` micro-batches of H."""
+        assert self._rerouted is not None
+        window = self.draw(self._rerouted, size)
+        with self._under_attack(member) if member is not None else nullcontext():
+            loss, gradient = self.rerouting(model, window)
+        if self.args.estimator == "sampled":
+            self.count_tokens(window)
+        return loss, gradient
+
+    def _under_attack(self, member: Member) -> AbstractContextManager[None]:
+        """θ + s·δ in the place of θ, δ the member's and s as they are drawn in this update."""
+        chosen = self._draws("attack")
+        scale = float(self._draws("scale").uniform(*self.args.attack_scale))
+        if member.links:
+            self.log_metric("attack_scale", scale)
+        if member.trains:
+            vectors = self._vectors.of(member)
+            return displaced(self.model, vectors[int(chosen.integers(len(vectors)))], scale)
+        return changed(self.model, self._adversary.changes(member, chosen), scale)
 
     def attack(self, model: torch.nn.Module) -> None:
         """Simulate an attack on today's weights and put its vector in force; an attack gone wrong is discarded.

@@ -35,6 +35,7 @@ class PatcherConfig(DefenseConfig):
         refusal: How the pool's `prefill` refuses: a text, a file with one text per line, or a column of the attack
             data.
         retain_weight: Weight λ of R(θ; K), where there are rows to retain.
+        reroute_weight: Weight μ of C(θ + s·δ; H), H being the attacker's rows; 0: nothing is rerouted.
 
     Raises:
         InputError: A setting out of its range; the message names it.
@@ -80,6 +81,13 @@ class PatcherConfig(DefenseConfig):
     retain_weight: float = field(
         default=0.5, metadata={"help": "How much the rows of --retain_data hold the model to what it made of them."}
     )
+    reroute_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "How much the rows of --attack_data lead the model away, also under attack, from what it made of "
+            "them; needs --retain_data."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -96,7 +104,7 @@ class PatcherConfig(DefenseConfig):
         require_positive(
             self, "attack_steps", "attack_every", "attack_learning_rate", "attack_batch_size", "retain_weight"
         )
-        require_not_negative(self, "attack_weight_decay")
+        require_not_negative(self, "attack_weight_decay", "reroute_weight")
         if self.estimator not in ESTIMATORS:
             raise InputError(f"--estimator must be {' or '.join(ESTIMATORS)}, got {self.estimator}")
         given: Any = self.attack_scale

@@ -21,7 +21,7 @@ Examples:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from holdfast.config import DefenseConfig
-from holdfast.data.batches import BatchStream, all_tokens
+from holdfast.data.batches import Batch, BatchStream, all_tokens
 from holdfast.errors import InputError
 from holdfast.layers import first_of, hooked
 from holdfast.parameters import TINY, ParameterVector, exchanged, snapshot, take_gradient
@@ -95,32 +95,48 @@ class RetainingTrainer(DefenseTrainer):
         return self.draw(self._retained, size)
 
     def retention(self, model: nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
-        """R(θ; K) and its gradient, over a window of K; one pass, and one forwards alone.
+        """R(θ; K) and its gradient, over a window of K; one pass, and one forwards alone. See `beside_origin`."""
+        loss, gradient = self.beside_origin(model, window, all_tokens, _relative_squares)
+        self.log_metric("retain_loss", loss)
+        return loss, gradient
+
+    def beside_origin(
+        self,
+        model: nn.Module,
+        window: Window,
+        tokens_of: Callable[[Batch], Tensor],
+        measure: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, ParameterVector]:
+        """The mean over layers and tokens of a measure of what layers put out beside what they did with θ₀; gradient.
+
+        Args:
+            model: The model as wrapped for training, with whatever weights are in force.
+            window: The rows.
+            tokens_of: Which tokens of a batch count: (rows, tokens), bool.
+            measure: Takes a layer's output today and that with θ₀, (rows, tokens, width) each, to (rows, tokens).
 
         Raises:
             InputError: The model's residual stream is laid out in another way than one vector per token.
         """
         assert self._origin is not None
-        here = torch.stack([all_tokens(batch).sum() for batch in window.batches]).sum().to(self.args.device)
+        here = torch.stack([tokens_of(batch).sum() for batch in window.batches]).sum().to(self.args.device)
         count, ranks = self.accelerator.reduce(here, "sum"), self.accelerator.num_processes
         losses = []
         for part in self.each_part(model, window):
             with torch.no_grad(), self.shared_randomness(), exchanged(self.model, self._origin):
                 _, before = self._streams_behind(model, part)
             loss, now = self._streams_behind(model, part)
-            tokens = all_tokens(part.batches[0]).to(self.args.device)
+            tokens = tokens_of(part.batches[0]).to(self.args.device)
             if any(stream.shape[:-1] != tokens.shape for stream in before):
                 raise InputError(
                     f"--retain_data: a layer of a {type(self.model).__name__} puts out {tuple(before[0].shape)} for "
                     f"{tuple(tokens.shape)} tokens; expected one vector for each"
                 )
-            moved = [_relative_squares(*pair)[tokens].sum() for pair in zip(now, before, strict=True)]
+            moved = [measure(*pair)[tokens].sum() for pair in zip(now, before, strict=True)]
             share = ranks * torch.stack(moved).mean() / count
             self.accelerator.backward(share + 0 * loss)  # all parameters in the graph, as reducing over ranks asks for
             losses.append(share.detach())
-        loss = torch.stack(losses).sum()
-        self.log_metric("retain_loss", loss)
-        return loss, take_gradient(self.model)
+        return torch.stack(losses).sum(), take_gradient(self.model)
 
     def method_state(self) -> dict[str, Any]:
         """θ₀."""

@@ -153,7 +153,11 @@ PATCHER = (
         lambda given: given.parallel or given.role,
         "without --parallel",
     ),
-    Effect("attack_scale pool", lambda given: given.alpha > 0, "with --alpha 0: no gradient is taken under attack"),
+    Effect(
+        "attack_scale pool",
+        lambda given: given.alpha > 0 or given.reroute_weight > 0,
+        "with --alpha 0: no gradient is taken under attack",
+    ),
     Effect(
         "attack_scale",
         lambda given: set(given.pool or ["fine-tuning"]) != {"prefill"},
@@ -166,8 +170,8 @@ PATCHER = (
     ),
     Effect(
         "attack_data",
-        _pooled("fine-tuning", "lora", "ablation", "prefill"),
-        "with a --pool that takes no harmful prompts",
+        lambda given: given.reroute_weight > 0 or _pooled("fine-tuning", "lora", "ablation", "prefill")(given),
+        "with a --pool that takes no harmful prompts, and without --reroute_weight",
     ),
     Effect("benign_data", _pooled("ablation"), "without a --pool with ablation"),
     Effect("retain_weight", lambda given: given.retain_data is not None, "without --retain_data"),

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
+from holdfast.data.rendering import IGNORED
 from holdfast.errors import InputError
 
 Batch = dict[str, Any]
@@ -32,6 +33,12 @@ def all_tokens(batch: Batch) -> Tensor:
         return cast(Tensor, batch["attention_mask"]).bool()
     begins: Tensor = batch["position_ids"] == 0
     return ~(begins & begins.roll(-1, dims=-1))  # behind the last place comes the first, where a row begins
+
+
+def predicting(batch: Batch) -> Tensor:
+    """Which places an answer's tokens are predicted from, each from the one before it: (rows, tokens), bool."""
+    answered: Tensor = batch["labels"][:, 1:] != IGNORED
+    return nn.functional.pad(answered, (0, 1), value=False)
 
 
 def require_inputs(batches: Sequence[Batch]) -> None:
