@@ -138,15 +138,14 @@ def test_sampled_defender_takes_one_of_the_two_gradients(settings):
     assert ["attacked_loss" in entry for entry in logs[4:]] == coins
 
 
-def test_sampled_defender_may_retain(settings):
-    sampled = {"estimator": "sampled", "retained": word_rows(6, seed=3), "max_steps": 16}
+def test_sampled_defender_may_retain_and_reroute(settings):
+    sampled = {"estimator": "sampled", "retained": word_rows(6, seed=3), "reroute_weight": 1.0, "max_steps": 24}
     begun = weights(tiny_llama())
     trainer, _ = defended_against(settings, {3: [("mallory", 0.01, {})]}, **sampled)
-    terms = [
-        [name for name in ("attacked_loss", "safe_loss", "retain_loss") if name in e] for e in logged_updates(trainer)
-    ]
+    each = {"attacked_loss", "safe_loss", "retain_loss", "reroute_loss"}
+    terms = [each & entry.keys() for entry in logged_updates(trainer)]
     assert all(len(names) == 1 for names in terms)
-    assert {name for names in terms[4:] for name in names} == {"attacked_loss", "safe_loss", "retain_loss"}
+    assert set().union(*terms[4:]) == each
     assert same_bits(trainer.method_state()["retained"], begun)
 
 
