@@ -31,6 +31,7 @@ NAMES = {
     "pool": "sampled, a pool",
     "broad": "sampled, a pool, broad data",
     "preset": "strong preset",
+    "rerouted": "sampled, a pool, rerouting",
     "no-fine-tuning": "no fine-tuning in the pool",
     "no-ablation": "no ablation in the pool",
     "no-prefill": "no prefill in the pool",

@@ -30,7 +30,7 @@ from holdfast.stress.costs import canonical
 from holdfast.stress.suites import SUITES
 from strongest_lengths import run as run_lengths
 from strongest_plan import EQUAL, SEEDS, STUDY, TINY, StrongPlan, budget, held_out_rows, rows, worst_of
-from strongest_search import preset_of, search
+from strongest_search import SEARCHED, flags_of, preset_of, search
 
 STEPS = ("search", "report", "held_out", "lengths")
 MEASURED, CHOSEN, TRIED = "strongest.json", "strongest_search.json", "strongest_trials.json"
@@ -117,7 +117,10 @@ def main() -> None:
         run_lengths(study, args.seeds, SEEDS, results)
         return
     preset = preset_of(results / CHOSEN)
-    settings = rows(study, preset) if args.step == "report" else held_out_rows(study, preset)
+    if args.step == "report":
+        settings = rows(study, preset, flags_of(SEARCHED.published, study))
+    else:
+        settings = held_out_rows(study, preset)
     chosen = list(settings) if args.rows is None else args.rows
     if unknown := set(chosen) - settings.keys():
         raise SystemExit(f"--rows {min(unknown)}: there is no such row; choose from {', '.join(settings)}")
