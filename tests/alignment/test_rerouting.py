@@ -41,17 +41,17 @@ def upcoming(stream, count=1):
     return [next(stream) for _ in range(count)]
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("parts", "last"), [(1, None), (2, 1)])
 @pytest.mark.parametrize("model", ["llama", "qwen2", "gpt2", "lora", "mixtral", "qwen2_moe"])
-def test_loss_and_gradient_under_attack_are_those_of_the_slow_reference(settings, model, parts):
+def test_loss_and_gradient_under_attack_are_those_of_the_slow_reference(settings, model, parts, last):
     build = MODELS[model]
     trainer = rerouting(settings, build(), per_device_train_batch_size=4 // parts)
     origin, window = moved_on(trainer, build), upcoming(trainer._rerouted, parts)
     before = weights(trainer.model)
     with displaced(trainer.model, vector_for(trainer.model), 1.5):
         today = twin(trainer, build)
-        loss, gradient = trainer.rerouting(trainer.model, trainer.draw(trainer._rerouted, parts))
-    expected, slow = reference.rerouting(today, origin, window, layers_of(today))
+        loss, gradient = trainer.rerouting(trainer.model, trainer.draw(trainer._rerouted, parts), last)
+    expected, slow = reference.rerouting(today, origin, window, layers_of(today)[-(last or 0) :])
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert worst_entry(gradient, slow) < 1e-5
     assert same_bits(weights(trainer.model), before)
@@ -62,7 +62,7 @@ def test_rows_one_behind_the_other_are_rerouted_as_rows_side_by_side_are(setting
     for changes in ({}, {"padding_free": True}, {"padding_free": True, "pad_to_multiple_of": 64}):
         trainer = rerouting({**settings, "max_length": None, **changes})
         moved_on(trainer)
-        taken.append(trainer.rerouting(trainer.model, trainer.draw(trainer._rerouted)))
+        taken.append(trainer.rerouting(trainer.model, trainer.draw(trainer._rerouted), None))
     for loss, gradient in taken[1:]:
         torch.testing.assert_close(loss, taken[0][0], rtol=1e-5, atol=0)
         assert worst_entry(gradient, taken[0][1]) < 1e-5
@@ -71,9 +71,9 @@ def test_rows_one_behind_the_other_are_rerouted_as_rows_side_by_side_are(setting
 def test_all_is_as_it_was_at_the_beginning_and_nothing_is_to_be_done_at_right_angles(settings):
     trainer = rerouting(settings)
     trainer.remember()
-    assert trainer.rerouting(trainer.model, trainer.draw(trainer._rerouted))[0] == pytest.approx(1)
+    assert trainer.rerouting(trainer.model, trainer.draw(trainer._rerouted), None)[0] == pytest.approx(1)
     with displaced(trainer.model, {n: -2 * p.detach() for n, p in trainable_parameters(trainer.model).items()}):
-        loss, gradient = trainer.rerouting(trainer.model, trainer.draw(trainer._rerouted))
+        loss, gradient = trainer.rerouting(trainer.model, trainer.draw(trainer._rerouted), None)
     assert 0 <= loss < 1
     assert all(tensor.isfinite().all() for tensor in gradient.values())
 
@@ -100,7 +100,7 @@ def of_an_update(trainer, update=1):
 @pytest.mark.parametrize("model", ["llama", "lora", "mixtral"])
 def test_exact_gradient_has_a_term_at_the_attacked_weights(settings, model):
     build = MODELS[model]
-    trainer = rerouting(settings, build())
+    trainer = rerouting(settings, build(), reroute_layers=1)
     trainer.attack_vector = vector_for(trainer.model)
     origin, before = moved_on(trainer, build), twin(trainer, build)
     retained, rerouted = upcoming(trainer._retained), upcoming(trainer._rerouted)
@@ -109,7 +109,7 @@ def test_exact_gradient_has_a_term_at_the_attacked_weights(settings, model):
     terms = [
         (1, reference.patcher(before, [golden_batch("safe")], trainer.attack_vector, ALPHA)),
         (RETAIN, reference.retention(before, origin, retained, layers_of(before))[1]),
-        (REROUTE, reference.rerouting(attacked, origin, rerouted, layers_of(before))[1]),
+        (REROUTE, reference.rerouting(attacked, origin, rerouted, layers_of(before)[-1:])[1]),
     ]
     assert worst_entry(of_an_update(trainer), reference.combined(*terms)) < 1e-5
 
@@ -157,6 +157,10 @@ def test_passes_and_tokens_are_those_of_what_was_taken(settings):
 def test_what_cannot_be_rerouted(settings):
     with pytest.raises(InputError, match=r"^--reroute_weight must not be negative, got -1"):
         PatcherConfig(**settings, reroute_weight=-1)
+    with pytest.raises(InputError, match=r"^--reroute_layers must be greater than 0, got 0"):
+        PatcherConfig(**settings, reroute_layers=0)
+    with pytest.raises(InputError, match=r"^--reroute_layers 5: .* has 2 decoder layers"):
+        rerouting(settings, reroute_layers=5)
     for lacking in ({"attacks": None, "pool": {"dropping": 1}}, {"retained": None}):
         with pytest.raises(InputError, match=r"^--reroute_weight needs --attack_data, .* and --retain_data"):
             rerouting(settings, **lacking)

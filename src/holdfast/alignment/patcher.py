@@ -146,6 +146,11 @@ class PatcherTrainer(ReroutingTrainer):
                     "--reroute_weight needs --attack_data, whose rows are led elsewhere, and --retain_data, by which "
                     "all else stays"
                 )
+            if (self.args.reroute_layers or 0) > len(self._layers):
+                raise InputError(
+                    f"--reroute_layers {self.args.reroute_layers}: a {type(self.model).__name__} has "
+                    f"{len(self._layers)} decoder layers"
+                )
             self._rerouted = self.stream(self._attack_rows, "reroute")
         self._vectors = AttackVectors()
         self.add_callback(_BeforeTheFirstUpdate(self))
@@ -250,7 +255,7 @@ class PatcherTrainer(ReroutingTrainer):
         assert self._rerouted is not None
         window = self.draw(self._rerouted, size)
         with self._under_attack(member) if member is not None else nullcontext():
-            loss, gradient = self.rerouting(model, window)
+            loss, gradient = self.rerouting(model, window, self.args.reroute_layers)
         if self.args.estimator == "sampled":
             self.count_tokens(window)
         return loss, gradient

@@ -36,6 +36,7 @@ class PatcherConfig(DefenseConfig):
             data.
         retain_weight: Weight λ of R(θ; K), where there are rows to retain.
         reroute_weight: Weight μ of C(θ + s·δ; H), H being the attacker's rows; 0: nothing is rerouted.
+        reroute_layers: How many of the last decoder layers C is taken of, n; None: all.
 
     Raises:
         InputError: A setting out of its range; the message names it.
@@ -88,6 +89,10 @@ class PatcherConfig(DefenseConfig):
             "them; needs --retain_data."
         },
     )
+    reroute_layers: int | None = field(
+        default=None,
+        metadata={"help": "Of how many layers, counted from the last, --reroute_weight asks that; by default of all."},
+    )
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -104,6 +109,7 @@ class PatcherConfig(DefenseConfig):
         require_positive(
             self, "attack_steps", "attack_every", "attack_learning_rate", "attack_batch_size", "retain_weight"
         )
+        require_positive(self, "reroute_layers")
         require_not_negative(self, "attack_weight_decay", "reroute_weight")
         if self.estimator not in ESTIMATORS:
             raise InputError(f"--estimator must be {' or '.join(ESTIMATORS)}, got {self.estimator}")

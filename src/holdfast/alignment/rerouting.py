@@ -3,12 +3,12 @@ r"""Rerouting: harmful text is to lead a model elsewhere than it did, whatever a
 A model that has learnt to refuse still has all that it refuses to say, and an attack that takes the refusals away comes
 upon it. Rows H of harmful prompts with harmful answers are led elsewhere, in what the layers make of them:
 
-    C(θ'; H) = mean over decoder layers l and tokens t of   max(0, cos(h_lt(θ'), h_lt(θ₀)))
+    C(θ'; H) = mean over the last n decoder layers l and tokens t of   max(0, cos(h_lt(θ'), h_lt(θ₀)))
 
 with h_lt the residual stream behind layer l at token t, of those that answers are predicted from, and θ₀ the weights
 that the run began with. After the rerouting loss of circuit breakers (2406.04313), which is taken of a few layers, and
 at the weights θ alone: there an attack that finds its way back is met by nothing. Here θ' are weights under a simulated
-attack.
+attack. What comes early in a model serves harmless text as well, so the fewer layers count the less of that is lost.
 """
 
 from __future__ import annotations
@@ -25,9 +25,15 @@ from holdfast.window import Window
 class ReroutingTrainer(RetainingTrainer):
     """What a method builds on that reroutes: the gradient of C. As for `RetainingTrainer`, which has θ₀."""
 
-    def rerouting(self, model: nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
-        """C(θ'; H) and its gradient at the weights in force, over a window of H; one pass, and one forwards alone."""
-        loss, gradient = self.beside_origin(model, window, predicting, _likeness)
+    def rerouting(self, model: nn.Module, window: Window, last: int | None) -> tuple[Tensor, ParameterVector]:
+        """C(θ'; H) and its gradient at the weights in force, over a window of H; one pass, and one forwards alone.
+
+        Args:
+            model: The model as wrapped for training.
+            window: The rows.
+            last: n; None: all layers.
+        """
+        loss, gradient = self.beside_origin(model, window, predicting, _likeness, last)
         self.log_metric("reroute_loss", loss)
         return loss, gradient
 

@@ -106,6 +106,7 @@ class RetainingTrainer(DefenseTrainer):
         window: Window,
         tokens_of: Callable[[Batch], Tensor],
         measure: Callable[[Tensor, Tensor], Tensor],
+        last: int | None = None,
     ) -> tuple[Tensor, ParameterVector]:
         """The mean over layers and tokens of a measure of what layers put out beside what they did with θ₀; gradient.
 
@@ -114,6 +115,7 @@ class RetainingTrainer(DefenseTrainer):
             window: The rows.
             tokens_of: Which tokens of a batch count: (rows, tokens), bool.
             measure: Takes a layer's output today and that with θ₀, (rows, tokens, width) each, to (rows, tokens).
+            last: How many layers count, from the last; None: all.
 
         Raises:
             InputError: The model's residual stream is laid out in another way than one vector per token.
@@ -132,7 +134,8 @@ class RetainingTrainer(DefenseTrainer):
                     f"--retain_data: a layer of a {type(self.model).__name__} puts out {tuple(before[0].shape)} for "
                     f"{tuple(tokens.shape)} tokens; expected one vector for each"
                 )
-            moved = [measure(*pair)[tokens].sum() for pair in zip(now, before, strict=True)]
+            pairs = list(zip(now, before, strict=True))[-(last or 0) :]
+            moved = [measure(*pair)[tokens].sum() for pair in pairs]
             share = ranks * torch.stack(moved).mean() / count
             self.accelerator.backward(share + 0 * loss)  # all parameters in the graph, as reducing over ranks asks for
             losses.append(share.detach())

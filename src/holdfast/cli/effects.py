@@ -175,6 +175,7 @@ PATCHER = (
     ),
     Effect("benign_data", _pooled("ablation"), "without a --pool with ablation"),
     Effect("retain_weight", lambda given: given.retain_data is not None, "without --retain_data"),
+    Effect("reroute_layers", lambda given: given.reroute_weight > 0, "without --reroute_weight"),
     Effect("base", _pooled("base"), "without a --pool with base"),
     Effect("refusal", _pooled("prefill"), "without a --pool with prefill"),
 )
