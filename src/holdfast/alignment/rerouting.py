@@ -8,7 +8,7 @@ upon it. Rows H of harmful prompts with harmful answers are led elsewhere, in wh
 with h_lt the residual stream behind layer l at token t, of those that answers are predicted from, and θ₀ the weights
 that the run began with. After the rerouting loss of circuit breakers (2406.04313), which is taken of a few layers, and
 at the weights θ alone: there an attack that finds its way back is met by nothing. Here θ' are weights under a simulated
-attack. What comes early in a model serves harmless text as well, so the fewer layers count the less of that is lost.
+attack. What comes early in a model serves harmless text as well; with few layers it is left alone.
 """
 
 from __future__ import annotations
