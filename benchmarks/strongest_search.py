@@ -263,5 +263,6 @@ def _identity(study: Study) -> str:
     ranges = {name: distribution_to_json(one) for name, one in SEARCHED.ranges.items()}
     limits = [KEPT, OVER_REFUSAL, SLOWER, LESS, TIE]
     numbers = {name: value for name, value in asdict(study).items() if name not in ("out", "batches")}
-    content = canonical({"start": SEARCHED.published, "ranges": ranges, "suites": SUITES, "limits": limits, **numbers})
+    start = flags_of(SEARCHED.published, study)  # with all that is fixed
+    content = canonical({"start": start, "ranges": ranges, "suites": SUITES, "limits": limits, **numbers})
     return hashlib.sha256(content.encode()).hexdigest()
