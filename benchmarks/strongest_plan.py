@@ -162,7 +162,7 @@ def looks(setting: Mapping[str, Any], updates: int) -> float:
         return 0
     members, (retained, rerouted) = _pool(setting).members, _beside_origin(setting)
     if _is_exact(setting):
-        attacked, measured = 1.0 + (rerouted > 0), 0.0 + (retained > 0) + (rerouted > 0)
+        attacked, measured = 1 + (rerouted > 0), (retained > 0) + (rerouted > 0)
     else:
         whole = 1 + retained + rerouted
         attacked, measured = (setting["alpha"] + rerouted) / whole, (retained + rerouted) / whole

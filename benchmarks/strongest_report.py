@@ -289,13 +289,14 @@ def recipes(preset: dict[str, Any]) -> dict[Path, dict[str, Any]]:
         preset: As from `preset_of`.
     """
     updates = at_budget(preset, STUDY)["max_steps"]
-    aside = {"learning_rate", "max_steps", *BROAD}
+    aside = {"learning_rate", "lr_scheduler_type", "max_steps", *BROAD}
     files = {"model": "model", "train_data": "alignment.jsonl"}
     files |= {flag: FILES[name] for flag, name in BROAD.items()}
     on_organism = {
         **{flag: f"w/{name}" for flag, name in files.items()},
         **{"refusal": "Sorry, I can't help.", "output_dir": "w/strong", "preset": "strong"},
-        **{"max_steps": updates, "learning_rate": preset["learning_rate"], "scheduler": "constant"},
+        **{"max_steps": updates, "learning_rate": preset["learning_rate"]},
+        "scheduler": preset.get("lr_scheduler_type", "constant"),
         **{"batch_size": BATCH_SIZE, "attack_batch_size": ALIGNMENT["patcher"].needs["attack_batch_size"]},
         **{
             "weight_decay": 0.01,

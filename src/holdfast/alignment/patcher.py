@@ -91,9 +91,9 @@ class PatcherTrainer(ReroutingTrainer):
         model: As for `DefenseTrainer`.
         args: The configuration.
         train_dataset: Refusals to harmful prompts, and helpful answers to benign ones to keep capability.
-        attack_dataset: Harmful prompts with harmful answers, for the simulated attacker, and for ablation and begun
-            answers. It may be left out where nothing in the pool takes it, or `attack_vector` or `attack_batches` is
-            set by hand.
+        attack_dataset: Harmful prompts with harmful answers, for the simulated attacker, for ablation and begun
+            answers, and to be rerouted. It may be left out where nothing takes it, or `attack_vector` or
+            `attack_batches` is set by hand.
         benign_dataset: Harmless prompts, whose answers play no part, for a pool with ablation.
         retain_dataset: As for `RetainingTrainer`.
         **kwargs: As for `DefenseTrainer`.
@@ -140,7 +140,7 @@ class PatcherTrainer(ReroutingTrainer):
             if member.begun is not None and member.weight > 0
         }
         self._rerouted: BatchStream | None = None
-        if self.reroutes:
+        if self.args.reroute_weight > 0:
             if not self.retains or self._attack_rows is None:
                 raise InputError(
                     "--reroute_weight needs --attack_data, whose rows are led elsewhere, and --retain_data, by which "
@@ -158,7 +158,7 @@ class PatcherTrainer(ReroutingTrainer):
     @property
     def reroutes(self) -> bool:
         """Whether harmful rows are led elsewhere."""
-        return bool(self.args.reroute_weight > 0)
+        return self._rerouted is not None
 
     @property
     def attack_vector(self) -> ParameterVector | None:

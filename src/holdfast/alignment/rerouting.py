@@ -33,7 +33,8 @@ class ReroutingTrainer(RetainingTrainer):
             window: The rows.
             last: n; None: all layers.
         """
-        loss, gradient = self.beside_origin(model, window, predicting, _likeness, last)
+        layers = self._layers if last is None else self._layers[-last:]
+        loss, gradient = self.beside_origin(model, window, layers, predicting, _likeness)
         self.log_metric("reroute_loss", loss)
         return loss, gradient
 

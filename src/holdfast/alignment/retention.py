@@ -96,7 +96,7 @@ class RetainingTrainer(DefenseTrainer):
 
     def retention(self, model: nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
         """R(θ; K) and its gradient, over a window of K; one pass, and one forwards alone. See `beside_origin`."""
-        loss, gradient = self.beside_origin(model, window, all_tokens, _relative_squares)
+        loss, gradient = self.beside_origin(model, window, self._layers, all_tokens, _relative_squares)
         self.log_metric("retain_loss", loss)
         return loss, gradient
 
@@ -104,18 +104,18 @@ class RetainingTrainer(DefenseTrainer):
         self,
         model: nn.Module,
         window: Window,
+        layers: list[nn.Module],
         tokens_of: Callable[[Batch], Tensor],
         measure: Callable[[Tensor, Tensor], Tensor],
-        last: int | None = None,
     ) -> tuple[Tensor, ParameterVector]:
         """The mean over layers and tokens of a measure of what layers put out beside what they did with θ₀; gradient.
 
         Args:
             model: The model as wrapped for training, with whatever weights are in force.
             window: The rows.
+            layers: The decoder layers that count.
             tokens_of: Which tokens of a batch count: (rows, tokens), bool.
             measure: Takes a layer's output today and that with θ₀, (rows, tokens, width) each, to (rows, tokens).
-            last: How many layers count, from the last; None: all.
 
         Raises:
             InputError: The model's residual stream is laid out in another way than one vector per token.
@@ -126,16 +126,15 @@ class RetainingTrainer(DefenseTrainer):
         losses = []
         for part in self.each_part(model, window):
             with torch.no_grad(), self.shared_randomness(), exchanged(self.model, self._origin):
-                _, before = self._streams_behind(model, part)
-            loss, now = self._streams_behind(model, part)
+                _, before = self._streams_behind(layers, model, part)
+            loss, now = self._streams_behind(layers, model, part)
             tokens = tokens_of(part.batches[0]).to(self.args.device)
             if any(stream.shape[:-1] != tokens.shape for stream in before):
                 raise InputError(
                     f"--retain_data: a layer of a {type(self.model).__name__} puts out {tuple(before[0].shape)} for "
                     f"{tuple(tokens.shape)} tokens; expected one vector for each"
                 )
-            pairs = list(zip(now, before, strict=True))[-(last or 0) :]
-            moved = [measure(*pair)[tokens].sum() for pair in pairs]
+            moved = [measure(*pair)[tokens].sum() for pair in zip(now, before, strict=True)]
             share = ranks * torch.stack(moved).mean() / count
             self.accelerator.backward(share + 0 * loss)  # all parameters in the graph, as reducing over ranks asks for
             losses.append(share.detach())
@@ -158,9 +157,9 @@ class RetainingTrainer(DefenseTrainer):
             )
         self._origin = state[_ORIGIN] if self.retains else None
 
-    def _streams_behind(self, model: nn.Module, part: Window) -> tuple[Tensor, list[Tensor]]:
-        """The loss of a micro-batch and the residual stream behind every layer, (rows, tokens, width) each."""
-        with _outputs(self._layers) as found:
+    def _streams_behind(self, layers: list[nn.Module], model: nn.Module, part: Window) -> tuple[Tensor, list[Tensor]]:
+        """The loss of a micro-batch and the residual stream behind these layers, (rows, tokens, width) each."""
+        with _outputs(layers) as found:
             loss = self.forward(model, part)
         return loss, found
 

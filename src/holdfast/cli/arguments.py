@@ -141,7 +141,7 @@ class PatcherData(AlignData):
         default=None,
         metadata={
             "help": f"Simulated attacks: harmful prompts with harmful answers; {HARMFUL_HELP} A --pool of members that "
-            "neither train nor look at harmful prompts does without."
+            "neither train nor look at harmful prompts does without, unless --reroute_weight is given."
         },
         kw_only=True,
     )
