@@ -64,22 +64,26 @@ _WEIGHTS = {
 }
 SEARCHED = Method(
     ("align", "patcher"),
-    published={"attack_every": 45, **_OTHERS, **_WEIGHTS, "retain_weight": 0.9, "reroute_weight": 0.5},
+    published={
+        **{"attack_every": 45, **_OTHERS, **_WEIGHTS},
+        **{"retain_weight": 0.9, "reroute_weight": 0.5, "reroute_layers": 1},
+    },
     ranges={
-        "attack_every": IntDistribution(25, 100, log=True),
-        "alpha": FloatDistribution(0.2, 0.9),
-        "learning_rate": FloatDistribution(5e-5, 3e-4, log=True),
-        "attack_rate": FloatDistribution(0.5, 3.0, log=True),
-        "rate_spread": FloatDistribution(1.0, 5.0, log=True),
-        "scale_high": FloatDistribution(1.0, 2.5),
-        "retain_weight": FloatDistribution(0.5, 3, log=True),
-        "reroute_weight": FloatDistribution(0.05, 1, log=True),
-        **dict.fromkeys(_WEIGHTS, FloatDistribution(-0.2, 1.5, step=0.05)),
+        "attack_every": IntDistribution(35, 60),
+        "alpha": FloatDistribution(0.6, 0.9),
+        "learning_rate": FloatDistribution(1e-4, 2.5e-4, log=True),
+        "attack_rate": FloatDistribution(1.0, 2.0, log=True),
+        "rate_spread": FloatDistribution(2.0, 4.0, log=True),
+        "scale_high": FloatDistribution(1.5, 2.2),
+        "retain_weight": FloatDistribution(0.5, 2.0, log=True),
+        "reroute_weight": FloatDistribution(0.2, 1.0, log=True),
+        "reroute_layers": IntDistribution(1, 2),
+        **{name: FloatDistribution(0.0, 1.5 if weight > 0.3 else 0.5, step=0.1) for name, weight in _WEIGHTS.items()},
     },
 )
-"""Where the search begins, which holds most of what was tried by hand on its seeds, and what it tries.
+"""Where the search begins, the best trade of what was tried by hand on its seeds, and what it tries, which lies around.
 
-Weights stand beside fine-tuning's, which is 2; a member with one below 0 is left out. A simulated fine-tuning's rate
+Weights stand beside fine-tuning's, which is 2; a member with one of 0 is left out. A simulated fine-tuning's rate
 lies between `attack_rate` / `rate_spread` and their product, in a chain it is `attack_rate`: all are multiples of the
 alignment's own rate, which falls to 0 in a line.
 """
@@ -157,7 +161,7 @@ def flags_of(knobs: Mapping[str, Any], study: Study) -> Flags:
         parts = name.split("+")
         more = own.get(name, {}) if len(parts) == 1 else {part: own[part] for part in parts if part in own}
         pool[name] = {"weight": knobs[name], **more}
-    same = ("attack_every", "alpha", "learning_rate", "retain_weight", "reroute_weight")
+    same = ("attack_every", "alpha", "learning_rate", "retain_weight", "reroute_weight", "reroute_layers")
     setting = {
         **{name: knobs[name] for name in same},
         **{"attack_steps": SHORT, "estimator": "sampled", "lr_scheduler_type": "linear"},

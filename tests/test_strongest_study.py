@@ -400,7 +400,7 @@ def entries_of(study):
 
 def test_a_chains_ablation_is_drawn_as_one_by_itself_and_rates_are_multiples(study):
     search, whole = study["strongest_search"], study["strongest_plan"].STUDY
-    knobs = {**search.SEARCHED.published, "prefill": -0.1, "ablation": 0.7, "attack_rate": 2.0, "rate_spread": 4.0}
+    knobs = {**search.SEARCHED.published, "prefill": 0.0, "ablation": 0.7, "attack_rate": 2.0, "rate_spread": 4.0}
     setting = search.flags_of(knobs, whole)
     pool = setting["pool"]
     assert "prefill" not in pool
