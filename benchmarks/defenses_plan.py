@@ -30,6 +30,7 @@ from holdfast.files import write_jsonl
 from holdfast.organism import build_organism
 from holdfast.organism.corpus import REFUSALS
 from holdfast.stress.certificate import MARKER as CERTIFICATE
+from holdfast.stress.suites import BATCH
 from plans import unfinished
 
 HERE = Path(__file__).resolve().parent
@@ -164,6 +165,7 @@ class Study:
         leave_out: What attacks, or kinds of attackers, a stress test leaves out.
         search_seeds: What settings are chosen on; none of them is reported.
         batches: How many batches of settings an alignment's search asks for beside the published one.
+        batch: How many settings one has.
     """
 
     out: Path = HERE / "out" / "defenses"
@@ -173,6 +175,7 @@ class Study:
     leave_out: tuple[str, ...] = ()
     search_seeds: tuple[int, ...] = (10, 11)
     batches: int = 3
+    batch: int = BATCH
 
 
 SMOKE = Study(

@@ -33,7 +33,6 @@ from holdfast.errors import TrainingError
 from holdfast.stress.certificate import read_certificate
 from holdfast.stress.costs import canonical
 from holdfast.stress.studies import Studies
-from holdfast.stress.suites import BATCH
 from holdfast.stress.tpe import ask
 
 SUITE, LEFT_OUT = "quick", ("base-holder",)
@@ -93,10 +92,12 @@ class Choosing:
     Attributes:
         method: Its name.
         batches: How many batches TPE asks for.
+        batch: How many settings one has.
     """
 
     method: str
     batches: int
+    batch: int
 
     @property
     def known(self) -> Method:
@@ -122,7 +123,7 @@ class Choosing:
         elif len(done) < self.screening:
             tried = [(record["setting"], self.value(record)) for record in before]
             name = f"{self.method} {len(done)}"
-            settings = ask(Knobs(known.ranges), tried, name, BATCH, startup=1 + BATCH)
+            settings = ask(Knobs(known.ranges), tried, name, self.batch, startup=1 + self.batch)
         else:
             return []
         size = len(settings)
@@ -153,7 +154,7 @@ def search_alignment(study: Study) -> Found:
     for seed in study.search_seeds:
         Plan(seed, study).prepare()
     sft = tried("sft", {}, study, None)
-    courses = [Choosing(method, study.batches) for method in ALIGNMENT if method != "sft"]
+    courses = [Choosing(method, study.batches, study.batch) for method in ALIGNMENT if method != "sft"]
     found = searched(courses, study, _identity(study), lambda choice: tried(choice.method, choice.setting, study, sft))
     return {"sft": {"trials": [sft], "chosen": 0}, **found}
 
@@ -177,7 +178,7 @@ def searched(
     while (taken := studies.take()) is not None:
         choice, token = taken
         said = ", ".join(f"{name} {value}" for name, value in choice.setting.items())
-        console.print(f"{choice.method}, setting {choice.number + 1} of {1 + BATCH * study.batches}: {said}")
+        console.print(f"{choice.method}, setting {choice.number + 1} of {1 + study.batch * study.batches}: {said}")
         studies.finish(token, [{"number": choice.number, **attempt(choice)}])
     stage = {}
     for place, course in enumerate(courses):

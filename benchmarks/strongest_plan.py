@@ -37,7 +37,7 @@ BUDGET = "exact"
 EQUAL = 0.02
 """By how much of the budget a row may miss it."""
 
-STUDY = Study(HERE / "out" / "strongest", search_seeds=CHOOSING, batches=6)
+STUDY = Study(HERE / "out" / "strongest", search_seeds=CHOOSING, batches=3, batch=8)
 TINY = dataclasses.replace(SMOKE, out=HERE / "out" / "strongest-smoke")
 """Tiny numbers that prove nothing but that everything runs."""
 

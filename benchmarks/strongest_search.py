@@ -132,7 +132,7 @@ def search(study: Study, path: Path, tried_path: Path) -> None:
     for seed in study.search_seeds:
         StrongPlan(seed, study).prepare()
     sft = attempt({}, None)
-    course = Strongest("strongest", study.batches)
+    course = Strongest("strongest", study.batches, study.batch)
     found = searched([course], study, identity, lambda choice: attempt(choice.setting, sft))["strongest"]
     best = found["trials"][found["chosen"]]
     chosen = {"preset": flags_of(best["setting"], study), "value": course.value(best), "sft": sft}

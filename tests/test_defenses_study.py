@@ -369,7 +369,7 @@ def test_what_keeps_too_little_is_not_attacked_and_the_rule_of_choice_is_what_is
     assert vaccine["trials"][vaccine["chosen"]]["setting"]["rho"] <= 1
     held = {trial["setting"]["rho"] for trial in vaccine["trials"] if trial["held"] is not None}
     assert sum("vaccine" in name for name in stressed) == 2 * len(held) > 0
-    course = searching["defenses_search"].Choosing("vaccine", 2)
+    course = searching["defenses_search"].Choosing("vaccine", 2, 4)
     values = [course.value(trial) for trial in vaccine["trials"]]
     assert vaccine["chosen"] == values.index(min(values))
     order = [
@@ -434,7 +434,7 @@ def test_published_settings_lie_in_what_is_searched(study):
 def test_every_method_takes_what_is_asked_of_it(study, tmp_path):
     plan = study["defenses_plan"].Plan(10, study["defenses_plan"].Study(tmp_path))
     for method in ("patcher", "vaccine", "booster", "antibody"):
-        course = study["defenses_search"].Choosing(method, 2)
+        course = study["defenses_search"].Choosing(method, 2, 4)
         first = [{"setting": one.setting, "kept": 0.5, "held": None} for one in course.next([], [])]
         for one in (*course.next([], []), *course.next([first], []), *course.next([first, first], [])):
             _, name = plan.align(method, one.setting)

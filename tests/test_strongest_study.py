@@ -74,7 +74,7 @@ def test_every_row_has_the_compute_of_the_demos_patcher(study):
 
 def test_whatever_the_search_asks_for_has_it_too(study):
     plan, search, whole = study["strongest_plan"], study["strongest_search"], study["strongest_plan"].STUDY
-    course, done = search.Strongest("strongest", 3), []
+    course, done = search.Strongest("strongest", 3, 4), []
     for _ in range(3):
         batch = course.next(done, [])
         for choice in batch:
@@ -283,7 +283,7 @@ def test_lengths_are_swept_and_drawn(study, monkeypatch, tmp_path):
 
 def test_what_misses_a_limit_is_told_by_how_much_and_comes_after_what_meets_them(study):
     search = study["strongest_search"]
-    value = search.Strongest("strongest", 1).value
+    value = search.Strongest("strongest", 1, 4).value
     order = [
         {"held": 3.0, "off": {"unrehearsed": 0.0}},
         {"held": 2.0, "off": {"unrehearsed": 0.0, "learning": 0.0}},
