@@ -327,7 +327,7 @@ def stressed(commands):
 
 def search_all(study, folder, known, stop_at=None, monkeypatch=None, batches=1):
     commands = Strong(monkeypatch, study, stop_at=stop_at, known=known)
-    whole = replace(study["strongest_plan"].STUDY, out=folder / "out", batches=batches)
+    whole = replace(study["strongest_plan"].STUDY, out=folder / "out", batches=batches, batch=4)
     study["strongest_search"].search(whole, folder / "found.json", folder / "trials.json")
     return commands, json.loads((folder / "found.json").read_text())
 
