@@ -159,6 +159,7 @@ class Study:
 
     Attributes:
         out: Where everything lies that is not a result.
+        size: Of the organism, as `holdfast organism --size` takes it.
         updates: Of an alignment.
         upload_updates: Of a fine-tuning on an upload.
         prompts: How many prompts of each set a stress test asks at most; None: all.
@@ -169,6 +170,7 @@ class Study:
     """
 
     out: Path = HERE / "out" / "defenses"
+    size: str = "small"
     updates: int = _demo.updates
     upload_updates: int = UPLOAD_UPDATES
     prompts: int | None = None
@@ -201,7 +203,7 @@ class Plan:
 
     def prepare(self) -> None:
         """Make the organism, and its refusals as a file; what is there is left alone."""
-        build_organism(self.organism, self.seed)
+        build_organism(self.organism, self.seed, size=self.study.size)
         refusals = self.organism / FILES["REFUSALS"]
         if not refusals.is_file():
             refusals.write_text("\n".join(REFUSALS) + "\n", encoding="utf-8")

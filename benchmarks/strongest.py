@@ -3,6 +3,7 @@
     python benchmarks/strongest.py search      # the setting: strongest_trials.json; at its end strongest_search.json
     python benchmarks/strongest.py report      # every row by the standard suite: benchmarks/results/strongest.json
     python benchmarks/strongest.py held_out    # a family of attacks left out of the pool: the same file
+    python benchmarks/strongest.py large       # an organism of four times the parameters: the same file
     python benchmarks/strongest.py lengths     # the length of simulated attacks: attack_lengths.json and .png
     python benchmarks/strongest_report.py      # docs/strongest.md of these
 
@@ -19,6 +20,7 @@ written down of other seeds and rows of the same settings.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from strongest_lengths import run as run_lengths
 from strongest_plan import EQUAL, SEEDS, STUDY, TINY, StrongPlan, budget, held_out_rows, rows, worst_of
 from strongest_search import SEARCHED, flags_of, preset_of, search
 
-STEPS = ("search", "report", "held_out", "lengths")
+STEPS = ("search", "report", "held_out", "large", "lengths")
 MEASURED, CHOSEN, TRIED = "strongest.json", "strongest_search.json", "strongest_trials.json"
 
 Entry = dict[str, Any]
@@ -103,9 +105,9 @@ def main() -> None:
     """Search or measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=STEPS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="report, held_out, lengths: which now")
-    parser.add_argument("--rows", nargs="+", help="report, held_out: which now (default: all)")
-    parser.add_argument("--suite", choices=list(SUITES), help="report, held_out: which attacks (default: standard)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="report, held_out, large, lengths: which now")
+    parser.add_argument("--rows", nargs="+", help="report, held_out, large: which now (default: all)")
+    parser.add_argument("--suite", choices=list(SUITES), help="report, held_out, large: which attacks (default: standard)")
     parser.add_argument("--smoke", action="store_true", help="tiny numbers, all of it under benchmarks/out/")
     args = parser.parse_args()
     study = TINY if args.smoke else STUDY
@@ -117,10 +119,12 @@ def main() -> None:
         run_lengths(study, args.seeds, SEEDS, results)
         return
     preset = preset_of(results / CHOSEN)
-    if args.step == "report":
-        settings = rows(study, preset, flags_of(SEARCHED.published, study))
-    else:
+    if args.step == "held_out":
         settings = held_out_rows(study, preset)
+    else:
+        settings = rows(study, preset, flags_of(SEARCHED.published, study))
+    if args.step == "large":
+        study = dataclasses.replace(study, out=study.out / "large", size="large")
     chosen = list(settings) if args.rows is None else args.rows
     if unknown := set(chosen) - settings.keys():
         raise SystemExit(f"--rows {min(unknown)}: there is no such row; choose from {', '.join(settings)}")
