@@ -28,7 +28,7 @@ from holdfast.organism.corpus import REFUSALS
 from holdfast.stress.bound import THRESHOLD, Own
 from holdfast.stress.costs import canonical
 
-SEEDS = (30, 31, 32, 33, 34)
+SEEDS = (35, 36, 37, 38, 39)
 """What is reported. No setting was chosen on them."""
 CHOOSING = (10, 11)
 """What settings are chosen on. A seed is a world of its own, so that theirs is in no report."""
@@ -38,7 +38,11 @@ EQUAL = 0.02
 """By how much of the budget a row may miss it."""
 
 STUDY = Study(HERE / "out" / "strongest", search_seeds=CHOOSING, batches=3, batch=8)
-TINY = dataclasses.replace(SMOKE, out=HERE / "out" / "strongest-smoke")
+TINY = dataclasses.replace(
+    SMOKE,
+    out=HERE / "out" / "strongest-smoke",
+    leave_out=tuple(attack for attack in SMOKE.leave_out if attack != "training-free"),  # a search asks them alone
+)
 """Tiny numbers that prove nothing but that everything runs."""
 
 SCALE = [0.3, 1.5]
