@@ -105,9 +105,13 @@ def main() -> None:
     """Search or measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=STEPS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="report, held_out, large, lengths: which now")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=SEEDS, help="report, held_out, large, lengths: which now"
+    )
     parser.add_argument("--rows", nargs="+", help="report, held_out, large: which now (default: all)")
-    parser.add_argument("--suite", choices=list(SUITES), help="report, held_out, large: which attacks (default: standard)")
+    parser.add_argument(
+        "--suite", choices=list(SUITES), help="report, held_out, large: which attacks (default: standard)"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny numbers, all of it under benchmarks/out/")
     args = parser.parse_args()
     study = TINY if args.smoke else STUDY

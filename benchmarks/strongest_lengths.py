@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from defenses_plan import ALIGNMENT, BATCH_SIZE, DEMO_PATCHER, Flags, Study, execute
+from defenses_plan import ALIGNMENT, BATCH_SIZE, DEMO_PATCHER, Flags, Study, execute, read
 from holdfast.files import versions, write_bytes, write_json
 from strongest_plan import MEASURE_AT, StrongPlan, at_budget, budget, scaled, worst_of
 
@@ -48,20 +48,27 @@ def settings(study: Study) -> dict[tuple[str, int], Flags]:
 def run(study: Study, seeds: Sequence[int], every: Sequence[int], results: Path) -> None:
     """Make and attack what has not been, and write and plot all that is there after each seed.
 
+    What other machines have found of the same settings, and is written down, stays.
+
     Args:
         study: How much is run, and where.
         seeds: Those that are run now.
         every: Those that are collected beside them.
         results: Folder of `attack_lengths.json` and of its picture.
     """
+    path, every_setting = results / "attack_lengths.json", list(settings(study).values())
     for seed in seeds:
         plan = StrongPlan(seed, study)
         plan.prepare()
         for (mode, _), setting in settings(study).items():
             plan.sweep(*plan.align(mode, setting))
         execute(list(plan.commands.values()), study.out)
-        entries = collect(study, sorted({*every, *seeds}))
-        write_json(results / "attack_lengths.json", {"schema": 1, "versions": versions(), "entries": entries})
+        before = read(path)["entries"] if path.is_file() else []
+        found = [entry for entry in before if entry["setting"] in every_setting]
+        found += collect(study, sorted({*every, *seeds}))
+        by_place = {(entry["seed"], entry["mode"], entry["attack_steps"]): entry for entry in found}
+        entries = [by_place[place] for place in sorted(by_place)]
+        write_json(path, {"schema": 1, "versions": versions(), "entries": entries})
         plot(entries, results / "attack_lengths.png")
 
 

@@ -273,6 +273,9 @@ def test_lengths_are_swept_and_drawn(study, monkeypatch, tmp_path):
     assert (tmp_path / "attack_lengths.png").read_bytes().startswith(b"\x89PNG")
     for command in commands.ran[:60]:
         understood(command)
+    study["strongest_lengths"].run(replace(whole, out=tmp_path / "elsewhere"), [32], [32], tmp_path)
+    entries = json.loads((tmp_path / "attack_lengths.json").read_text())["entries"]
+    assert [one["seed"] for one in entries] == [30] * 10 + [31] * 10 + [32] * 10
     lines = study["strongest_report"].lengths(entries).splitlines()
     (line,) = (one for one in lines if one.startswith("| rounds | 200 |"))
     assert "| 1200 | 3500.00 [3500.00–3500.00] | > 300 |" in line
