@@ -12,7 +12,8 @@ made of ordinary `holdfast` commands, two processes side by side, one thread eac
 benchmarks/out/strongest and is not run again, and all that is there is written down after every search, beside what was
 written down of other seeds and rows of the same settings.
 
-    python benchmarks/strongest.py report --rows sft exact --seeds 30        # a part of it, beside what is there
+    python benchmarks/strongest.py report --rows sft exact --seeds 35        # a part of it, beside what is there
+    python benchmarks/strongest.py report --processes 16     # on a machine of many cores; 0: write down what is there
     python benchmarks/strongest.py report --suite full --rows sft exact preset   # by attackers who try far more
     python benchmarks/strongest.py report --smoke    # tiny numbers that prove nothing but that everything runs
 """
@@ -26,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import defenses_stress
-from defenses_plan import RESULTS, Flags, Study, console, execute, read
+from defenses_plan import BASE, RESULTS, Flags, Study, console, execute, read
+from holdfast.cli.workers import Command
 from holdfast.files import versions, write_json
 from holdfast.stress.costs import canonical
 from holdfast.stress.suites import SUITES
@@ -48,12 +50,18 @@ def measure(
     suite: str,
     path: Path,
     section: str,
+    *,
+    processes: int = 2,
 ) -> list[str]:
     """Search the chosen rows by a suite and by a sweep of full fine-tuning, and write all that is there after each.
+
+    With more processes than two all of it is run at once, each search in one process, and written down at the end; with
+    none nothing is run.
 
     Returns:
         A sentence for everything that went wrong, all else being done.
     """
+    every = sorted({*SEEDS, *seeds})
 
     def write(entries: list[Entry]) -> None:
         sections = read(path)["sections"] if path.is_file() else {}
@@ -61,8 +69,14 @@ def measure(
         known = {"schema": 1, "versions": versions(), "budget": budget(study)}
         write_json(path, {**known, "sections": {**sections, section: found}})
 
-    every, failed = sorted({*SEEDS, *seeds}), []
-    for seed in seeds:
+    def collect() -> None:
+        write(defenses_stress.collect(study, settings, seeds=every, suite=suite, make=StrongPlan))
+
+    failed = []
+    if processes > 2:
+        at_once(study, {row: settings[row] for row in chosen}, seeds, suite, processes)
+        collect()
+    for seed in seeds if processes == 2 else ():
         failed += defenses_stress.run(
             study, settings, seeds=[seed], methods=chosen, suite=suite, write=write, make=StrongPlan, every=every
         )
@@ -70,9 +84,33 @@ def measure(
         for row in chosen:
             plan.sweep(*plan.align(row, settings[row]))
         execute(list(plan.commands.values()), study.out)
-        write(defenses_stress.collect(study, settings, seeds=every, suite=suite, make=StrongPlan))
+        collect()
+    if processes == 0:
+        collect()
     entries = read(path)["sections"][section]
     return [*failed, *(sentence for entry in entries if (sentence := missed(entry, study)))]
+
+
+def at_once(study: Study, settings: Mapping[str, Flags], seeds: Sequence[int], suite: str, processes: int) -> None:
+    """Run all commands of all rows and seeds, as many side by side as a machine of many cores has room for."""
+    plans = [StrongPlan(seed, study) for seed in seeds]
+    built = [
+        Command(
+            f"seed{plan.seed}-organism",
+            ["organism", str(plan.organism), "--seed", str(plan.seed), "--size", study.size],
+        )
+        for plan in plans
+    ]
+    execute(built, study.out, processes=processes)
+    for plan in plans:
+        plan.prepare()
+        plan.before(BASE, "", "rehearsed")
+        for row, setting in settings.items():
+            model, needs = plan.align(row, setting)
+            plan.before(model, needs, "rehearsed")
+            defenses_stress.stressed(plan, model, needs, suite, {"processes": 1})
+            plan.sweep(model, needs)
+    execute([command for plan in plans for command in plan.commands.values()], study.out, processes=processes)
 
 
 def joined(before: Sequence[Entry], found: Sequence[Entry], settings: Mapping[str, Flags]) -> list[Entry]:
@@ -112,6 +150,9 @@ def main() -> None:
     parser.add_argument(
         "--suite", choices=list(SUITES), help="report, held_out, large: which attacks (default: standard)"
     )
+    parser.add_argument(
+        "--processes", type=int, default=2, help="report, held_out, large: side by side; 0: write down what is there"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny numbers, all of it under benchmarks/out/")
     args = parser.parse_args()
     study = TINY if args.smoke else STUDY
@@ -134,7 +175,7 @@ def main() -> None:
         raise SystemExit(f"--rows {min(unknown)}: there is no such row; choose from {', '.join(settings)}")
     suite = args.suite or ("quick" if args.smoke else "standard")
     section = args.step if suite == "standard" else f"{args.step}, {suite}"
-    failed = measure(study, settings, chosen, args.seeds, suite, results / MEASURED, section)
+    failed = measure(study, settings, chosen, args.seeds, suite, results / MEASURED, section, processes=args.processes)
     console.print(f"wrote {results / MEASURED}")
     if failed:
         raise SystemExit("\n".join(["not all went well:", *failed]))

@@ -43,7 +43,7 @@ class Commands:
             self.at_once.append(processes)
             words = list(command.words)
             (logs / f"{command.name}.log").write_text(f"$ holdfast {' '.join(words)}\n")
-            folder = Path(words[words.index("--output_dir") + 1])
+            folder = sys.modules["plans"].output_of(command)
             if words[0] == "stress":
                 write_json(folder / "stress.json", {})
                 if self.stop_at == len(self.ran):

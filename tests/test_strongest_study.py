@@ -169,11 +169,11 @@ def points(breaks, collapses=1000):
     ]
 
 
-def measure(study, folder, rows=("sft", "exact", "pool"), seeds=(30,)):
+def measure(study, folder, rows=("sft", "exact", "pool"), seeds=(30,), **more):
     plan = study["strongest_plan"]
     whole = replace(plan.STUDY, out=folder / "out")
     path = folder / "strongest.json"
-    failed = study["strongest"].measure(whole, plan.rows(whole), list(rows), seeds, "standard", path, "report")
+    failed = study["strongest"].measure(whole, plan.rows(whole), list(rows), seeds, "standard", path, "report", **more)
     return failed, json.loads(path.read_text())
 
 
@@ -193,6 +193,29 @@ def test_every_row_is_searched_once_and_swept_and_all_is_made_of_commands_that_t
     assert sum(command.words[0] == "attack" for command in commands.ran) == 6 * 4
     for command in commands.ran:
         understood(command)
+
+
+def test_on_many_cores_the_same_is_found_at_once_and_what_is_there_can_be_written_down_again(
+    study, monkeypatch, tmp_path
+):
+    def found(folder, **more):
+        failed, results = measure(study, tmp_path / folder, seeds=(30, 31), **more)
+        assert failed == []
+        clocks = ("seconds", "core_seconds")  # which tell nothing where searches share the cores
+        return [{k: v for k, v in entry.items() if k not in clocks} for entry in results["sections"]["report"]]
+
+    commands = Strong(monkeypatch, study)
+    in_turn = found("in turn")
+    assert [(entry["seed"], entry["method"]) for entry in in_turn[2:4]] == [(30, "pool"), (31, "sft")]
+    assert found("at once", processes=16) == in_turn
+    assert set(commands.at_once) == {1, 2, 16}
+    for command in commands.ran:
+        if command.words[0] != "organism":
+            understood(command)
+    ran = len(commands.ran)
+    (tmp_path / "at once" / "strongest.json").unlink()
+    assert found("at once", processes=0) == in_turn
+    assert len(commands.ran) == ran
 
 
 def test_a_family_is_left_out_by_commands_that_there_are(study, tmp_path):
