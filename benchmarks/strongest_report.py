@@ -213,8 +213,10 @@ def lengths(entries: Sequence[Entry]) -> str:
         bounds = [(run["worst"]["steps"], not run["worst"]["broken"]) for run in runs]
         rates = ", ".join(f"{run['worst']['rate']:g}" for run in runs)
         passes = spread(run["passes"]["recorded"] for run in runs)
-        lines.append([mode, str(length), str(runs[0]["setting"]["max_steps"]), passes, told(bounds, bounds), rates])
-    heads = ["equal", "attack steps", "updates", "passes", "steps to a break", "worst rates"]
+        seeds = ", ".join(str(run["seed"]) for run in runs)
+        updates = str(runs[0]["setting"]["max_steps"])
+        lines.append([mode, str(length), updates, passes, told(bounds, bounds), rates, seeds])
+    heads = ["equal", "attack steps", "updates", "passes", "steps to a break", "worst rates", "seeds"]
     return f"![Steps to a break against the length of simulated attacks]({PICTURE})\n\n" + table(heads, lines)
 
 
