@@ -358,12 +358,15 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def execute(commands: Sequence[Command], out: Path, *, processes: int = 2) -> dict[str, float]:
-    """Run what is not finished; the seconds of what was run, by name."""
+def execute(
+    commands: Sequence[Command], out: Path, *, processes: int = 2, keep_going: bool = False
+) -> dict[str, float]:
+    """Run what is not finished, as `run_commands` does; the seconds of what was run, by name."""
     remaining = unfinished(commands, out)
     if len(commands) > 1:
         console.print(f"{len(commands)} commands, of which {len(commands) - len(remaining)} are finished already")
-    return run_commands(remaining, out / "logs", console=console, processes=processes) if remaining else {}
+    more = {"console": console, "processes": processes, "keep_going": keep_going}
+    return run_commands(remaining, out / "logs", **more) if remaining else {}
 
 
 def chosen_settings() -> dict[str, dict[str, Flags]]:

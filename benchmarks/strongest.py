@@ -29,6 +29,7 @@ from typing import Any
 import defenses_stress
 from defenses_plan import BASE, RESULTS, Flags, Study, console, execute, read
 from holdfast.cli.workers import Command
+from holdfast.errors import TrainingError
 from holdfast.files import versions, write_json
 from holdfast.stress.costs import canonical
 from holdfast.stress.suites import SUITES
@@ -74,7 +75,10 @@ def measure(
 
     failed = []
     if processes > 2:
-        at_once(study, {row: settings[row] for row in chosen}, seeds, suite, processes)
+        try:
+            at_once(study, {row: settings[row] for row in chosen}, seeds, suite, processes)
+        except TrainingError as error:
+            failed.append(str(error))
         collect()
     for seed in seeds if processes == 2 else ():
         failed += defenses_stress.run(
@@ -110,7 +114,12 @@ def at_once(study: Study, settings: Mapping[str, Flags], seeds: Sequence[int], s
             plan.before(model, needs, "rehearsed")
             defenses_stress.stressed(plan, model, needs, suite, {"processes": 1})
             plan.sweep(model, needs)
-    execute([command for plan in plans for command in plan.commands.values()], study.out, processes=processes)
+    execute(
+        [command for plan in plans for command in plan.commands.values()],
+        study.out,
+        processes=processes,
+        keep_going=True,
+    )
 
 
 def joined(before: Sequence[Entry], found: Sequence[Entry], settings: Mapping[str, Flags]) -> list[Entry]:

@@ -36,7 +36,7 @@ class Commands:
         monkeypatch.setattr(plan, "run_commands", self)
         self.markers = sys.modules["plans"].MARKERS
 
-    def __call__(self, commands, logs, *, console, processes=2):
+    def __call__(self, commands, logs, *, console, processes=2, keep_going=False):
         logs.mkdir(parents=True, exist_ok=True)
         for command in commands:
             self.ran.append(command)

@@ -174,6 +174,20 @@ def test_a_command_that_fails_is_named_with_its_last_line_and_log(tmp_path):
         run_commands([Command("wrong", ["nonsense"])], tmp_path, console=Console(file=(tmp_path / "shown").open("w")))
 
 
+def test_all_that_does_not_need_a_failed_command_may_be_run_all_the_same(tmp_path):
+    plan = [
+        Command("wrong", ["nonsense"]),
+        Command("next", ["--version"], needs=["wrong"]),
+        Command("last", ["--version"], needs=["next", "other"]),
+        Command("other", ["--version"]),
+        Command("worse", ["rubbish"]),
+    ]
+    with pytest.raises(TrainingError) as caught:
+        run_commands(plan, tmp_path, console=Console(file=(tmp_path / "shown").open("w")), processes=1, keep_going=True)
+    assert [line.split(" failed: ")[0] for line in str(caught.value).splitlines()] == ["wrong", "worse"]
+    assert {path.stem for path in tmp_path.glob("*.log")} == {"wrong", "other", "worse"}
+
+
 def test_no_command_of_a_plan_outlives_who_runs_it(tmp_path):
     running = f"""
 from pathlib import Path

@@ -37,7 +37,9 @@ class Command:
     needs: Sequence[str] = ()
 
 
-def run_commands(commands: Sequence[Command], logs: Path, *, console: Console, processes: int = 2) -> dict[str, float]:
+def run_commands(
+    commands: Sequence[Command], logs: Path, *, console: Console, processes: int = 2, keep_going: bool = False
+) -> dict[str, float]:
     """Run a plan of commands, `processes` at a time, each as soon as what it needs is done.
 
     A process imports the libraries once and computes on one thread, which on small models is faster than many and gives
@@ -48,17 +50,20 @@ def run_commands(commands: Sequence[Command], logs: Path, *, console: Console, p
         logs: Folder for the log files; created.
         console: Where progress is shown.
         processes: How many run side by side.
+        keep_going: Whether a command that failed ends those alone that need it, and all else is run.
 
     Returns:
         The seconds that each command took, by name.
 
     Raises:
-        TrainingError: A command failed; the message quotes its last line and names its log.
+        TrainingError: A command failed; the message quotes its last line and names its log. With `keep_going` at the
+            end, a line for each.
     """
     logs.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     seconds: dict[str, float] = {}
     waiting = list(commands)
+    failed: dict[str, str] = {}
     running: dict[Future[tuple[int, float]], Command] = {}
     columns = (
         TextColumn("{task.description}"),
@@ -83,16 +88,32 @@ def run_commands(commands: Sequence[Command], logs: Path, *, console: Console, p
                 _show(progress, bars[command.name], logs / f"{command.name}.log")
             for future in done:
                 command = running.pop(future)
-                code, seconds[command.name] = future.result()
+                code, took = future.result()
                 if code != 0:
-                    pool.shutdown(wait=False, cancel_futures=True)
                     log = logs / f"{command.name}.log"
-                    raise TrainingError(f"{command.name} failed: {last_line(log)} (its log is {log})")
+                    failed[command.name] = f"{command.name} failed: {last_line(log)} (its log is {log})"
+                    if not keep_going:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise TrainingError(failed[command.name])
+                    progress.stop_task(bars[command.name])
+                    waiting = _without(waiting, command.name)
+                    continue
+                seconds[command.name] = took
                 progress.update(bars[command.name], total=1, completed=1, at="done")
                 progress.stop_task(bars[command.name])
                 if not console.is_terminal:
                     console.print(f"{command.name}: done in {seconds[command.name]:.0f} s")
+    if failed:
+        raise TrainingError("\n".join(failed.values()))
     return seconds
+
+
+def _without(commands: Sequence[Command], name: str) -> list[Command]:
+    """The commands that do not need one, nor others that do."""
+    gone = {name}
+    while more := {one.name for one in commands if gone & {*one.needs}} - gone:
+        gone |= more
+    return [one for one in commands if one.name not in gone]
 
 
 def _warm_up() -> None:
