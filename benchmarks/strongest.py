@@ -57,7 +57,7 @@ def measure(
     """Search the chosen rows by a suite and by a sweep of full fine-tuning, and write all that is there after each.
 
     With more processes than two all of it is run at once, each search in one process, and written down at the end; with
-    none nothing is run.
+    0 nothing is run, and what is there written down.
 
     Returns:
         A sentence for everything that went wrong, all else being done.
@@ -79,8 +79,7 @@ def measure(
             at_once(study, {row: settings[row] for row in chosen}, seeds, suite, processes)
         except TrainingError as error:
             failed.append(str(error))
-        collect()
-    for seed in seeds if processes == 2 else ():
+    for seed in seeds if processes in (1, 2) else ():
         failed += defenses_stress.run(
             study, settings, seeds=[seed], methods=chosen, suite=suite, write=write, make=StrongPlan, every=every
         )
@@ -89,7 +88,7 @@ def measure(
             plan.sweep(*plan.align(row, settings[row]))
         execute(list(plan.commands.values()), study.out)
         collect()
-    if processes == 0:
+    if processes not in (1, 2):
         collect()
     entries = read(path)["sections"][section]
     return [*failed, *(sentence for entry in entries if (sentence := missed(entry, study)))]
