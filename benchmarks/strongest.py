@@ -103,6 +103,7 @@ def at_once(study: Study, settings: Mapping[str, Flags], seeds: Sequence[int], s
             ["organism", str(plan.organism), "--seed", str(plan.seed), "--size", study.size],
         )
         for plan in plans
+        if not plan.organism.is_dir()
     ]
     execute(built, study.out, processes=processes)
     for plan in plans:
