@@ -37,7 +37,7 @@ BUDGET = "exact"
 EQUAL = 0.02
 """By how much of the budget a row may miss it."""
 
-STUDY = Study(HERE / "out" / "strongest", search_seeds=CHOOSING, batches=3, batch=8)
+STUDY = Study(HERE / "out" / "strongest", search_seeds=CHOOSING, batches=2, batch=8)
 TINY = dataclasses.replace(
     SMOKE,
     out=HERE / "out" / "strongest-smoke",
@@ -149,7 +149,9 @@ def trained_besides(setting: Mapping[str, Any], updates: int) -> float:
         return 0
     second = 0
     if _is_exact(setting):
-        second = _displaced(setting, updates) + updates * sum(weight > 0 for weight in _beside_origin(setting))
+        displaced = 1 + (setting.get("retain_alpha", 0) > 0)  # answers, and what is retained under attack
+        second = displaced * _displaced(setting, updates)
+        second += updates * sum(weight > 0 for weight in _beside_origin(setting))
     share = ALIGNMENT["patcher"].needs["attack_batch_size"] / BATCH_SIZE
     trained = [member for member in _pool(setting).members if member.trains]
     steps = _mean(trained, lambda member: _steps(member, setting["attack_steps"]))
@@ -165,12 +167,15 @@ def looks(setting: Mapping[str, Any], updates: int) -> float:
     if "attack_every" not in setting:
         return 0
     members, (retained, rerouted) = _pool(setting).members, _beside_origin(setting)
+    displaced, kappa = _displaced(setting, updates), setting.get("retain_alpha", 0.0)
     if _is_exact(setting):
-        attacked, measured = 1 + (rerouted > 0), (retained > 0) + (rerouted > 0)
+        attacked = 1 + (rerouted > 0) + (kappa > 0)
+        measured = (retained > 0) + (rerouted > 0) + (kappa > 0) * displaced / updates
     else:
         whole = 1 + retained + rerouted
-        attacked, measured = (setting["alpha"] + rerouted) / whole, (retained + rerouted) / whole
-    drawn = attacked * _displaced(setting, updates) * _mean(members, lambda one: 0 if one.trains else _look(one))
+        attacked = (setting["alpha"] + kappa * retained + rerouted) / whole
+        measured = (retained + rerouted) / whole
+    drawn = attacked * displaced * _mean(members, lambda one: 0 if one.trains else _look(one))
     simulated = _rounds(setting, updates) * _mean([one for one in members if one.trains], _look)
     return drawn + updates * measured / 3 + simulated
 

@@ -57,28 +57,32 @@ that fall off over layers; `attack_scale` comes on top."""
 STEPS, SHORT = [3, 10, 30], 10
 """The lengths of a fine-tuning, and that of one in a chain."""
 ROUNDS = 4
-_OTHERS = {"alpha": 0.9, "learning_rate": 2e-4, "attack_rate": 1.5, "rate_spread": 3.5, "scale_high": 2.0}
 _WEIGHTS = {
     **{"ablation": 1.2, "ablation+fine-tuning": 0.8, "fine-tuning+prefill": 0.8, "prefill": 0.3},
     **{"ablation+prefill": 0.8, "dropping": 0.2, "dropping+fine-tuning": 0.2, "dropping+prefill": 0.2},
 }
+FIXED = {
+    **{"attack_rate": 1.5, "rate_spread": 3.5, "reroute_layers": 1},
+    **{name: weight for name, weight in _WEIGHTS.items() if name == "ablation+prefill" or "dropping" in name},
+}
+"""What the search leaves as hand found it; knobs that are tried too would be far more than trials."""
 SEARCHED = Method(
     ("align", "patcher"),
     published={
-        **{"attack_every": 45, **_OTHERS, **_WEIGHTS},
-        **{"retain_weight": 0.9, "reroute_weight": 0.5, "reroute_layers": 1},
+        **{"attack_every": 45, "alpha": 0.9, "learning_rate": 2e-4, "scale_high": 2.0},
+        **{"retain_weight": 0.9, "retain_alpha": 0.5, "origin_decay": 4.0, "reroute_weight": 0.5},
+        **{name: weight for name, weight in _WEIGHTS.items() if name not in FIXED},
     },
     ranges={
         "attack_every": IntDistribution(35, 60),
         "alpha": FloatDistribution(0.6, 0.9),
         "learning_rate": FloatDistribution(1e-4, 2.5e-4, log=True),
-        "attack_rate": FloatDistribution(1.0, 2.0, log=True),
-        "rate_spread": FloatDistribution(2.0, 4.0, log=True),
         "scale_high": FloatDistribution(1.5, 2.2),
         "retain_weight": FloatDistribution(0.5, 2.0, log=True),
-        "reroute_weight": FloatDistribution(0.2, 1.0, log=True),
-        "reroute_layers": IntDistribution(1, 2),
-        **{name: FloatDistribution(0.0, 1.5 if weight > 0.3 else 0.5, step=0.1) for name, weight in _WEIGHTS.items()},
+        "retain_alpha": FloatDistribution(0.3, 0.7),
+        "origin_decay": FloatDistribution(2.0, 15.0, log=True),
+        "reroute_weight": FloatDistribution(0.3, 1.0, log=True),
+        **{name: FloatDistribution(0.0, 1.5, step=0.1) for name in _WEIGHTS if name not in FIXED},
     },
 )
 """Where the search begins, the best trade of what was tried by hand on its seeds, and what it tries, which lies around.
@@ -153,6 +157,7 @@ def flags_of(knobs: Mapping[str, Any], study: Study) -> Flags:
     """
     if not knobs:
         return {}
+    knobs = {**FIXED, **knobs}
     rate, spread = knobs["attack_rate"], knobs["rate_spread"]
     rates = {"low": float(f"{rate / spread:.3g}"), "high": float(f"{rate * spread:.3g}"), "log": True}
     own: dict[str, Any] = {"ablation": ABLATED, "fine-tuning": {"relative_rate": rate}}
@@ -161,7 +166,8 @@ def flags_of(knobs: Mapping[str, Any], study: Study) -> Flags:
         parts = name.split("+")
         more = own.get(name, {}) if len(parts) == 1 else {part: own[part] for part in parts if part in own}
         pool[name] = {"weight": knobs[name], **more}
-    same = ("attack_every", "alpha", "learning_rate", "retain_weight", "reroute_weight", "reroute_layers")
+    same = ("attack_every", "alpha", "learning_rate", "reroute_weight", "reroute_layers")
+    same += ("retain_weight", "retain_alpha", "origin_decay")
     setting = {
         **{name: knobs[name] for name in same},
         **{"attack_steps": SHORT, "estimator": "sampled", "lr_scheduler_type": "linear"},

@@ -106,6 +106,11 @@ def retention(model, origin, window, layers):
     return _beside(model, origin, window, layers, lambda batch: batch["attention_mask"] == 1, moved)
 
 
+def back_to(origin, weights, share):
+    """The weights, by name, a share of the way back to those of the beginning."""
+    return {name: tensor + share * (origin[name] - tensor) for name, tensor in weights.items()}
+
+
 def rerouting(model, origin, window, layers):
     """C(θ'; H) and its gradient, `model` having the weights θ'; `layers`: the names of the decoder layers."""
 

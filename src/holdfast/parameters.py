@@ -167,6 +167,13 @@ def shift(model: nn.Module, direction: Mapping[str, Tensor], scale: float = 1.0)
     torch._foreach_add_([local(p) for p in parameters.values()], directions, alpha=scale)
 
 
+@torch.no_grad()
+def approach(model: nn.Module, other: Mapping[str, Tensor], share: float) -> None:
+    """Take the trainable parameters a share of the way to other weights, for good: θ ← θ + share · (other − θ)."""
+    parameters = trainable_parameters(model)
+    torch._foreach_lerp_([local(p) for p in parameters.values()], [local(other[name]) for name in parameters], share)
+
+
 @contextmanager
 def displaced(model: nn.Module, direction: Mapping[str, Tensor], scale: float = 1.0) -> Iterator[None]:
     """Run the body at θ + scale · direction; on leaving, θ has the exact bits it had before.

@@ -140,9 +140,10 @@ def test_sampled_defender_takes_one_of_the_two_gradients(settings):
 
 def test_sampled_defender_may_retain_and_reroute(settings):
     sampled = {"estimator": "sampled", "retained": word_rows(6, seed=3), "reroute_weight": 1.0, "max_steps": 24}
+    sampled |= {"retain_weight": 1.0, "retain_alpha": 0.5, "origin_decay": 1.0}
     begun = weights(tiny_llama())
     trainer, _ = defended_against(settings, {3: [("mallory", 0.01, {})]}, **sampled)
-    each = {"attacked_loss", "safe_loss", "retain_loss", "reroute_loss"}
+    each = {"attacked_loss", "safe_loss", "retain_loss", "attacked_retain_loss", "reroute_loss"}
     terms = [each & entry.keys() for entry in logged_updates(trainer)]
     assert all(len(names) == 1 for names in terms)
     assert set().union(*terms[4:]) == each

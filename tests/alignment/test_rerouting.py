@@ -95,10 +95,12 @@ def of_an_update(trainer, update=1):
     return at(trainer, update)
 
 
-@pytest.mark.parametrize("model", ["llama", "lora", "mixtral"])
-def test_exact_gradient_has_a_term_at_the_attacked_weights(settings, model):
+@pytest.mark.parametrize(
+    ("model", "kappa"), [("llama", 0.0), ("llama", 0.4), ("llama", 1.0), ("lora", 0.4), ("mixtral", 0.4)]
+)
+def test_exact_gradient_has_terms_at_the_attacked_weights(settings, model, kappa):
     build = MODELS[model]
-    trainer = rerouting(settings, build(), reroute_layers=1)
+    trainer = rerouting(settings, build(), reroute_layers=1, retain_alpha=kappa)
     trainer.attack_vector = vector_for(trainer.model)
     origin, before = moved_on(trainer, build), twin(trainer, build)
     retained, rerouted = upcoming(trainer._retained), upcoming(trainer._rerouted)
@@ -106,7 +108,8 @@ def test_exact_gradient_has_a_term_at_the_attacked_weights(settings, model):
         attacked = twin(trainer, build)
     terms = [
         (1, reference.patcher(before, [golden_batch("safe")], trainer.attack_vector, ALPHA)),
-        (RETAIN, reference.retention(before, origin, retained, layers_of(before))[1]),
+        (RETAIN * (1 - kappa), reference.retention(before, origin, retained, layers_of(before))[1]),
+        (RETAIN * kappa, reference.retention(attacked, origin, retained, layers_of(before))[1]),
         (REROUTE, reference.rerouting(attacked, origin, rerouted, layers_of(before)[-1:])[1]),
     ]
     assert worst_entry(of_an_update(trainer), reference.combined(*terms)) < 1e-5
@@ -115,14 +118,15 @@ def test_exact_gradient_has_a_term_at_the_attacked_weights(settings, model):
 @pytest.mark.parametrize("attacked", [True, False])
 def test_mean_over_the_coin_is_the_exact_gradient(settings, attacked):
     """With δ and, as before the first attack, without; each term as often as the formula has it."""
-    whole, taken = 1 + RETAIN + REROUTE, {}
-    exact, sampled = (rerouting(settings, estimator=name) for name in ("exact", "sampled"))
+    whole, kappa, taken = 1 + RETAIN + REROUTE, 0.4, {}
+    exact, sampled = (rerouting(settings, estimator=name, retain_alpha=kappa) for name in ("exact", "sampled"))
     for trainer in (exact, sampled):
         if attacked:
             trainer.attack_vector = vector_for(trainer.model)
         moved_on(trainer)
     shares = {"attacked_loss": ALPHA, "safe_loss": 1 - ALPHA} if attacked else {"safe_loss": 1.0}
-    shares |= {"retain_loss": RETAIN, "reroute_loss": REROUTE}
+    under_attack = {"attacked_retain_loss": kappa * RETAIN, "retain_loss": (1 - kappa) * RETAIN}
+    shares |= {**(under_attack if attacked else {"retain_loss": RETAIN}), "reroute_loss": REROUTE}
     count, seen = 300, dict.fromkeys(shares, 0)
     for update in range(count):
         sampled.state.global_step = update

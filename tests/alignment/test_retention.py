@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as property_settings
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 import reference
 from helpers import (
@@ -218,6 +219,38 @@ def test_a_run_may_go_on_without_retaining(tmp_path):
     assert "retained" not in trainer.method_state()
 
 
+class Noted(TrainerCallback):
+    """The weights right after every step of the optimizer and at the end of its update, and the rate of the step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_begin(self, *_, model, optimizer, **__):
+        def stepped(inner, *_):
+            self.found.append([inner.param_groups[0]["lr"], weights(model)])
+
+        optimizer.optimizer.register_step_post_hook(stepped)
+
+    def on_step_end(self, *_, model, **__):
+        self.found[-1].append(weights(model))
+
+
+@pytest.mark.parametrize("model", ["llama", "lora", "mixtral"])
+def test_every_update_takes_weights_back_by_its_own_rate(settings, model):
+    schedule = {"lr_scheduler_type": "linear", "learning_rate": 0.01, "max_steps": 2, "attack_every": 100}
+    trainer = retaining(settings, MODELS[model](), origin_decay=40.0, **schedule)
+    begun, noted = weights(trainer.model), Noted()
+    trainer.add_callback(noted)
+    trainer.train()
+    assert [rate for rate, _, _ in noted.found] == pytest.approx([0.01, 0.005])
+    for rate, stepped, ended in noted.found:
+        assert worst_entry(ended, reference.back_to(begun, stepped, 40 * rate)) < 1e-6
+        assert worst_entry(ended, stepped) > 1e-5
+    assert same_bits(
+        trainer.method_state()["retained"], {name: begun[name] for name in trainable_parameters(trainer.model)}
+    )
+
+
 def test_tokens_are_those_of_the_pass_that_was_taken(settings):
     """Of a sampled update that retains, of K; as TRL counts those of an update on the train data."""
     trainer = retaining(settings, estimator="sampled", retain_weight=1.0, attack_every=100, max_steps=8)
@@ -267,6 +300,12 @@ def test_what_cannot_be_retained(settings):
         retaining(settings, retained=RETAINED.select([]))
     with pytest.raises(InputError, match=r"^--torch_compile cannot be used with --retain_data"):
         retaining(settings, torch_compile=True)
+    with pytest.raises(InputError, match=r"^--retain_alpha must lie between 0 and 1, got 1.5"):
+        PatcherConfig(**settings, retain_alpha=1.5)
+    with pytest.raises(InputError, match=r"^--origin_decay must not be negative, got -1"):
+        PatcherConfig(**settings, origin_decay=-1)
+    with pytest.raises(InputError, match=r"^--origin_decay needs --retain_data"):
+        retaining(settings, retained=None, origin_decay=1.0)
 
 
 def test_a_stream_of_several_vectors_a_token_is_refused(settings):

@@ -24,12 +24,16 @@ them (`holdfast.alignment.pool`). A member that ends with `prefill` takes its gr
 begin as an attacker begins them and refuse all the same, g(θ + δ; P), in the place of g(θ + δ; B); alone it displaces
 nothing, so δ = 0.
 
-With rows K to retain (`holdfast.alignment.retention`) the exact gradient has one term more, + λ · ∇R(θ; K); and with
-harmful rows H to reroute (`holdfast.alignment.rerouting`), which are the attacker's, + μ · ∇C(θ + δ; H), the δ being
-that of the update, or none as long as there is none. The sampled estimator takes each term as often as it weighs; all
-are scaled alike, so that clipping takes none its weight. With w = 1 + λ + μ:
+With rows K to retain (`holdfast.alignment.retention`) the exact gradient has one term more, of which a share κ is taken
+under attack; and one with harmful rows H to reroute (`holdfast.alignment.rerouting`), which are the attacker's:
 
-    w · { g(θ + δ; B) with probability α / w,  g(θ; B) with (1 − α) / w,  ∇R(θ; K) with λ / w,  else ∇C(θ + δ; H) }
+    … + λ · { (1 − κ) · ∇R(θ; K) + κ · ∇R(θ + δ; K) } + μ · ∇C(θ + δ; H)
+
+with the δ of the update, or none as long as there is none. The sampled estimator takes each term as often as it weighs;
+all are scaled alike, so that clipping takes none its weight. With w = 1 + λ + μ:
+
+    w · { g(θ + δ; B) with probability α / w,    g(θ; B) with (1 − α) / w,
+          ∇R(θ + δ; K) with κ · λ / w,           ∇R(θ; K) with (1 − κ) · λ / w,    else ∇C(θ + δ; H) }
 
 Differs from the authors' released code:
 
@@ -64,6 +68,7 @@ from holdfast.alignment.draws import draws
 from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.alignment.pool import BEGUN, Link, Member, Pool
 from holdfast.alignment.rerouting import ReroutingTrainer
+from holdfast.alignment.retention import TowardsOrigin
 from holdfast.alignment.rounds import simulate_round
 from holdfast.alignment.vectors import BY_HAND, AttackVectors
 from holdfast.attacks.attack import Choice, whole_model
@@ -139,6 +144,10 @@ class PatcherTrainer(ReroutingTrainer):
             for member in self._pool.members
             if member.begun is not None and member.weight > 0
         }
+        if self.args.origin_decay > 0:
+            if not self.retains:
+                raise InputError("--origin_decay needs --retain_data, with which the weights of the beginning are kept")
+            self.add_callback(TowardsOrigin(self, self.args.origin_decay))
         self._rerouted: BatchStream | None = None
         if self.args.reroute_weight > 0:
             if not self.retains or self._attack_rows is None:
@@ -176,7 +185,7 @@ class PatcherTrainer(ReroutingTrainer):
         self._vectors.set_by_hand(None if vector is None else vector_for(self.model, vector, "attack_vector"))
 
     def defended_gradient(self, model: torch.nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
-        """(1 − α) · g(θ; B) + α · g(θ + s·δ; B) + λ · ∇R(θ; K) + μ · ∇C(θ + s·δ; H), or one of the terms by a coin."""
+        """The gradient that the module has, of all terms or of one of them by a coin."""
         self.remember()
         if self._attack_is_due():
             self.attack(model)
@@ -185,7 +194,7 @@ class PatcherTrainer(ReroutingTrainer):
             return self._sampled_gradient(model, window, member)
         loss, gradient = self._exact_gradient(model, window, member)
         if self.retains:
-            gradient += self.args.retain_weight * self.retention(model, self.retained(len(window)))[1]
+            gradient += self.args.retain_weight * self._retaining_gradient(model, len(window), member)
         if self.reroutes:
             gradient += self.args.reroute_weight * self._rerouting_gradient(model, len(window), member)[1]
         return loss, gradient
@@ -202,8 +211,9 @@ class PatcherTrainer(ReroutingTrainer):
         elif coin < 1:
             loss, gradient = self._safe_gradient(model, window)
         elif coin < aligned:
+            attacked = coin - 1 < self.args.retain_alpha * self.args.retain_weight
             window = self.retained(len(window))
-            loss, gradient = self.retention(model, window)
+            loss, gradient = self._retention_at(model, window, member if attacked else None)
             self.count_tokens(window)
         else:
             loss, gradient = self._rerouting_gradient(model, len(window), member)
@@ -248,20 +258,43 @@ class PatcherTrainer(ReroutingTrainer):
             self.log_metric(f"attacked_loss_{member.name}", loss)
         return loss, gradient
 
+    def _retaining_gradient(self, model: torch.nn.Module, size: int, member: Member | None) -> ParameterVector:
+        """(1 − κ) · ∇R(θ; K) + κ · ∇R(θ + s·δ; K) over the next `size` micro-batches of K; without a δ ∇R(θ; K)."""
+        window, kappa = self.retained(size), self.args.retain_alpha
+        if member is None or kappa == 0:
+            return self._retention_at(model, window, None)[1]
+        with self.shared_randomness():
+            _, attacked = self._retention_at(model, window, member)
+        _, gradient = self._retention_at(model, window, None)
+        gradient *= 1 - kappa
+        gradient += kappa * attacked
+        return gradient
+
+    def _retention_at(
+        self, model: torch.nn.Module, window: Window, member: Member | None
+    ) -> tuple[Tensor, ParameterVector]:
+        """R(θ + s·δ; K) and its gradient, δ the member's; of None R(θ; K)."""
+        with self._under_attack(member):
+            loss, gradient = self.retention(model, window)
+        self.log_metric("retain_loss" if member is None else "attacked_retain_loss", loss)
+        return loss, gradient
+
     def _rerouting_gradient(
         self, model: torch.nn.Module, size: int, member: Member | None
     ) -> tuple[Tensor, ParameterVector]:
         """C(θ + s·δ; H) and its gradient, over the next `size` micro-batches of H."""
         assert self._rerouted is not None
         window = self.draw(self._rerouted, size)
-        with self._under_attack(member) if member is not None else nullcontext():
+        with self._under_attack(member):
             loss, gradient = self.rerouting(model, window, self.args.reroute_layers)
         if self.args.estimator == "sampled":
             self.count_tokens(window)
         return loss, gradient
 
-    def _under_attack(self, member: Member) -> AbstractContextManager[None]:
-        """θ + s·δ in the place of θ, δ the member's and s as they are drawn in this update."""
+    def _under_attack(self, member: Member | None) -> AbstractContextManager[None]:
+        """θ + s·δ in the place of θ, δ the member's and s as they are drawn in this update; of None θ itself."""
+        if member is None:
+            return nullcontext()
         chosen = self._draws("attack")
         scale = float(self._draws("scale").uniform(*self.args.attack_scale))
         if member.links:

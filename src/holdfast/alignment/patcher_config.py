@@ -34,7 +34,10 @@ class PatcherConfig(DefenseConfig):
         base: The public base model that the pool's `base` interpolates towards: a folder or a Hub id.
         refusal: How the pool's `prefill` refuses: a text, a file with one text per line, or a column of the attack
             data.
-        retain_weight: Weight λ of R(θ; K), where there are rows to retain.
+        retain_weight: Weight λ of R, where there are rows to retain.
+        retain_alpha: Which share κ of it is taken under attack, R(θ + s·δ; K), 0 to 1.
+        origin_decay: Rate ρ at which every update takes the weights back to θ₀, where there are rows to retain; as a
+            weight decay, it is taken times the learning rate.
         reroute_weight: Weight μ of C(θ + s·δ; H), H being the attacker's rows; 0: nothing is rerouted.
         reroute_layers: How many of the last decoder layers C is taken of, n; None: all.
 
@@ -82,6 +85,17 @@ class PatcherConfig(DefenseConfig):
     retain_weight: float = field(
         default=0.5, metadata={"help": "How much the rows of --retain_data hold the model to what it made of them."}
     )
+    retain_alpha: float = field(
+        default=0.0,
+        metadata={"help": "Which share of that is asked for under attack, too, 0 to 1, as --alpha is of the answers."},
+    )
+    origin_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight decay towards the weights that the run began with, as a multiple of the learning rate; "
+            "needs --retain_data."
+        },
+    )
     reroute_weight: float = field(
         default=0.0,
         metadata={
@@ -104,13 +118,14 @@ class PatcherConfig(DefenseConfig):
             for name, attack in (("base", BackToBase.name), ("refusal", BEGUN)):
                 if attack in attacks and getattr(self, name) is None:
                     raise InputError(f"--pool: {attack} needs --{name}")
-        if not 0 <= self.alpha <= 1:
-            raise InputError(f"--alpha must lie between 0 and 1, got {self.alpha}")
+        for name in ("alpha", "retain_alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"--{name} must lie between 0 and 1, got {getattr(self, name)}")
         require_positive(
             self, "attack_steps", "attack_every", "attack_learning_rate", "attack_batch_size", "retain_weight"
         )
         require_positive(self, "reroute_layers")
-        require_not_negative(self, "attack_weight_decay", "reroute_weight")
+        require_not_negative(self, "attack_weight_decay", "reroute_weight", "origin_decay")
         if self.estimator not in ESTIMATORS:
             raise InputError(f"--estimator must be {' or '.join(ESTIMATORS)}, got {self.estimator}")
         given: Any = self.attack_scale

@@ -9,6 +9,13 @@ with h_lt the residual stream behind layer l at token t, prompts and answers ali
 breakers (2406.04313), which is ‖h − h₀‖; squared and divided it hangs neither on a model's width nor on the norms that
 its stream has, which grow from layer to layer and at single tokens.
 
+What K does not come near is held by the weights themselves, if at all: `TowardsOrigin` takes them a little back after
+every update, at a rate ρ beside the learning rate η,
+
+    θ ← θ + η · ρ · (θ₀ − θ)
+
+the penalty of L2-SP (1802.01483), ρ / 2 · ‖θ − θ₀‖², apart from the gradient as AdamW has it of weight decay.
+
 Examples:
     >>> trainer = PatcherTrainer(
     ...     model="Qwen/Qwen2.5-1.5B-Instruct",
@@ -28,13 +35,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from holdfast.config import DefenseConfig
 from holdfast.data.batches import Batch, BatchStream, all_tokens
 from holdfast.errors import InputError
 from holdfast.layers import first_of, hooked
-from holdfast.parameters import TINY, ParameterVector, exchanged, snapshot, take_gradient
+from holdfast.parameters import TINY, ParameterVector, approach, exchanged, snapshot, take_gradient
 from holdfast.residual import decoder_layers
 from holdfast.trainer import DefenseTrainer
 from holdfast.window import Window
@@ -89,16 +96,19 @@ class RetainingTrainer(DefenseTrainer):
         if self.retains and self._origin is None:
             self._origin = snapshot(self.model)
 
+    def approach_origin(self, share: float) -> None:
+        """Take the weights a share of the way back to θ₀."""
+        assert self._origin is not None
+        approach(self.model, self._origin, share)
+
     def retained(self, size: int) -> Window:
         """The next `size` micro-batches of K."""
         assert self._retained is not None
         return self.draw(self._retained, size)
 
     def retention(self, model: nn.Module, window: Window) -> tuple[Tensor, ParameterVector]:
-        """R(θ; K) and its gradient, over a window of K; one pass, and one forwards alone. See `beside_origin`."""
-        loss, gradient = self.beside_origin(model, window, self._layers, all_tokens, _relative_squares)
-        self.log_metric("retain_loss", loss)
-        return loss, gradient
+        """R and its gradient at the weights in force, over a window of K; one pass, and one forwards alone."""
+        return self.beside_origin(model, window, self._layers, all_tokens, _relative_squares)
 
     def beside_origin(
         self,
@@ -162,6 +172,22 @@ class RetainingTrainer(DefenseTrainer):
         with _outputs(layers) as found:
             loss = self.forward(model, part)
         return loss, found
+
+
+class TowardsOrigin(TrainerCallback):
+    """Weight decay towards θ₀, after every step of the optimizer: θ ← θ + η · ρ · (θ₀ − θ), η the step's rate.
+
+    Args:
+        trainer: What has θ₀.
+        rate: ρ.
+    """
+
+    def __init__(self, trainer: RetainingTrainer, rate: float) -> None:
+        self._trainer, self._rate = trainer, rate
+
+    def on_optimizer_step(self, *_: Any, optimizer: torch.optim.Optimizer, **__: Any) -> None:
+        """Decay, once the optimizer has stepped and before its rate goes on."""
+        self._trainer.approach_origin(self._rate * optimizer.param_groups[0]["lr"])
 
 
 @contextmanager
