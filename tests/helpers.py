@@ -235,8 +235,8 @@ PATCHERS: dict[str, dict[str, Any]] = {
     "sampled": {"estimator": "sampled", "attack_scale": [0.3, 1.5]},
     "retaining": {"estimator": "sampled", "retain_weight": 1.0},
     "rerouting": {
-        **{"estimator": "sampled", "retain_weight": 1.0, "retain_alpha": 0.5, "origin_decay": 30.0},
-        "reroute_weight": 2.0,
+        **{"estimator": "sampled", "retain_weight": 2.0, "retain_alpha": 0.5, "origin_decay": 30.0},
+        "reroute_weight": 2.0,  # with seed 3 seven updates take every term
     },
     "pool": {
         "attack_every": 1,

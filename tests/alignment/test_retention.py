@@ -194,12 +194,13 @@ def test_mean_over_the_coin_is_the_exact_gradient(settings, attacked):
     assert worst_entry(mean, at(exact, 1)) < 1e-5
 
 
-def test_resumed_run_ends_with_the_same_bits_and_knows_where_it_began(tmp_path):
-    through = run_to_resume("retaining", str(tmp_path))
+@pytest.mark.parametrize("method", ["retaining", "rerouting"])
+def test_resumed_run_ends_with_the_same_bits_and_knows_where_it_began(tmp_path, method):
+    through = run_to_resume(method, str(tmp_path))
     begun = weights(through.model)
     through.train()
     assert any("retain_loss" in entry for entry in logged_updates(through))
-    resumed = run_to_resume("retaining", str(tmp_path), save_strategy="no")
+    resumed = run_to_resume(method, str(tmp_path), save_strategy="no")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert same_bits(weights(resumed.model), weights(through.model))
     assert logged_updates(resumed)[4:] == logged_updates(through)[4:]
