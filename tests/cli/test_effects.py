@@ -67,6 +67,7 @@ CASES: list[tuple[str, list[str], str, str]] = [
     ("align patcher", ALIGN, """--pool={"dropping":1} --alpha 0""", "--reroute_weight 1"),
     ("align patcher", PATCH, "--reroute_layers 1", "--reroute_weight 1"),
     ("align patcher", PATCH, "--retain_alpha 0.5", "--retain_data r"),
+    ("align patcher", PATCH, "--origin_decay 4", "--retain_data r"),
     ("align patcher", ALIGN, """--pool={"dropping":1} --alpha 0""", "--retain_alpha 0.5 --retain_data r"),
     ("align patcher", PATCH, "--benign_data b", """--pool={"ablation":1}"""),
     ("align patcher", PATCH, "--retain_weight 5", "--retain_data r"),

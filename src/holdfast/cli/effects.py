@@ -174,7 +174,9 @@ PATCHER = (
         "with a --pool that takes no harmful prompts, and without --reroute_weight",
     ),
     Effect("benign_data", _pooled("ablation"), "without a --pool with ablation"),
-    Effect("retain_weight retain_alpha", lambda given: given.retain_data is not None, "without --retain_data"),
+    Effect(
+        "retain_weight retain_alpha origin_decay", lambda given: given.retain_data is not None, "without --retain_data"
+    ),
     Effect("reroute_layers", lambda given: given.reroute_weight > 0, "without --reroute_weight"),
     Effect("base", _pooled("base"), "without a --pool with base"),
     Effect("refusal", _pooled("prefill"), "without a --pool with prefill"),
