@@ -57,21 +57,16 @@ that fall off over layers; `attack_scale` comes on top."""
 STEPS, SHORT = [3, 10, 30], 10
 """The lengths of a fine-tuning, and that of one in a chain."""
 ROUNDS = 4
-_WEIGHTS = {
-    **{"ablation": 1.2, "ablation+fine-tuning": 0.8, "fine-tuning+prefill": 0.8, "prefill": 0.3},
-    **{"ablation+prefill": 0.8, "dropping": 0.2, "dropping+fine-tuning": 0.2, "dropping+prefill": 0.2},
-}
-FIXED = {
-    **{"attack_rate": 1.5, "rate_spread": 3.5, "reroute_layers": 1},
-    **{name: weight for name, weight in _WEIGHTS.items() if name == "ablation+prefill" or "dropping" in name},
-}
+_VARIED = {"ablation": 1.2, "ablation+fine-tuning": 0.8, "fine-tuning+prefill": 0.8, "prefill": 0.3}
+_KEPT = {"ablation+prefill": 0.8, "dropping": 0.2, "dropping+fine-tuning": 0.2, "dropping+prefill": 0.2}
+FIXED = {"attack_rate": 1.5, "rate_spread": 3.5, "reroute_layers": 1, **_KEPT}
 """What the search leaves as hand found it; knobs that are tried too would be far more than trials."""
 SEARCHED = Method(
     ("align", "patcher"),
     published={
         **{"attack_every": 45, "alpha": 0.9, "learning_rate": 2e-4, "scale_high": 2.0},
         **{"retain_weight": 0.9, "retain_alpha": 0.5, "origin_decay": 4.0, "reroute_weight": 0.5},
-        **{name: weight for name, weight in _WEIGHTS.items() if name not in FIXED},
+        **_VARIED,
     },
     ranges={
         "attack_every": IntDistribution(35, 60),
@@ -82,7 +77,7 @@ SEARCHED = Method(
         "retain_alpha": FloatDistribution(0.3, 0.7),
         "origin_decay": FloatDistribution(2.0, 15.0, log=True),
         "reroute_weight": FloatDistribution(0.3, 1.0, log=True),
-        **{name: FloatDistribution(0.0, 1.5, step=0.1) for name in _WEIGHTS if name not in FIXED},
+        **{name: FloatDistribution(0.0, 1.5, step=0.1) for name in _VARIED},
     },
 )
 """Where the search begins, the best trade of what was tried by hand on its seeds, and what it tries, which lies around.
@@ -162,12 +157,12 @@ def flags_of(knobs: Mapping[str, Any], study: Study) -> Flags:
     rates = {"low": float(f"{rate / spread:.3g}"), "high": float(f"{rate * spread:.3g}"), "log": True}
     own: dict[str, Any] = {"ablation": ABLATED, "fine-tuning": {"relative_rate": rate}}
     pool: dict[str, Any] = {"fine-tuning": {"weight": 2, "rounds": ROUNDS, "steps": STEPS, "relative_rate": rates}}
-    for name in (name for name in _WEIGHTS if knobs[name] > 0):
+    for name in (name for name in (*_VARIED, *_KEPT) if knobs[name] > 0):
         parts = name.split("+")
         more = own.get(name, {}) if len(parts) == 1 else {part: own[part] for part in parts if part in own}
         pool[name] = {"weight": knobs[name], **more}
-    same = ("attack_every", "alpha", "learning_rate", "reroute_weight", "reroute_layers")
-    same += ("retain_weight", "retain_alpha", "origin_decay")
+    own_terms = ("retain_weight", "retain_alpha", "origin_decay", "reroute_weight", "reroute_layers")
+    same = ("attack_every", "alpha", "learning_rate", *own_terms)
     setting = {
         **{name: knobs[name] for name in same},
         **{"attack_steps": SHORT, "estimator": "sampled", "lr_scheduler_type": "linear"},

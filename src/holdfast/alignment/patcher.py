@@ -68,13 +68,12 @@ from holdfast.alignment.draws import draws
 from holdfast.alignment.patcher_config import PatcherConfig
 from holdfast.alignment.pool import BEGUN, Link, Member, Pool
 from holdfast.alignment.rerouting import ReroutingTrainer
-from holdfast.alignment.retention import TowardsOrigin
 from holdfast.alignment.rounds import simulate_round
 from holdfast.alignment.vectors import BY_HAND, AttackVectors
 from holdfast.attacks.attack import Choice, whole_model
 from holdfast.attacks.changes import changed
 from holdfast.attacks.prefill import OPENERS, openers_of
-from holdfast.data.batches import Batch, BatchStream
+from holdfast.data.batches import Batch
 from holdfast.errors import InputError
 from holdfast.models import from_flag, load_model
 from holdfast.parameters import ParameterVector, displaced, vector_for
@@ -145,29 +144,11 @@ class PatcherTrainer(ReroutingTrainer):
             if member.begun is not None and member.weight > 0
         }
         if self.args.origin_decay > 0:
-            if not self.retains:
-                raise InputError("--origin_decay needs --retain_data, with which the weights of the beginning are kept")
-            self.add_callback(TowardsOrigin(self, self.args.origin_decay))
-        self._rerouted: BatchStream | None = None
+            self.decay_towards_origin(self.args.origin_decay)
         if self.args.reroute_weight > 0:
-            if not self.retains or self._attack_rows is None:
-                raise InputError(
-                    "--reroute_weight needs --attack_data, whose rows are led elsewhere, and --retain_data, by which "
-                    "all else stays"
-                )
-            if (self.args.reroute_layers or 0) > len(self._layers):
-                raise InputError(
-                    f"--reroute_layers {self.args.reroute_layers}: a {type(self.model).__name__} has "
-                    f"{len(self._layers)} decoder layers"
-                )
-            self._rerouted = self.stream(self._attack_rows, "reroute")
+            self.reroute(self._attack_rows, self.args.reroute_layers)
         self._vectors = AttackVectors()
         self.add_callback(_BeforeTheFirstUpdate(self))
-
-    @property
-    def reroutes(self) -> bool:
-        """Whether harmful rows are led elsewhere."""
-        return self._rerouted is not None
 
     @property
     def attack_vector(self) -> ParameterVector | None:
@@ -283,8 +264,7 @@ class PatcherTrainer(ReroutingTrainer):
         self, model: torch.nn.Module, size: int, member: Member | None
     ) -> tuple[Tensor, ParameterVector]:
         """C(θ + s·δ; H) and its gradient, over the next `size` micro-batches of H."""
-        assert self._rerouted is not None
-        window = self.draw(self._rerouted, size)
+        window = self.rerouted(size)
         with self._under_attack(member):
             loss, gradient = self.rerouting(model, window, self.args.reroute_layers)
         if self.args.estimator == "sampled":

@@ -87,7 +87,7 @@ class PatcherConfig(DefenseConfig):
     )
     retain_alpha: float = field(
         default=0.0,
-        metadata={"help": "Which share of that is asked for under attack, too, 0 to 1, as --alpha is of the answers."},
+        metadata={"help": "Which share of what --retain_data asks for is taken under attack, 0 to 1."},
     )
     origin_decay: float = field(
         default=0.0,

@@ -14,16 +14,51 @@ attack. What comes early in a model serves harmless text as well; with few layer
 from __future__ import annotations
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 
 from holdfast.alignment.retention import RetainingTrainer
-from holdfast.data.batches import predicting
+from holdfast.data.batches import BatchStream, predicting
+from holdfast.errors import InputError
 from holdfast.parameters import ParameterVector
 from holdfast.window import Window
 
 
 class ReroutingTrainer(RetainingTrainer):
     """What a method builds on that reroutes: the gradient of C. As for `RetainingTrainer`, which has θ₀."""
+
+    _rerouted: BatchStream | None = None
+
+    @property
+    def reroutes(self) -> bool:
+        """Whether harmful rows are led elsewhere."""
+        return self._rerouted is not None
+
+    def reroute(self, rows: Dataset | None, layers: int | None) -> None:
+        """Have harmful rows led elsewhere.
+
+        Args:
+            rows: H, prepared.
+            layers: Of how many of the last decoder layers C is to be taken; None: all.
+
+        Raises:
+            InputError: There are no rows, or nothing is retained, or the model has fewer layers.
+        """
+        if not self.retains or rows is None:
+            raise InputError(
+                "--reroute_weight needs --attack_data, whose rows are led elsewhere, and --retain_data, by which "
+                "all else stays"
+            )
+        if (layers or 0) > len(self._layers):
+            raise InputError(
+                f"--reroute_layers {layers}: a {type(self.model).__name__} has {len(self._layers)} decoder layers"
+            )
+        self._rerouted = self.stream(rows, "reroute")
+
+    def rerouted(self, size: int) -> Window:
+        """The next `size` micro-batches of H."""
+        assert self._rerouted is not None
+        return self.draw(self._rerouted, size)
 
     def rerouting(self, model: nn.Module, window: Window, last: int | None) -> tuple[Tensor, ParameterVector]:
         """C(θ'; H) and its gradient at the weights in force, over a window of H; one pass, and one forwards alone.

@@ -96,6 +96,16 @@ class RetainingTrainer(DefenseTrainer):
         if self.retains and self._origin is None:
             self._origin = snapshot(self.model)
 
+    def decay_towards_origin(self, rate: float) -> None:
+        """Have every update take the weights back as `TowardsOrigin` does, at a rate ρ.
+
+        Raises:
+            InputError: Nothing is retained, so that there is no θ₀.
+        """
+        if not self.retains:
+            raise InputError("--origin_decay needs --retain_data, with which the weights of the beginning are kept")
+        self.add_callback(TowardsOrigin(self, rate))
+
     def approach_origin(self, share: float) -> None:
         """Take the weights a share of the way back to θ₀."""
         assert self._origin is not None
