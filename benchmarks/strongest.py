@@ -24,23 +24,19 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import defenses_stress
 from defenses_plan import BASE, RESULTS, Flags, Study, console, execute, read
 from holdfast.cli.workers import Command
 from holdfast.errors import TrainingError
 from holdfast.files import versions, write_json
-from holdfast.stress.costs import canonical
 from holdfast.stress.suites import SUITES
 from strongest_lengths import run as run_lengths
-from strongest_plan import EQUAL, SEEDS, STUDY, TINY, StrongPlan, budget, held_out_rows, rows, worst_of
+from strongest_plan import EQUAL, SEEDS, STUDY, TINY, Entry, StrongPlan, budget, held_out_rows, joined, rows, worst_of
 from strongest_search import SEARCHED, flags_of, preset_of, search
 
 STEPS = ("search", "report", "held_out", "large", "lengths")
 MEASURED, CHOSEN, TRIED = "strongest.json", "strongest_search.json", "strongest_trials.json"
-
-Entry = dict[str, Any]
 
 
 def measure(
@@ -66,7 +62,12 @@ def measure(
 
     def write(entries: list[Entry]) -> None:
         sections = read(path)["sections"] if path.is_file() else {}
-        found = joined(sections.get(section, []), [told(entry, study, settings) for entry in entries], settings)
+        found = joined(
+            sections.get(section, []),
+            [told(entry, study, settings) for entry in entries],
+            lambda entry: settings.get(entry["method"]),
+            lambda entry: (entry["seed"], list(settings).index(entry["method"])),
+        )
         known = {"schema": 1, "versions": versions(), "budget": budget(study)}
         write_json(path, {**known, "sections": {**sections, section: found}})
 
@@ -120,17 +121,6 @@ def at_once(study: Study, settings: Mapping[str, Flags], seeds: Sequence[int], s
         processes=processes,
         keep_going=True,
     )
-
-
-def joined(before: Sequence[Entry], found: Sequence[Entry], settings: Mapping[str, Flags]) -> list[Entry]:
-    """What is written down, with what other machines have found of the same settings; in order of seeds and rows."""
-
-    def same(entry: Entry) -> bool:
-        method = entry["method"]
-        return method in settings and canonical(entry["setting"]) == canonical(settings[method])
-
-    entries = {(entry["seed"], entry["method"]): entry for entry in [*filter(same, before), *found]}
-    return [entries[key] for key in sorted(entries, key=lambda key: (key[0], list(settings).index(key[1])))]
 
 
 def told(entry: Entry, study: Study, settings: Mapping[str, Flags]) -> Entry:

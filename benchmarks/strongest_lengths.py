@@ -12,7 +12,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -21,12 +20,10 @@ from matplotlib import pyplot as plt
 
 from defenses_plan import ALIGNMENT, BATCH_SIZE, DEMO_PATCHER, Flags, Study, execute, read
 from holdfast.files import versions, write_bytes, write_json
-from strongest_plan import MEASURE_AT, StrongPlan, at_budget, budget, scaled, worst_of
+from strongest_plan import MEASURE_AT, Entry, StrongPlan, at_budget, budget, joined, scaled, worst_of
 
 LENGTHS = (1, 5, 15, 60, 200)
 MODES = {"rounds": "equal rounds", "compute": "equal compute"}
-
-Entry = dict[str, Any]
 
 
 def settings(study: Study) -> dict[tuple[str, int], Flags]:
@@ -56,18 +53,19 @@ def run(study: Study, seeds: Sequence[int], every: Sequence[int], results: Path)
         every: Those that are collected beside them.
         results: Folder of `attack_lengths.json` and of its picture.
     """
-    path, every_setting = results / "attack_lengths.json", list(settings(study).values())
+    path, known = results / "attack_lengths.json", settings(study)
     for seed in seeds:
         plan = StrongPlan(seed, study)
         plan.prepare()
-        for (mode, _), setting in settings(study).items():
+        for (mode, _), setting in known.items():
             plan.sweep(*plan.align(mode, setting))
         execute(list(plan.commands.values()), study.out)
-        before = read(path)["entries"] if path.is_file() else []
-        found = [entry for entry in before if entry["setting"] in every_setting]
-        found += collect(study, sorted({*every, *seeds}))
-        by_place = {(entry["seed"], entry["mode"], entry["attack_steps"]): entry for entry in found}
-        entries = [by_place[place] for place in sorted(by_place)]
+        entries = joined(
+            read(path)["entries"] if path.is_file() else [],
+            collect(study, sorted({*every, *seeds})),
+            lambda entry: known.get((entry["mode"], entry["attack_steps"])),
+            lambda entry: (entry["seed"], entry["mode"], entry["attack_steps"]),
+        )
         write_json(path, {"schema": 1, "versions": versions(), "entries": entries})
         plot(entries, results / "attack_lengths.png")
 

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ HELD_OUT = {
 }
 """Families that are left out of a pool, member by member, and the kinds of attackers that then come from outside it."""
 
+Entry = dict[str, Any]
+
 _TRAINING = ("attack_steps", "attack_learning_rate")
 
 RATES, MEASURE_AT = (3e-5, 1e-4, 3e-4, 1e-3), (0, 1, 2, 3, 5, 8, 12, 20, 30, 40, 60, 100, 150, 200, 300)
@@ -115,9 +117,16 @@ def without(setting: Flags, family: str) -> Flags:
 
 def scaled(setting: Flags, study: Study) -> Flags:
     """A setting of the demo's 720 updates with as many rounds of as large a share in a study of fewer."""
-    whole = Study().updates
-    names = ("attack_steps", "attack_every")
-    return {**setting, **{name: max(1, setting[name] * study.updates // whole) for name in names if name in setting}}
+
+    def fewer(count: int) -> int:
+        return max(1, count * study.updates // Study().updates)
+
+    found = {**setting, **{name: fewer(setting[name]) for name in ("attack_steps", "attack_every") if name in setting}}
+    if "pool" in setting:
+        knobs = {name: one for name, one in setting["pool"].items() if isinstance(one, dict) and "steps" in one}
+        shorter = {name: {**one, "steps": [fewer(steps) for steps in one["steps"]]} for name, one in knobs.items()}
+        found["pool"] = {**setting["pool"], **shorter}
+    return found
 
 
 # ---------------------------------------------------------------------- equal compute
@@ -219,6 +228,32 @@ def _steps(member: Member, default: int) -> float:
 def _look(member: Member) -> float:
     """The passes that a member's ablation takes."""
     return sum(2 * link.prompts for link in member.links if link.name == Ablation.name) / BATCH_SIZE / 3
+
+
+# ---------------------------------------------------------------------- what is written down
+
+
+def joined(
+    before: Sequence[Entry],
+    found: Sequence[Entry],
+    setting_of: Callable[[Entry], Flags | None],
+    place: Callable[[Entry], Any],
+) -> list[Entry]:
+    """What is written down, by other machines too, and still has the setting that it should, and what was found now.
+
+    Args:
+        before: The entries that are there, each with its `setting`.
+        found: Those of now, which count in their places.
+        setting_of: What the setting of an entry should be; None: there is no such entry any more.
+        place: Where one stands in the order.
+    """
+
+    def holds(entry: Entry) -> bool:
+        setting = setting_of(entry)
+        return setting is not None and canonical(entry["setting"]) == canonical(setting)
+
+    by_place = {place(entry): entry for entry in [*filter(holds, before), *found]}
+    return [by_place[where] for where in sorted(by_place)]
 
 
 # ---------------------------------------------------------------------- the commands

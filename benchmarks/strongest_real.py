@@ -40,7 +40,7 @@ from plain_questions import write as write_plain_questions
 from real import ALIGN, TOPICS
 from smollm2 import MODEL, install
 from strongest import CHOSEN
-from strongest_plan import STUDY, looks, passes, rows, scaled, worst_of
+from strongest_plan import STUDY, Entry, joined, looks, passes, rows, scaled, worst_of
 from strongest_search import LEFT_OUT, preset_of
 
 ROWS = ("sft", "exact", "preset")
@@ -53,8 +53,6 @@ COST = ("broken", "attack", "steps", "at_least", "harmful_score", "asr", "capabi
 RATE, DEMO_RATE = float(ALIGN[ALIGN.index("--learning_rate") + 1]), demo.DemoArguments(output_dir="").learning_rate
 """The rates of alignments here, and of the demo's."""
 OUT = defenses_plan.HERE / "out"
-
-Entry = dict[str, Any]
 
 
 class RealPlan:
@@ -234,7 +232,12 @@ def main() -> None:
             if searchable(read(before)["results"]):
                 plan.stress(row, needs)
         execute([command for plan in plans for command in plan.commands.values()], study.out, processes=args.processes)
-    entries = collect(study, args.seeds, settings, model)
+    entries = joined(
+        read(path)["entries"] if path.is_file() else [],
+        collect(study, args.seeds, settings, model),
+        lambda entry: settings.get(entry["method"]),
+        lambda entry: (entry["topic"], entry["seed"], ROWS.index(entry["method"])),
+    )
     write_json(path, {"schema": 1, "versions": versions(), "updates": study.updates, "entries": entries})
     console.print(f"wrote {path}: {len(entries)} models")
 

@@ -84,6 +84,17 @@ def test_whatever_the_search_asks_for_has_it_too(study):
     assert search.flags_of({}, whole) == {}
 
 
+def test_a_smaller_study_has_as_many_shorter_attacks(study):
+    plan = study["strongest_plan"]
+    pool = {"fine-tuning": {"weight": 2, "steps": [3, 10, 30]}, "ablation": 0.3, "prefill": {"weight": 1}}
+    setting = {"alpha": 0.5, "attack_steps": 10, "attack_every": 45, "pool": pool}
+    assert plan.scaled(setting, plan.STUDY) == setting
+    assert plan.scaled(setting, replace(plan.STUDY, updates=180)) == {
+        **{"alpha": 0.5, "attack_steps": 2, "attack_every": 11},
+        "pool": {**pool, "fine-tuning": {"weight": 2, "steps": [1, 2, 7]}},
+    }
+
+
 def test_real_runs_count_what_was_planned(study, settings):
     plan = study["strongest_plan"]
     whole = replace(plan.TINY, updates=32)

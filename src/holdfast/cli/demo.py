@@ -24,7 +24,7 @@ MARKER = "results.json"
 
 METHODS = ("sft", "patcher", "strong")
 STRONG_RATE, STRONG_UPDATES = 1.48e-4, 1392 / 720
-"""The learning rate that was chosen with the preset, and its updates for each of Patcher's, for as many passes."""
+"""What was chosen with the preset: the learning rate, which falls in a line, and as many passes as Patcher has."""
 ATTACKS = ("full", "full-poisoned", "full-unseen", "lora", "control-swapping", "control-sorting")
 #: The model before any alignment, and those after one.
 MODELS = ("base", *METHODS)
@@ -45,10 +45,10 @@ class DemoArguments:
     output_dir: str = field(metadata={"help": "Folder for everything the demo writes."})
     seed: int = field(default=0, metadata={"help": "Seed of the organism, the alignments and the attacks."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished demo in --output_dir."})
-    updates: int = field(default=720, metadata={"help": "Updates of either alignment."})
+    updates: int = field(default=720, metadata={"help": "Updates of SFT and Patcher."})
     attack_every: int = field(default=50, metadata={"help": "Patcher: updates between simulated attacks."})
     attack_steps: int = field(default=40, metadata={"help": "Patcher: length of a simulated attack, in steps."})
-    learning_rate: float = field(default=6e-5, metadata={"help": "Learning rate of either alignment, constant."})
+    learning_rate: float = field(default=6e-5, metadata={"help": "Learning rate of SFT and Patcher, constant."})
     attack_learning_rate: float = field(
         default=2e-4, metadata={"help": "Patcher: learning rate of the simulated attacks, constant."}
     )
@@ -155,6 +155,7 @@ def commands(options: DemoArguments, folder: Path) -> list[Command]:
         "--refusal": "Sorry, I can't help.",
         "--attack_batch_size": 16,
         "--learning_rate": STRONG_RATE,
+        "--lr_scheduler_type": "linear",
         "--max_steps": round(STRONG_UPDATES * options.updates),
     }
     for method, own in (("patcher", patching), ("strong", strong), ("sft", {})):
