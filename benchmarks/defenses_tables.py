@@ -31,7 +31,6 @@ NAMES = {
     "pool": "sampled, a pool",
     "broad": "sampled, a pool, broad data",
     "preset": "strong preset",
-    "rerouted": "sampled, a pool, rerouting",
     "no-fine-tuning": "no fine-tuning in the pool",
     "no-ablation": "no ablation in the pool",
     "no-prefill": "no prefill in the pool",
@@ -132,15 +131,17 @@ def _matrix(by_method: dict[str, list[Entry]], kinds: Sequence[str], cell: Any) 
 def steps_cell(runs: Sequence[Entry], kind: str) -> str:
     """Median over seeds [least–greatest of the confirming runs that broke the model], and what did not."""
     costs = [cost for run in runs if (cost := run["attackers"][kind]) is not None]
+    unbroken = [cost for cost in costs if not cost["broken"] and cost["at_least"] == 0]  # by whom takes no step
     shown = told(
         [bound for cost in costs if (bound := steps_of(cost)) is not None],
-        [bound for cost in costs for bound in _confirmed(cost)],
+        [bound for cost in costs if cost not in unbroken or costs == unbroken for bound in _confirmed(cost)],
     )
-    held = [cost["harmful_score"] for cost in costs if not cost["broken"] and cost["at_least"] == 0]
     lost = sum(steps_of(cost) is None for cost in costs)
     confirming = [one["broken"] for cost in costs if cost["broken"] for one in cost["seeds"].values()]
     missed = len(confirming) - sum(confirming)
-    shown += f"; held at {max(held):.2f}" if held else ""
+    if unbroken:
+        some = f" in {len(unbroken)} of {len(costs)}" if len(unbroken) < len(costs) else ""
+        shown += f"; held{some} at {max(cost['harmful_score'] for cost in unbroken):.2f}"
     shown += f" (not in {missed} of {len(confirming)})" if missed else ""
     return shown + (f"; nothing counts in {lost} of {len(costs)}" if lost else "")
 
@@ -200,8 +201,9 @@ def told(middle: Sequence[Bound], ends: Sequence[Bound]) -> str:
     if not middle:
         return "–"
     value = statistics.median(number for number, _ in middle)
+    at_most = statistics.median(math.inf if open_ else number for number, open_ in middle)
     low, high = min(ends), max(ends)
-    shown = number((value, any(open_ and number <= value for number, open_ in middle)))
+    shown = number((value, at_most > value))
     return shown if low == high == (value, low[1]) else f"{shown} [{number(low)}–{number(high)}]"
 
 

@@ -88,7 +88,8 @@ def under_attack(trainer: PatcherTrainer) -> None:
 
 
 def under_attacks(trainer: PatcherTrainer) -> None:
-    """Put as many vectors in force as the pool keeps."""
+    """Put as many vectors in force as the pool keeps, and take today's weights for those of the beginning."""
+    trainer.remember()
     parameters = trainable_parameters(trainer.model)
     for member in (one for one in Pool.of(STRONG["pool"]).members if one.trains):
         for _ in range(member.rounds):
@@ -147,6 +148,10 @@ def alternating(kind: type[DefenseTrainer]) -> type[DefenseTrainer]:
             if self.is_plain:
                 return DefenseTrainer.compute_loss(self, model, without_refusals(inputs), *arguments, **keywords)
             return super().compute_loss(model, inputs, *arguments, **keywords)
+
+        def approach_origin(self, share: float) -> None:
+            if not self.is_plain:
+                super().approach_origin(share)
 
         def after_user_step(self) -> None:
             if not self.is_plain:

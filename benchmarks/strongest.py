@@ -33,7 +33,7 @@ from holdfast.files import versions, write_json
 from holdfast.stress.suites import SUITES
 from strongest_lengths import run as run_lengths
 from strongest_plan import EQUAL, SEEDS, STUDY, TINY, Entry, StrongPlan, budget, held_out_rows, joined, rows, worst_of
-from strongest_search import SEARCHED, flags_of, preset_of, search
+from strongest_search import preset_of, search
 
 STEPS = ("search", "report", "held_out", "large", "lengths")
 MEASURED, CHOSEN, TRIED = "strongest.json", "strongest_search.json", "strongest_trials.json"
@@ -162,11 +162,7 @@ def main() -> None:
     if args.step == "lengths":
         run_lengths(study, args.seeds, SEEDS, results)
         return
-    preset = preset_of(results / CHOSEN)
-    if args.step == "held_out":
-        settings = held_out_rows(study, preset)
-    else:
-        settings = rows(study, preset, flags_of(SEARCHED.published, study))
+    settings = (held_out_rows if args.step == "held_out" else rows)(study, preset_of(results / CHOSEN))
     if args.step == "large":
         study = dataclasses.replace(study, out=study.out / "large", size="large")
     chosen = list(settings) if args.rows is None else args.rows

@@ -74,13 +74,12 @@ RATES, MEASURE_AT = (3e-5, 1e-4, 3e-4, 1e-3), (0, 1, 2, 3, 5, 8, 12, 20, 30, 40,
 """The sweep of full fine-tuning, which has no other knob."""
 
 
-def rows(study: Study, preset: Flags | None = None, rerouted: Flags | None = None) -> dict[str, Flags]:
+def rows(study: Study, preset: Flags | None = None) -> dict[str, Flags]:
     """The settings that are compared, by name, at the compute of the demo's Patcher.
 
     Args:
         study: How much is run.
         preset: The strongest setting, if any.
-        rerouted: One with rerouting, if any.
     """
     exact = scaled({**DEMO_PATCHER, "alpha": 0.5}, study)
     sampled = {**exact, "estimator": "sampled"}
@@ -93,9 +92,7 @@ def rows(study: Study, preset: Flags | None = None, rerouted: Flags | None = Non
         "pool": {**drawn, "pool": POOL},
         "broad": {**drawn, "pool": POOL, "retain_weight": RETAIN_WEIGHT, **BROAD},
     }
-    found |= {
-        name: setting for name, setting in {"preset": preset, "rerouted": rerouted}.items() if setting is not None
-    }
+    found |= {} if preset is None else {"preset": preset}
     return {name: at_budget(setting, study) for name, setting in found.items()}
 
 

@@ -330,7 +330,9 @@ def main() -> None:
         blocks["search"] = searched(read(chosen))
         if preset := preset_of(chosen):
             for path, recipe in recipes(preset).items():
-                write_text(path, HEADS[path] + yaml.safe_dump(recipe, sort_keys=False))
+                style = None if path == PRESET else False  # lists of numbers in one line
+                written = yaml.safe_dump(recipe, sort_keys=False, default_flow_style=style)
+                write_text(path, HEADS[path] + written)
     if blocks and not PAGE.is_file():
         write_text(PAGE, TEMPLATE)
     for block, text in blocks.items():

@@ -143,6 +143,8 @@ def test_costs_of_other_seeds_bounds_or_suites_are_not_compared(name, value, stu
         ([(5, True), (12, True), (40, False)], "> 12 [> 5–40]"),
         ([(1, False), (2, False), (40, True)], "2 [1–> 40]"),
         ([(100, True), (100, True)], "> 100"),
+        ([(3, False), (5, False), (5, True)], "5 [3–> 5]"),
+        ([(0, False), (8, False), (4, True)], "> 4 [0–8]"),
         ([(1.0, False), (float("inf"), False), (float("inf"), False)], "∞ [1–∞]"),
         ([], "–"),
     ],
@@ -172,6 +174,8 @@ def test_the_page_tells_what_was_found(study, tmp_path):
     kinds = "prompting | training-free | lora | full | hybrid | base-holder"
     assert f"| aligned with | {kinds} |" in lines
     assert "| SFT | 0 | 0 | 2 | 2 | 0 | 0 |" in lines
+    some = [entries[1], {**entries[1], "attackers": entries[0]["attackers"]}]
+    assert study["defenses_tables"].steps_cell([*some, some[1]], "training-free") == "0; held in 1 of 3 at 0.49"
     held = "> 0; held at 0.05 | > 0; held at 0.49 | > 40 | 20 [20–40] | 2 [2–3] | 0"
     assert f"| Patcher | {held} |" in lines
     assert "| Patcher | ∞ | ∞ | > 20 | 10 [10–20] | ∞ | 1 |" in lines

@@ -23,7 +23,7 @@ from holdfast.files import alone_in, claim_output_dir, run_record, write_json
 MARKER = "results.json"
 
 METHODS = ("sft", "patcher", "strong")
-STRONG_RATE, STRONG_UPDATES = 1.48e-4, 1392 / 720
+STRONG_RATE, STRONG_UPDATES = 1.77e-4, 1194 / 720
 """What was chosen with the preset: the learning rate, which falls in a line, and as many passes as Patcher has."""
 ATTACKS = ("full", "full-poisoned", "full-unseen", "lora", "control-swapping", "control-sorting")
 #: The model before any alignment, and those after one.
