@@ -86,6 +86,17 @@ def test_loss_and_gradient_are_those_of_the_slow_reference(settings, model, part
     assert worst_entry(gradient, slow) < 1e-5
 
 
+@pytest.mark.parametrize("model", ["llama", "gpt2", "lora", "mixtral"])
+def test_no_more_of_the_vocabulary_is_gone_through_than_one_token_a_row(settings, model):
+    trainer = retaining(settings, MODELS[model]())
+    moved_on(trainer, MODELS[model])
+    scored = []
+    head = trainer.model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, _inputs, logits: scored.append(logits.shape[:2]))
+    trainer.retention(trainer.model, trainer.retained(1))
+    assert scored == [(4, 1), (4, 1)]  # at the weights of the beginning, and at today's
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_it_is_the_same_with_checkpointed_activations(settings, reentrant):
     taken = []

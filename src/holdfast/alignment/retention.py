@@ -28,6 +28,7 @@ Examples:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,7 @@ from holdfast.config import DefenseConfig
 from holdfast.data.batches import Batch, BatchStream, all_tokens
 from holdfast.errors import InputError
 from holdfast.layers import first_of, hooked
+from holdfast.models import base_model
 from holdfast.parameters import TINY, ParameterVector, approach, exchanged, snapshot, take_gradient
 from holdfast.residual import decoder_layers
 from holdfast.trainer import DefenseTrainer
@@ -78,6 +80,7 @@ class RetainingTrainer(DefenseTrainer):
         self._retained: BatchStream | None = None
         self._layers: list[nn.Module] = []
         self._origin: ParameterVector | None = None
+        self._last_token: dict[str, int] = {}
         if retain_dataset is not None:
             if self.args.torch_compile:
                 raise InputError(
@@ -85,6 +88,8 @@ class RetainingTrainer(DefenseTrainer):
                 )
             self._retained = self.batches_of(retain_dataset, "retain")
             self._layers = decoder_layers(self.model)
+            accepted = inspect.signature(base_model(self.model).forward).parameters
+            self._last_token = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     @property
     def retains(self) -> bool:
@@ -146,8 +151,8 @@ class RetainingTrainer(DefenseTrainer):
         losses = []
         for part in self.each_part(model, window):
             with torch.no_grad(), self.shared_randomness(), exchanged(self.model, self._origin):
-                _, before = self._streams_behind(layers, model, part)
-            loss, now = self._streams_behind(layers, model, part)
+                before, _ = self._streams_behind(layers, model, part)
+            now, nothing = self._streams_behind(layers, model, part)
             tokens = tokens_of(part.batches[0]).to(self.args.device)
             if any(stream.shape[:-1] != tokens.shape for stream in before):
                 raise InputError(
@@ -156,7 +161,7 @@ class RetainingTrainer(DefenseTrainer):
                 )
             moved = [measure(*pair)[tokens].sum() for pair in zip(now, before, strict=True)]
             share = ranks * torch.stack(moved).mean() / count
-            self.accelerator.backward(share + 0 * loss)  # all parameters in the graph, as reducing over ranks asks for
+            self.accelerator.backward(share + nothing)
             losses.append(share.detach())
         return torch.stack(losses).sum(), take_gradient(self.model)
 
@@ -177,11 +182,18 @@ class RetainingTrainer(DefenseTrainer):
             )
         self._origin = state[_ORIGIN] if self.retains else None
 
-    def _streams_behind(self, layers: list[nn.Module], model: nn.Module, part: Window) -> tuple[Tensor, list[Tensor]]:
-        """The loss of a micro-batch and the residual stream behind these layers, (rows, tokens, width) each."""
-        with _outputs(layers) as found:
-            loss = self.forward(model, part)
-        return loss, found
+    def _streams_behind(self, layers: list[nn.Module], model: nn.Module, part: Window) -> tuple[list[Tensor], Tensor]:
+        """The residual stream behind these layers, (rows, tokens, width) each, of a micro-batch; and a zero.
+
+        The zero has all parameters in its graph, as reducing gradients over ranks asks for. No loss is taken, so that
+        the vocabulary is gone through at one token a row, not at all.
+        """
+        model.train()
+        [batch] = part.batches
+        inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != "labels"})
+        with _outputs(layers) as found, self._pass(part, quiet=True), self.compute_loss_context_manager():
+            logits = model(**inputs, **self._last_token, use_cache=False).logits
+        return found, (0 * logits).sum()
 
 
 class TowardsOrigin(TrainerCallback):
