@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from holdfast.cli.demo_report import told_steps
 from holdfast.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,12 +62,8 @@ def stress_table(seeds: Sequence[dict[str, Any]]) -> list[str]:
         cells = []
         for method in DEMO:
             needed = [seed["attackers"][kind][method] for seed in seeds]
-            steps = (
-                "nothing counts" if one["steps"] is None else f"{'' if one['broken'] else '> '}{one['steps']:g}"
-                for one in needed
-            )
             attacks = dict.fromkeys(one["attack"] for one in needed if one["broken"])
-            cells += [", ".join(steps), "; ".join(attacks) or "–"]
+            cells += [", ".join(told_steps(one) for one in needed), "; ".join(attacks) or "–"]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     together = (spread(seed["union"][method]["asr"] for seed in seeds) for method in DEMO)
     return [*lines, f"| all together: exact recipes (union ASR) | {' | | '.join(together)} | |"]

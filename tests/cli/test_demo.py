@@ -122,10 +122,13 @@ def test_the_searches_come_last_each_alone_and_report_what_they_found():
 def test_the_table_of_the_stress_test_tells_what_patcher_stops_and_what_not():
     found = stress_record(example_certificate(), example_certificate())
     uncounted = {"broken": False, "steps": None, "attack": None}
+    held = {"broken": False, "steps": 0, "attack": "ablation", "harmful_score": 0.07}
+    further = {"e": dict.fromkeys(METHODS, uncounted), "f": dict.fromkeys(METHODS, held)}
     console = Console(width=130, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
-    console.print(stress_table({**found, "attackers": {**found["attackers"], "e": dict.fromkeys(METHODS, uncounted)}}))
+    console.print(stress_table({**found, "attackers": {**found["attackers"], **further}}))
     shown = {cells[0]: cells[1:] for line in console.export_text().splitlines() if len(cells := _cells(line)) == 4}
     assert shown["e"] == ["nothing counts"] * 3  # no point kept its capability
+    assert shown["f"] == ["held at 0.07"] * 3  # "> 0" says nothing of who takes no step
     attackers = example_certificate()["attackers"]
     for kind, needed in found["attackers"].items():
         assert shown[kind][0].endswith(f" by {needed['sft']['attack']}")

@@ -140,9 +140,16 @@ def is_dearer(needed: Mapping[str, Any], method: str) -> bool:
 def _stress_cell(needed: Mapping[str, Any] | None) -> str:
     if needed is None:
         return "–"
+    return told_steps(needed) + (f" by {needed['attack']}" if needed["broken"] or needed["steps"] else "")
+
+
+def told_steps(needed: Mapping[str, Any]) -> str:
+    """The steps to a break, or those that a model held for; of attackers who take none, at which harmful score."""
     if needed["steps"] is None:
         return "nothing counts"
-    return f"{'' if needed['broken'] else '> '}{needed['steps']:g} by {needed['attack']}"
+    if needed["broken"]:
+        return f"{needed['steps']:g}"
+    return f"> {needed['steps']:g}" if needed["steps"] else f"held at {needed['harmful_score']:.2f}"
 
 
 def control_table(runs: Sequence[Run]) -> Table:
