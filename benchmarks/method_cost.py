@@ -3,14 +3,16 @@
 As in step_cost.py: SFT updates and the method's alternate inside one `trainer.train()`, on batches of the same size at
 accumulation 1, a pair compared with itself only; memory is the highest live tensor storage of a step, in buffers of the
 parameters' size beyond an SFT step's. Of Patcher's strong preset as it is run, simulated attacks and all, as many pairs
-as lie between two attacks are compared together, at the organism's size.
+as lie between two attacks are compared together, at the organism's size and with the attacker's batches of its recipe.
 
     python benchmarks/method_cost.py        # writes benchmarks/results/method_cost.json
+    python benchmarks/method_cost.py --methods Lisa     # one anew, beside the others of the same versions
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import random
@@ -68,8 +70,8 @@ class Cost:
         settings: Under which it does all of its work at every update.
         second: The names of its further data sets.
         prepare: What is to be done to its trainer before it runs.
-        block: How many pairs are compared together, two such blocks at least; more than one of them are timed at the
-            organism's size alone.
+        block: How many pairs are compared together, six such blocks at least, as attacks are of several lengths;
+            where they are more than one they are timed at the organism's size alone.
     """
 
     trainer: type[DefenseTrainer]
@@ -117,7 +119,7 @@ COSTS = {
         PatcherConfig,
         1.6,
         2.1,
-        STRONG,
+        {**STRONG, "attack_batch_size": ORGANISM.rows // 2},
         (*_POOLED, "retain"),
         under_attacks,
         block=STRONG["attack_every"],
@@ -218,7 +220,7 @@ class _Stopwatch(TrainerCallback):
 
 def measure_time(cost: Cost, shape: Shape, *, checkpointing: bool, pairs: int, folder: str) -> dict[str, Any]:
     """Time alternating SFT updates and the method's."""
-    pairs = pairs if cost.block == 1 else max(pairs // cost.block, 2) * cost.block
+    pairs = pairs if cost.block == 1 else max(pairs // cost.block, 6) * cost.block
     steps = 2 * (WARM_UP_PAIRS + pairs)
     kind = alternating(cost.trainer)
     trainer = make_trainer(cost, kind, shape, folder, max_steps=steps, gradient_checkpointing=checkpointing)
@@ -299,6 +301,13 @@ def within_limits(found: dict[str, dict[str, Any]]) -> dict[str, bool]:
     }
 
 
+def known(path: Path, here: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was written down of methods, where it was measured under the very same versions and settings."""
+    written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = all(written.get(name) == value for name, value in here.items())
+    return written["methods"] if same else {}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -312,28 +321,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     datasets.disable_progress_bars()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    started = time.monotonic()
-    found = {}
+    here = {
+        "versions": versions(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+    }
+    found = known(args.output, here)
     plan = ((ORGANISM, False, args.organism_pairs), (LARGE, False, args.large_pairs), (LARGE, True, args.large_pairs))
     with tempfile.TemporaryDirectory() as folder, console.status("measuring") as status:
         for name in args.methods:
-            cost, times = COSTS[name], []
+            cost, times, started = COSTS[name], [], time.monotonic()
             for shape, checkpointing, pairs in plan if cost.block == 1 else plan[:1]:
                 status.update(f"timing {name} on {shape.name}, checkpointing {'on' if checkpointing else 'off'}")
                 times.append(measure_time(cost, shape, checkpointing=checkpointing, pairs=pairs, folder=folder))
             status.update(f"memory of {name}")
             # Two rows, since Antibody weighs them against each other.
-            found[name] = {"time": times, "memory": measure_memory(cost, replace(LIGHT, rows=2), folder=folder)}
-    record = {
-        "schema": 1,
-        "versions": versions(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
-        "seconds": round(time.monotonic() - started, 1),
-        "methods": found,
-        "within_limits": within_limits(found),
-    }
+            memory = measure_memory(cost, replace(LIGHT, rows=2), folder=folder)
+            found[name] = {"time": times, "memory": memory, "seconds": round(time.monotonic() - started, 1)}
+    found = {name: found[name] for name in COSTS if name in found}
+    record = {"schema": 1, **here, "methods": found, "within_limits": within_limits(found)}
     write_json(args.output, record)
     console.print(table(found))
     console.print(f"within limits: {record['within_limits']}")
