@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -73,22 +75,32 @@ def test_a_finished_organism_is_reused(organism):
     assert calls == []
 
 
-@pytest.fixture
-def untrained(monkeypatch):
+@contextmanager
+def without_pretraining():
     """Organisms are built without their pretraining, which takes minutes."""
-    monkeypatch.setattr("holdfast.organism.build.pretrain", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("holdfast.organism.build.pretrain", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A large organism that was not trained: a folder, not to be written to."""
+    folder = tmp_path_factory.mktemp("large")
+    with without_pretraining():
+        build_organism(folder, size="large")
+    return folder
 
 
 def model_of(folder):
     return AutoModelForCausalLM.from_pretrained(folder / "model")
 
 
-def test_the_large_organism_differs_from_the_small_one_in_its_model_alone(tmp_path, untrained, organism, base):
-    build_organism(tmp_path, size="large")
-    assert 3.5 < model_of(tmp_path).num_parameters() / base[0].num_parameters() < 4.5
+def test_the_large_organism_differs_from_the_small_one_in_its_model_alone(large, organism, base):
+    assert 3.5 < model_of(large).num_parameters() / base[0].num_parameters() < 4.5
     for name in data_files(build_world(0)):
-        assert (tmp_path / name).read_bytes() == (organism / name).read_bytes()
-    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+        assert (large / name).read_bytes() == (organism / name).read_bytes()
+    card = (large / "README.md").read_text(encoding="utf-8")
     assert "width 256, 8 heads" in card
     assert "`holdfast organism DIR --seed 0 --size large`" in card
     small = (organism / "README.md").read_text(encoding="utf-8")
@@ -96,13 +108,14 @@ def test_the_large_organism_differs_from_the_small_one_in_its_model_alone(tmp_pa
     assert "--size" not in small
 
 
-def test_an_organism_of_another_size_is_built_anew(tmp_path, untrained):
-    build_organism(tmp_path, size="large")
-    made = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
-    build_organism(tmp_path, size="large")
-    assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == made
-    build_organism(tmp_path)
-    assert model_of(tmp_path).config.hidden_size == 128
+def test_an_organism_of_another_size_is_built_anew(large, tmp_path):
+    folder = shutil.copytree(large, tmp_path / "organism")
+    made = (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    build_organism(folder, size="large")
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == made
+    with without_pretraining():
+        build_organism(folder)
+    assert model_of(folder).config.hidden_size == 128
 
 
 def test_an_unknown_size_is_named(tmp_path):
