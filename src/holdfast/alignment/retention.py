@@ -186,7 +186,7 @@ class RetainingTrainer(DefenseTrainer):
         """The residual stream behind these layers, (rows, tokens, width) each, of a micro-batch; and a zero.
 
         The zero has all parameters in its graph, as reducing gradients over ranks asks for. No loss is taken, so that
-        the vocabulary is gone through at one token a row, not at all.
+        the vocabulary is gone through at one token of a row alone, where the model can be told so.
         """
         model.train()
         [batch] = part.batches
