@@ -54,6 +54,7 @@ from live_memory import peak_meter
 from step_cost import LARGE, LIGHT, ORGANISM, MemoryWatch, Shape, now, parameter_bytes, spread
 
 RESULTS = Path(__file__).parent / "results" / "method_cost.json"
+RECIPE = Path(__file__).parents[1] / "recipes" / "organism" / "align-strong.yaml"
 WARM_UP_PAIRS = 1
 console = Console()
 
@@ -119,7 +120,7 @@ COSTS = {
         PatcherConfig,
         1.6,
         2.1,
-        {**STRONG, "attack_batch_size": ORGANISM.rows // 2},
+        {**STRONG, "attack_batch_size": yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["attack_batch_size"]},
         (*_POOLED, "retain"),
         under_attacks,
         block=STRONG["attack_every"],
