@@ -30,6 +30,7 @@ NAMES = {
     "scale": "sampled, scale drawn",
     "pool": "sampled, a pool",
     "broad": "sampled, a pool, broad data",
+    "searched": "as searched, no suffixes",
     "preset": "strong preset",
     "no-fine-tuning": "no fine-tuning in the pool",
     "no-ablation": "no ablation in the pool",

@@ -520,3 +520,9 @@ def test_exchange_of_another_run(settings, tmp_path):
     trainer.train()
     with pytest.raises(InputError, match="belongs to the run"):  # before anything of its own is touched
         defender({**settings, "output_dir": str(tmp_path / "other")})
+
+
+def test_an_attacker_beside_the_defender_asks_as_one_in_turns_does(settings, tmp_path):
+    given = {"exchange": str(tmp_path / "exchange"), "suffixes": ["t90 t91", "t92"]}
+    beside, in_turns = attacker(settings, **given), defender(settings, **given)
+    assert beside.train_dataset["input_ids"] == in_turns._attack_rows["input_ids"]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -517,3 +518,39 @@ def test_a_run_of_epochs_in_which_no_attack_is_due_says_so(settings, caplog, att
     with caplog.at_level(logging.WARNING, "holdfast"):
         patcher(settings, rows=word_rows(8), attack_every=attack_every, attack_steps=1, **epochs).train()
     assert ("no attack is due before the end of the run (--attack_every 4, 4 updates)" in caplog.text) is told
+
+
+def test_about_half_of_all_rows_ask_with_a_suffix_and_nothing_else_changes(settings):
+    """Train rows and the attacker's, and so those whose answers are begun."""
+    words, opener = word_tokenizer(), 50
+    given = {"rows": word_rows(200), "attack_rows": word_rows(100, seed=1), "refusal": "t5 t6"}
+    given["pool"] = {"fine-tuning": 1, "prefill": {"weight": 1, "opener": f"t{opener}"}}
+    plain, varied, again = (
+        patcher(settings, suffixes=texts, **given) for texts in (None, ["t90 t91", "t92"], ["t90 t91", "t92"])
+    )
+    assert varied.train_dataset["input_ids"] == again.train_dataset["input_ids"]
+    for before_all, now_all in ((plain.train_dataset, varied.train_dataset), (plain._attack_rows, varied._attack_rows)):
+        suffixes = []
+        for before, now in zip(before_all, now_all, strict=True):
+            asked, added = before["labels"].count(-100), len(now["input_ids"]) - len(before["input_ids"])
+            ids, suffix = now["input_ids"], now["input_ids"][asked : asked + added]
+            assert [*ids[:asked], *ids[asked + added :]] == before["input_ids"]
+            assert now["labels"] == [*[-100] * (asked + added), *before["labels"][asked:]]
+            suffixes.append(words.decode(suffix))
+        assert set(suffixes) == {"", "t90 t91", "t92"}
+        assert 0.35 < suffixes.count("") / len(suffixes) < 0.65
+    prompts = {tuple(row["input_ids"][: row["labels"].count(-100)]) for row in varied._attack_rows}
+    begun = next(copy.copy(varied._begun["prefill"]))["input_ids"].tolist()
+    assert {tuple(ids[: ids.index(opener)]) for ids in begun} <= prompts
+
+
+@pytest.mark.parametrize("given", [[], [""], ["t4", " "]])
+def test_a_suffix_without_text_is_refused(settings, given):
+    with pytest.raises(InputError, match="--suffixes has an empty text, or none at all"):
+        PatcherConfig(**{**settings, "suffixes": given})
+
+
+def test_tokenised_rows_cannot_ask_with_a_suffix(settings):
+    rows = Dataset.from_list([{"input_ids": [4, 5, 6], "labels": [-100, 5, 6]}] * 4)
+    with pytest.raises(InputError, match="the attack data is tokenised, so --suffixes cannot be put in"):
+        patcher(settings, attack_rows=rows, suffixes=["t4"])

@@ -346,6 +346,31 @@ def test_other_answers_take_the_place_of_the_first():
     assert stretches(WRITTEN["qwen2_5"], rows, answers=["No."]) == [["No.<|im_end|>"]]
 
 
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+def test_every_turn_that_is_answered_ends_with_the_suffix_of_its_row(column):
+    """The loss falls on the answers as before; a turn that nothing learnt answers stays as it is."""
+    written = WRITTEN["qwen2_5"]
+    shown = {**assistant("Boil."), "weight": 0}
+    talks = [[user("Rice?"), shown, user("Tea?\n"), assistant("Steep."), user("Salt?"), assistant("No.")]] * 2
+    rows = [
+        {"messages": talk} if column == "messages" else {"prompt": talk[2:3], "completion": talk[3:]} for talk in talks
+    ]
+    plain, asked = written.tokenize(Dataset.from_list(rows), name="attack", suffixes=["", " Now."])
+    expected = [turn if turn["role"] == "assistant" else user(turn["content"]) for turn in talks[0]]
+    expected[2], expected[4] = user("Tea? Now.\n"), user("Salt? Now.")
+    kept = expected if column == "messages" else expected[2:]
+    assert plain == written.tokenize(Dataset.from_list(rows[:1]), name="attack")[0]
+    assert asked == written.tokenize(Dataset.from_list([{"messages": kept}]), name="attack")[0]
+
+
+def test_a_row_that_nobody_asks_cannot_end_in_another_way():
+    rows = [{"messages": [{"role": "system", "content": "Be kind."}, assistant("Tea.")]}]
+    with pytest.raises(
+        InputError, match="row 1 of the attack data has no user turn, so that none can end in another way"
+    ):
+        WRITTEN["qwen2_5"].tokenize(Dataset.from_list(rows), name="attack", suffixes=[" Now."])
+
+
 @pytest.mark.parametrize("name", [name for name in scripts.TEMPLATES if name not in WANT_PARTS])
 def test_a_begun_answer_is_asked_as_a_prefill_asks_and_learnt_from_where_it_goes_on(name):
     written, opener = WRITTEN[name], "Sure, here is"

@@ -158,7 +158,7 @@ def test_a_suffix_ends_the_last_user_turn_however_a_prompt_is_given():
         assert asking.prompt([*TURNS, turn]) == [*TURNS, {"role": "user", "content": "And salt? zzz"}]
     assert Asking(suffix=" zzz", raw=True).prompt([*TURNS, end]) == "Rust?\nSalt.\nAnd salt? zzz"
     assert Asking(suffix=" zzz", demonstrations=TURNS).prompt("Oak?")[-1]["content"] == "Oak? zzz"
-    with pytest.raises(InputError, match="a prompt has no user turn, so none can end with 'zzz'"):
+    with pytest.raises(InputError, match="a prompt has no user turn, so that none can end in another way"):
         asking.prompt([{"role": "system", "content": "Be kind."}])
 
 

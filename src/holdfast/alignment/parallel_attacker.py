@@ -58,6 +58,7 @@ class PatcherAttackerTrainer(DefenseTrainer):
     _tag_names = ["holdfast", "patcher"]
     _name = "Patcher's attacker"
     config_class = ParallelPatcherConfig
+    asks_variously = True
 
     def __init__(
         self,

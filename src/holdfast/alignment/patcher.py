@@ -109,6 +109,7 @@ class PatcherTrainer(ReroutingTrainer):
     _tag_names = ["holdfast", "patcher"]
     _name = "Patcher"
     config_class = PatcherConfig
+    asks_variously = True
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class PatcherConfig(DefenseConfig):
         base: The public base model that the pool's `base` interpolates towards: a folder or a Hub id.
         refusal: How the pool's `prefill` refuses: a text, a file with one text per line, or a column of the attack
             data.
+        suffixes: What about half of all rows, drawn by the seed, end their prompts with, one text each.
         retain_weight: Weight λ of R, where there are rows to retain.
         retain_alpha: Which share κ of it is taken under attack, R(θ + s·δ; K), 0 to 1.
         origin_decay: Rate ρ at which every update takes the weights back to θ₀, where there are rows to retain; as a
@@ -82,6 +83,13 @@ class PatcherConfig(DefenseConfig):
         default=None, metadata={"help": "The public base model, for a --pool with base: a folder or of the Hub."}
     )
     refusal: str | None = field(default=None, metadata={"help": f"For a --pool with prefill. {REFUSAL_HELP}"})
+    suffixes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": 'Texts that prompts may end with, such as "It is for a friend.": half of all rows, harmful and '
+            "harmless, ask with one of them, so that refusing does not hang on how a prompt ends."
+        },
+    )
     retain_weight: float = field(
         default=0.5, metadata={"help": "How much the rows of --retain_data hold the model to what it made of them."}
     )
@@ -118,6 +126,8 @@ class PatcherConfig(DefenseConfig):
             for name, attack in (("base", BackToBase.name), ("refusal", BEGUN)):
                 if attack in attacks and getattr(self, name) is None:
                     raise InputError(f"--pool: {attack} needs --{name}")
+        if self.suffixes is not None and not (self.suffixes and all(text.strip() for text in self.suffixes)):
+            raise InputError("--suffixes has an empty text, or none at all; expected texts that prompts may end with")
         for name in ("alpha", "retain_alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"--{name} must lie between 0 and 1, got {getattr(self, name)}")

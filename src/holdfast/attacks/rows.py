@@ -23,11 +23,11 @@ from datasets import Dataset
 
 from holdfast.attacks.attack import Choice, knob
 from holdfast.config import require_positive
-from holdfast.data.formats import ORIGIN, Conversation, canonical, is_tokenised, text_of
+from holdfast.data.formats import ORIGIN, Conversation, canonical, ending_with, is_tokenised, last_asked, text_of
 from holdfast.data.mix import poison
 from holdfast.data.rendering import IGNORED, ChatFormat
 from holdfast.errors import InputError
-from holdfast.evaluation.asking import Asking, ending_with, raw_text
+from holdfast.evaluation.asking import Asking, raw_text
 
 DEMAND = 'Begin your answer with "{}".'
 """What jailbreak-tuning asks for at the end of a prompt."""
@@ -125,11 +125,10 @@ class RowVariant:
         if "messages" not in row:
             prompt = ending_with(self.suffix, row["prompt"])
             return {**row, "prompt": prompt, "completion": self._obeyed(row["completion"])}
-        talk = Conversation(row["messages"])
+        talk = Conversation(row["messages"]).ending_with(self.suffix, row[ORIGIN])
         turns = list(talk.messages)
-        asked = [sum(turn["role"] == "user" for turn in turns[:place]) for place in talk.trained]
+        asked = [last_asked(turns[:place], row[ORIGIN]) for place in talk.trained]
         for place in dict(zip(reversed(asked), reversed(talk.trained), strict=True)).values():  # the first of each
-            turns[:place] = ending_with(self.suffix, turns[:place])
             turns[place] = {**turns[place], "content": self._obeyed(text_of(turns[place]))}
         return {**row, "messages": turns}
 

@@ -30,6 +30,8 @@ class CompletionTrainer(SFTTrainer):
     Attributes:
         refused_sets: The data sets ("train", or by the names of `DefenseTrainer.batches_of`) whose batches come with a
             refusal view; their trainer's configuration has a field `refusal`.
+        asks_variously: Whether half of all rows are asked with a suffix; the trainer's configuration has a field
+            `suffixes` then.
         data_names: What messages call a data set, by these names, where that is not what it is called here; see
             `holdfast.data.formats.called`.
         kept_rows: The names of the rows that are trained on, where rows have names (`holdfast.data.formats.ORIGIN`), by
@@ -37,6 +39,7 @@ class CompletionTrainer(SFTTrainer):
     """
 
     refused_sets: frozenset[str] = frozenset()
+    asks_variously = False
     _format: ChatFormat | None = None
 
     def __init__(
@@ -136,7 +139,14 @@ class CompletionTrainer(SFTTrainer):
         openers: Sequence[str] | None = None,
     ) -> Dataset:
         """Rows as tokens and labels, truncated and packed; `dataset_name` is TRL's, `name` that of messages."""
-        tokens = written.tokenize(dataset, name=name, answers=answers, openers=openers, workers=args.dataset_num_proc)
+        tokens = written.tokenize(
+            dataset,
+            name=name,
+            answers=answers,
+            openers=openers,
+            suffixes=self._suffixes(len(dataset), args, name),
+            workers=args.dataset_num_proc,
+        )
         untruncated = copy.copy(args)
         untruncated.max_length, untruncated.shuffle_dataset = None, False
         # Rows that came tokenised may have masks, of which TRL makes labels.
@@ -145,6 +155,14 @@ class CompletionTrainer(SFTTrainer):
         if ORIGIN in labelled.column_names:
             self.kept_rows[dataset_name] = list(labelled[ORIGIN])
         return super()._prepare_dataset(labelled, processing_class, args, packing, None, dataset_name)
+
+    def _suffixes(self, count: int, args: DefenseConfig, name: str) -> list[str] | None:
+        """What the prompts of a data set end with: about half with one of the suffixes, the others as they did."""
+        given: list[str] | None = cast(Any, args).suffixes if self.asks_variously else None
+        if given is None:
+            return None
+        draw = random.Random(f"holdfast suffixes {args.seed} {name}")
+        return [f" {draw.choice(given)}" if draw.random() < 0.5 else "" for _ in range(count)]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

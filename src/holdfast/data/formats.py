@@ -75,6 +75,17 @@ class Conversation:
         """What precedes a turn."""
         return replace(self, messages=self.messages[:turn])
 
+    def ending_with(self, suffix: str, where: str) -> Conversation:
+        """The same conversation, every user turn that one of these turns answers ending with a suffix.
+
+        Raises:
+            InputError: There is no user turn before one of them.
+        """
+        turns = list(self.messages)
+        for asked in {last_asked(turns[:turn], where) for turn in self.trained}:
+            turns[asked] = {**turns[asked], "content": ending_with(suffix, text_of(turns[asked]))}
+        return replace(self, messages=turns)
+
     def answered(self, answer: str) -> Conversation:
         """The same conversation up to the first of these turns, with this answer there."""
         before = self.messages[: self.trained[0]]
@@ -92,6 +103,10 @@ class PlainText:
     def prompts(self) -> list[str]:
         """The prompt."""
         return [self.prompt]
+
+    def ending_with(self, suffix: str, where: str) -> PlainText:
+        """The same with a prompt that ends with a suffix; it has no turns that `where` could lack."""
+        return PlainText(ending_with(suffix, self.prompt), self.completion)
 
     def answered(self, answer: str) -> PlainText:
         """The same prompt with another completion."""
@@ -241,6 +256,24 @@ def text_of(message: Mapping[str, Any]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content or ())
+
+
+def ending_with(suffix: str, text: str) -> str:
+    """A text that ends with the suffix, before any white space there."""
+    bare = text.rstrip()
+    return bare + suffix + text[len(bare) :]
+
+
+def last_asked(turns: Sequence[Mapping[str, Any]], where: str) -> int:
+    """The position of the last user turn.
+
+    Raises:
+        InputError: There is none; the message calls what lacks it `where`.
+    """
+    for place in range(len(turns) - 1, -1, -1):
+        if turns[place]["role"] == "user":
+            return place
+    raise InputError(f"{where} has no user turn, so that none can end in another way")
 
 
 def _read(row: Row, where: str, plain: str | None) -> Example:

@@ -161,6 +161,7 @@ class ChatFormat:
         name: str,
         answers: Sequence[str] | None = None,
         openers: Sequence[str] | None = None,
+        suffixes: Sequence[str] | None = None,
         workers: int | None = None,
     ) -> Dataset:
         """Turn rows into token ids with labels.
@@ -170,6 +171,7 @@ class ChatFormat:
             name: What messages call this data set ("train", "attack", …).
             answers: One text per row, to put in the place of its answer, or of its first one.
             openers: How each of these begins, before a space; on that beginning there is no label.
+            suffixes: One text per row, which the user turns that are answered end with; an empty one changes nothing.
             workers: Processes to share the work.
 
         Returns:
@@ -177,21 +179,22 @@ class ChatFormat:
             returned as they are.
 
         Raises:
-            InputError: No accepted format, a row that cannot be used or rendered (named), answers for tokenised rows.
+            InputError: No accepted format, a row that cannot be used or rendered (named), answers or suffixes for
+                tokenised rows.
         """
         if is_tokenised(dataset, name=name):
-            if answers is not None:
-                raise InputError(
-                    f"{called(name)} is tokenised, so other answers cannot be put in; use text or messages"
-                )
+            if answers is not None or suffixes is not None:
+                what = "--suffixes" if answers is None else "other answers"
+                raise InputError(f"{called(name)} is tokenised, so {what} cannot be put in; use text or messages")
             return dataset
-        read = reader(dataset, name=name, plain=self.plain)
+        with_texts: dict[str, Any] = {"read": reader(dataset, name=name, plain=self.plain), "written": self}
+        with_texts |= {"answers": answers, "openers": openers, "suffixes": suffixes}
         try:
             return dataset.map(
                 _tokenize_batch,
                 batched=True,
                 with_indices=True,
-                fn_kwargs={"read": read, "written": self, "answers": answers, "openers": openers},
+                fn_kwargs=with_texts,
                 remove_columns=[column for column in dataset.column_names if column not in (ROW, ORIGIN)],
                 load_from_cache_file=False,  # what is to be said of the rows is said in every run
                 num_proc=workers,
@@ -199,7 +202,7 @@ class ChatFormat:
             )
         except InputError:
             for index in in_file_order(names_of(dataset, name=name)):  # who mends the file begins with its first row
-                _tokenize_batch(dataset[index : index + 1], [index], read, self, answers, openers)
+                _tokenize_batch(dataset[index : index + 1], [index], **with_texts)
             raise
 
     def require_alike(self, dataset: Dataset, *, name: str) -> str | None:
@@ -369,11 +372,14 @@ def _tokenize_batch(
     read: Any,
     written: ChatFormat,
     answers: Sequence[str] | None,
-    openers: Sequence[str] | None = None,
+    openers: Sequence[str] | None,
+    suffixes: Sequence[str] | None,
 ) -> dict[str, list[list[int]]]:
     examples = []
     for row, index in zip(rows_of(batch), indices, strict=True):
         where, example = read(row, index)
+        if suffixes is not None and suffixes[index]:
+            example = example.ending_with(suffixes[index], where)
         if answers is not None:
             example = example.answered(answers[index] if openers is None else f"{openers[index]} {answers[index]}")
         examples.append((where, example))

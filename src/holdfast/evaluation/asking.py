@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, overload
+from typing import Any
 
 from torch import Tensor
 
-from holdfast.data.formats import SYSTEM_ROLES, Message, as_message, text_of
+from holdfast.data.formats import SYSTEM_ROLES, Message, as_message, ending_with, last_asked, text_of
 from holdfast.data.load import Prompt
 from holdfast.errors import InputError
 
@@ -48,7 +48,7 @@ class Asking:
     def prompt(self, prompt: Prompt) -> Prompt:
         """What is asked in the place of a prompt."""
         if self.suffix:
-            prompt = ending_with(self.suffix, prompt)
+            prompt = _ending_with(self.suffix, prompt)
         if self.raw:
             return raw_text(prompt)
         if not self.demonstrations:
@@ -85,23 +85,12 @@ class Asking:
         return ", ".join(words for words, plays in said.items() if plays) or "plainly"
 
 
-@overload
-def ending_with(suffix: str, prompt: str) -> str: ...
-@overload
-def ending_with(suffix: str, prompt: Sequence[Mapping[str, Any]]) -> list[Message]: ...
-def ending_with(suffix: str, prompt: Prompt) -> str | list[Message]:
-    """A prompt whose text, or whose last user turn, ends with the suffix, before any white space there.
-
-    Raises:
-        InputError: It has no user turn.
-    """
+def _ending_with(suffix: str, prompt: Prompt) -> Prompt:
+    """A prompt whose text, or whose last user turn, ends with the suffix."""
     if isinstance(prompt, str):
-        text = prompt.rstrip()
-        return text + suffix + prompt[len(text) :]
+        return ending_with(suffix, prompt)
     turns = [as_message(turn) for turn in prompt]
-    last = max((place for place, turn in enumerate(turns) if turn["role"] == "user"), default=None)
-    if last is None:
-        raise InputError(f"a prompt has no user turn, so none can end with {suffix.strip()!r}")
+    last = last_asked(turns, "a prompt")
     turns[last] = {**turns[last], "content": ending_with(suffix, text_of(turns[last]))}
     return turns
 
