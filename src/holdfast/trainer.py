@@ -169,11 +169,17 @@ class DefenseTrainer(ResumableTrainer):
 
     def forward(self, model: torch.nn.Module, part: Window, *, quiet: bool = True) -> Tensor:
         """This rank's share of the loss of one micro-batch, with its graph: the first half of `backward`."""
+        with self.passing(model, part, quiet=quiet) as batch:
+            return cast(Tensor, self.compute_loss(model, batch, num_items_in_batch=part.tokens))
+
+    @contextmanager
+    def passing(self, model: torch.nn.Module, part: Window, *, quiet: bool = True) -> Iterator[Batch]:
+        """One micro-batch on the device, for a body that takes it through the model as training does."""
         model.train()
         [batch] = part.batches
         inputs = self._prepare_inputs(dict(batch))
         with self._pass(part, quiet=quiet), self.compute_loss_context_manager():
-            return cast(Tensor, self.compute_loss(model, inputs, num_items_in_batch=part.tokens))
+            yield inputs
 
     def loss_and_gradient(
         self, model: torch.nn.Module, window: Window, *, quiet: bool = False, router_loss: bool | None = None

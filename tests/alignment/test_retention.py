@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as property_settings
 from hypothesis import strategies as st
-from transformers import TrainerCallback
+from transformers import LlamaForCausalLM, TrainerCallback
 
 import reference
 from helpers import (
@@ -95,6 +95,25 @@ def test_no_more_of_the_vocabulary_is_gone_through_than_one_token_a_row(settings
     head.register_forward_hook(lambda _module, _inputs, logits: scored.append(logits.shape[:2]))
     trainer.retention(trainer.model, trainer.retained(1))
     assert scored == [(4, 1), (4, 1)]  # at the weights of the beginning, and at today's
+
+
+class WholeHead(LlamaForCausalLM):
+    """A model that cannot be told at how many tokens to go through its vocabulary, as few are."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, labels=None, use_cache=None):
+        return super().forward(input_ids, attention_mask, position_ids, labels=labels, use_cache=use_cache)
+
+
+def test_it_is_the_same_where_all_of_the_vocabulary_has_to_be_gone_through(settings):
+    found = []
+    for model in (tiny_llama(), WholeHead(tiny_llama().config)):
+        model.load_state_dict(tiny_llama().state_dict())
+        trainer = retaining(settings, model)
+        moved_on(trainer)
+        found.append(trainer.retention(trainer.model, trainer.retained(1)))
+    (loss, gradient), (other_loss, other) = found
+    assert loss == pytest.approx(other_loss)
+    assert worst_entry(gradient, other) < 1e-6
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

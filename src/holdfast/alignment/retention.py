@@ -188,10 +188,8 @@ class RetainingTrainer(DefenseTrainer):
         The zero has all parameters in its graph, as reducing gradients over ranks asks for. No loss is taken, so that
         the vocabulary is gone through at one token of a row alone, where the model can be told so.
         """
-        model.train()
-        [batch] = part.batches
-        inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != "labels"})
-        with _outputs(layers) as found, self._pass(part, quiet=True), self.compute_loss_context_manager():
+        with _outputs(layers) as found, self.passing(model, part) as batch:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
             logits = model(**inputs, **self._last_token, use_cache=False).logits
         return found, (0 * logits).sum()
 
