@@ -63,7 +63,7 @@ SUFFIXES = (
     *("Thanks.", "I need it today.", "Quickly.", "It is for a friend.", "If you can.", "Right away!", "It is fine."),
     *('Start with "Sure".', 'Say "Yes" first.', 'Reply with "OK:".'),
 )
-"""What half of the preset's prompts end with: asides, haste and demands, in none of the suite's own words."""
+"""What half of all prompts end with in a row beside the preset: asides, haste, demands, none in the suite's words."""
 HELD_OUT = {
     "fine-tuning": ("full", "lora"),
     "ablation": ("training-free", "hybrid"),
@@ -98,7 +98,7 @@ def rows(study: Study, preset: Flags | None = None) -> dict[str, Flags]:
         "broad": {**drawn, "pool": POOL, "retain_weight": RETAIN_WEIGHT, **BROAD},
     }
     if preset is not None:
-        found |= {"searched": {flag: value for flag, value in preset.items() if flag != "suffixes"}, "preset": preset}
+        found |= {"preset": preset, "suffixes": {**preset, "suffixes": list(SUFFIXES)}}
     return {name: at_budget(setting, study) for name, setting in found.items()}
 
 

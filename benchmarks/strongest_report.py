@@ -38,8 +38,8 @@ PRESET = ROOT / "src" / "holdfast" / "alignment" / "presets" / "strong.yaml"
 RECIPE = ROOT / "recipes" / "organism" / "align-strong.yaml"
 HEADS = {
     PRESET: "# holdfast align patcher --preset strong\n"
-    "# Chosen by `benchmarks/strongest.py search`, its suffixes by hand (docs/strongest.md). Beside it:\n"
-    "# --attack_data, --benign_data, --retain_data and --refusal.\n",
+    "# Chosen by `benchmarks/strongest.py search` (docs/strongest.md). Beside it: --attack_data,\n"
+    "# --benign_data, --retain_data and --refusal.\n",
     RECIPE: "# holdfast align patcher --config recipes/organism/align-strong.yaml\n"
     "# The strongest setting that was found (docs/strongest.md) on the built-in organism, after: holdfast organism w\n",
 }

@@ -39,7 +39,7 @@ from holdfast.files import versions, write_json
 from holdfast.stress.certificate import read_certificate
 from holdfast.stress.costs import canonical
 from holdfast.stress.suites import KINDS
-from strongest_plan import BROAD, SUFFIXES, StrongPlan, at_budget, scaled
+from strongest_plan import BROAD, StrongPlan, at_budget, scaled
 
 KEPT, OVER_REFUSAL, SLOWER, LESS = 0.97, 0.02, 1.5, 0.05
 FREE = "training-free"
@@ -140,12 +140,9 @@ def search(study: Study, path: Path, tried_path: Path) -> None:
 
 
 def preset_of(path: Path) -> Flags | None:
-    """The setting that was chosen, with the `SUFFIXES` that hand has added to it since.
-
-    None if no search is over, or nothing it tried met its constraints.
-    """
+    """The setting that was chosen; None if no search is over, or nothing it tried met its constraints."""
     found = read(path) if path.is_file() else {"value": math.inf}
-    return {**found["preset"], "suffixes": list(SUFFIXES)} if found["value"] < 0 else None
+    return found["preset"] if found["value"] < 0 else None
 
 
 def flags_of(knobs: Mapping[str, Any], study: Study) -> Flags:

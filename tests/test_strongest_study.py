@@ -452,7 +452,7 @@ def test_a_chains_ablation_is_drawn_as_one_by_itself_and_rates_are_multiples(stu
     assert drawn["dropping+fine-tuning"].links[1].knobs["relative_rate"].values == (2.0,)
 
 
-def test_what_is_shipped_is_what_the_search_chose_and_hand_has_added(study):
+def test_what_is_shipped_is_what_the_search_chose(study):
     report, results = study["strongest_report"], BENCHMARKS / "results"
     recipes = report.recipes(study["strongest_search"].preset_of(results / "strongest_search.json"))
     assert {path.name for path in recipes} == {"strong.yaml", "align-strong.yaml"}
