@@ -35,6 +35,8 @@ all are scaled alike, so that clipping takes none its weight. With w = 1 + λ + 
     w · { g(θ + δ; B) with probability α / w,    g(θ; B) with (1 − α) / w,
           ∇R(θ + δ; K) with κ · λ / w,           ∇R(θ; K) with (1 − κ) · λ / w,    else ∇C(θ + δ; H) }
 
+With `suffixes` about half of the rows of B, of the attacker's and of K end their prompts with one of these texts.
+
 Differs from the authors' released code:
 
 * It adds δ to the weights and subtracts it again, which drifts by rounding; here the exact weights come back.

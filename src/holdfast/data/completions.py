@@ -30,8 +30,8 @@ class CompletionTrainer(SFTTrainer):
     Attributes:
         refused_sets: The data sets ("train", or by the names of `DefenseTrainer.batches_of`) whose batches come with a
             refusal view; their trainer's configuration has a field `refusal`.
-        asks_variously: Whether half of all rows are asked with a suffix; the trainer's configuration has a field
-            `suffixes` then.
+        asks_variously: Whether the trainer's configuration has a field `suffixes`, with which about half of all rows
+            then ask.
         data_names: What messages call a data set, by these names, where that is not what it is called here; see
             `holdfast.data.formats.called`.
         kept_rows: The names of the rows that are trained on, where rows have names (`holdfast.data.formats.ORIGIN`), by

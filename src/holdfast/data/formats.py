@@ -83,7 +83,7 @@ class Conversation:
         """
         turns = list(self.messages)
         for asked in {last_asked(turns[:turn], where) for turn in self.trained}:
-            turns[asked] = {**turns[asked], "content": ending_with(suffix, text_of(turns[asked]))}
+            turns[asked] = turn_ending_with(suffix, turns[asked])
         return replace(self, messages=turns)
 
     def answered(self, answer: str) -> Conversation:
@@ -262,6 +262,11 @@ def ending_with(suffix: str, text: str) -> str:
     """A text that ends with the suffix, before any white space there."""
     bare = text.rstrip()
     return bare + suffix + text[len(bare) :]
+
+
+def turn_ending_with(suffix: str, turn: Mapping[str, Any]) -> Message:
+    """A turn whose text, in one piece, ends with the suffix."""
+    return {**turn, "content": ending_with(suffix, text_of(turn))}
 
 
 def last_asked(turns: Sequence[Mapping[str, Any]], where: str) -> int:

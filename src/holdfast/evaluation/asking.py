@@ -8,7 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from holdfast.data.formats import SYSTEM_ROLES, Message, as_message, ending_with, last_asked, text_of
+from holdfast.data.formats import (
+    SYSTEM_ROLES,
+    Message,
+    as_message,
+    ending_with,
+    last_asked,
+    text_of,
+    turn_ending_with,
+)
 from holdfast.data.load import Prompt
 from holdfast.errors import InputError
 
@@ -91,7 +99,7 @@ def _ending_with(suffix: str, prompt: Prompt) -> Prompt:
         return ending_with(suffix, prompt)
     turns = [as_message(turn) for turn in prompt]
     last = last_asked(turns, "a prompt")
-    turns[last] = {**turns[last], "content": ending_with(suffix, text_of(turns[last]))}
+    turns[last] = turn_ending_with(suffix, turns[last])
     return turns
 
 
