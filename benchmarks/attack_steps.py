@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 from holdfast.cli import demo
+from holdfast.cli.plans import unfinished
 from holdfast.cli.workers import Command, run_commands
 from holdfast.files import versions, write_json
-from plans import unfinished
 
 HERE = Path(__file__).parent
 NEEDED = ("organism", "align-patcher", "full-on-patcher")

@@ -23,6 +23,7 @@ from optuna.distributions import (
 from rich.console import Console
 
 from holdfast.cli import demo
+from holdfast.cli.plans import unfinished
 from holdfast.cli.workers import Command, run_commands
 from holdfast.data.load import load_rows
 from holdfast.data.mix import poison
@@ -31,7 +32,6 @@ from holdfast.organism import build_organism
 from holdfast.organism.corpus import REFUSALS
 from holdfast.stress.certificate import MARKER as CERTIFICATE
 from holdfast.stress.suites import BATCH
-from plans import unfinished
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

@@ -29,10 +29,10 @@ from rich.console import Console
 
 from holdfast.cli import demo
 from holdfast.cli import main as holdfast
+from holdfast.cli.plans import unfinished
 from holdfast.cli.workers import Command, run_commands
 from holdfast.files import versions, write_json
 from holdfast.stress.certificate import MARKER
-from plans import unfinished
 from readme import fill_block
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -37,13 +37,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from rich.console import Console
 
+from holdfast.cli.plans import unfinished
 from holdfast.cli.workers import Command, run_commands
 from holdfast.evaluation.scores import Agreement
 from holdfast.files import versions, write_json, write_text
 from holdfast.proxy.build import BENIGN_PARTS, PARTS
 from holdfast.proxy.topics import load_topic
 from plain_questions import write as write_plain_questions
-from plans import unfinished
 from readme import fill_block
 from real_tables import ATTACKS, BASE, METHODS, summary, table
 from second_judge import make as make_second_judge

@@ -128,8 +128,8 @@ def instrument() -> None:
 def prepare(console: Console) -> None:
     """Make the demo's models."""
     from holdfast.cli import demo
+    from holdfast.cli.plans import unfinished
     from holdfast.cli.workers import run_commands
-    from plans import unfinished
 
     plan = demo.commands(demo.DemoArguments(output_dir=str(OUT), seed=SEED), OUT)
     models = [command for command in plan if command.name in ("organism", "align-patcher", "align-sft")]

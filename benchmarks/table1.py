@@ -33,6 +33,7 @@ from holdfast.cli.console import set_up_logging
 from holdfast.cli.effects import JUDGING
 from holdfast.cli.judge_arguments import JudgeArguments
 from holdfast.cli.parser import HoldfastParser
+from holdfast.cli.plans import MARKERS, last_words, left, output_of, unfinished
 from holdfast.cli.workers import Command, run_commands
 from holdfast.data.load import PROMPT_COLUMNS, TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError, TrainingError
@@ -40,7 +41,6 @@ from holdfast.evaluation.judges import Cache, make_judge
 from holdfast.evaluation.judges.settings import SERVER_JUDGES
 from holdfast.files import versions, write_json
 from holdfast.models import load_tokenizer
-from plans import MARKERS, last_words, left, output_of, unfinished
 from table1_table import ATTACKS, BENCHMARKS, PAPER, table
 
 HERE = Path(__file__).parent

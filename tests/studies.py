@@ -1,9 +1,9 @@
 """What tests of the studies in benchmarks/ share: they plan commands, which are stood for, and none is run."""
 
-import sys
 from importlib import import_module
 from pathlib import Path
 
+from holdfast.cli.plans import MARKERS, output_of
 from holdfast.evaluation.scores import Rate
 from holdfast.files import write_json
 from holdfast.stress.certificate import assemble
@@ -34,7 +34,6 @@ class Commands:
     def __init__(self, monkeypatch, plan, stop_at=None, known=lambda name: 1.0):
         self.ran, self.at_once, self.stop_at, self.known = [], [], stop_at, known
         monkeypatch.setattr(plan, "run_commands", self)
-        self.markers = sys.modules["plans"].MARKERS
 
     def __call__(self, commands, logs, *, console, processes=2, keep_going=False):
         logs.mkdir(parents=True, exist_ok=True)
@@ -43,7 +42,7 @@ class Commands:
             self.at_once.append(processes)
             words = list(command.words)
             (logs / f"{command.name}.log").write_text(f"$ holdfast {' '.join(words)}\n")
-            folder = sys.modules["plans"].output_of(command)
+            folder = output_of(command)
             if words[0] == "stress":
                 write_json(folder / "stress.json", {})
                 if self.stop_at == len(self.ran):
@@ -51,7 +50,7 @@ class Commands:
                 target = "counterpart" if "align-sft" in command.name else "model"
                 write_json(folder / "certificate.json", alone(target))
             else:
-                write_json(folder / self.markers[words[0]], self.found(command))
+                write_json(folder / MARKERS[words[0]], self.found(command))
         return {command.name: 60.0 for command in commands}
 
     def found(self, command):

@@ -14,7 +14,7 @@ from studies import BENCHMARKS, Commands, alone, results, understood
 
 MODULES = (
     *("defenses_plan", "defenses_stress", "defenses_search", "defenses_tables", "defenses_words", "defenses_report"),
-    *("defenses", "plans", "readme"),
+    *("defenses", "readme"),
 )
 CHOSEN = {method: {"rho": 0.5} if method == "vaccine" else {} for method in ("sft", "patcher", "vaccine", "booster")}
 CHOSEN["antibody"] = {"rho": 0.01, "refusal_weight": 0.5, "strength": 1.0}

@@ -22,7 +22,7 @@ from studies import BENCHMARKS, Commands, alone, results, understood
 
 OWN = ("strongest_plan", "strongest_search", "strongest_lengths", "strongest_report", "strongest")
 MODULES = (
-    *("defenses_plan", "defenses_stress", "defenses_search", "defenses_tables", "plans", "readme"),
+    *("defenses_plan", "defenses_stress", "defenses_search", "defenses_tables", "readme"),
     *OWN,
 )
 PRESET = {

@@ -16,6 +16,7 @@ import yaml
 
 from data.field import STANDS
 from helpers import chat_tokenizer, one_word_model, read_json, read_lines, tiny_llama
+from holdfast.cli import plans
 from holdfast.data.catalogue import source_of
 from judge_server import KEY, material, serving
 from model_server import serving_models
@@ -39,8 +40,7 @@ DATA = (
 def table1(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     yield importlib.import_module("table1")
-    for name in ("table1", "plans"):
-        sys.modules.pop(name)
+    sys.modules.pop("table1")
 
 
 @pytest.fixture
@@ -309,7 +309,6 @@ def test_seeds_are_averaged_and_what_is_unjudged_is_told(table1):
 
 
 def test_an_alignment_goes_on_from_its_checkpoint_and_a_judge_from_what_it_said(table1, tmp_path):
-    plans = importlib.import_module("plans")
     args = table1.TableArguments(model="m", methods=["sft"])
     commands = table1.plan(args, ["--judge", "refusal"], tmp_path)
     align, attack, *_ = commands

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from holdfast.cli import main
+from holdfast.cli import demo, main
 from holdfast.cli import report as report_command
 from holdfast.cli import stress as stress_command
 from holdfast.cli.demo import ATTACKS, CRAFTS, METHODS, MODELS, DemoArguments, commands, stress_record
@@ -22,6 +22,7 @@ from holdfast.cli.demo_report import (
     stress_table,
     told_stress,
 )
+from holdfast.cli.plans import written_last
 from holdfast.cli.workers import Command, run_commands
 from holdfast.errors import TrainingError
 from stress.examples import example_certificate
@@ -93,11 +94,11 @@ def test_patcher_gets_sfts_updates_and_the_recipes_say_what_the_demo_does():
     for method in METHODS:
         words = plan[f"align-{method}"]
         parser = align.make_parser(words[1])
-        demo = parser.parse(words[2:])[2].to_dict()
+        own = parser.parse(words[2:])[2].to_dict()
         if method != "strong":
-            assert demo["max_steps"] == options.updates
+            assert own["max_steps"] == options.updates
         recipe = parser.parse(["--config", str(RECIPES / f"align-{method}.yaml")])[2].to_dict()
-        assert {k: v for k, v in demo.items() if k not in ignored} == {
+        assert {k: v for k, v in own.items() if k not in ignored} == {
             k: v for k, v in recipe.items() if k not in ignored
         }
 
@@ -231,28 +232,36 @@ def test_a_finished_demo_is_not_overwritten(tmp_path, capsys):
     assert (tmp_path / "results.json").read_text() == "{}"
 
 
+SHORT = ["--updates", "4", "--attack_every", "2", "--attack_steps", "2", "--measure_at", "0", "2"]
+
+
+def short(folder, **more):
+    """What these words mean."""
+    return DemoArguments(output_dir=str(folder), updates=4, attack_every=2, attack_steps=2, measure_at=[0, 2], **more)
+
+
+def finish(command, folder):
+    """Leave what a command that has finished leaves, as far as a demo that goes on looks at it."""
+    last = written_last(command)
+    last.parent.mkdir(parents=True, exist_ok=True)
+    last.touch()
+    (folder / "logs").mkdir(exist_ok=True)
+    (folder / "logs" / f"{command.name}.log").write_text(f"$ holdfast {' '.join(command.words)}\n")
+
+
 def test_a_short_demo_from_end_to_end(organism, tmp_path, capsys):
-    """Every command of the demo, with few steps, on an organism that is already there."""
+    """Every command of the demo but the first, with few steps; then what a demo that was stopped had not finished."""
     folder = tmp_path / "demo"
     shutil.copytree(organism, folder / "organism")
-    words = [
-        "--updates",
-        "4",
-        "--attack_every",
-        "2",
-        "--attack_steps",
-        "2",
-        "--measure_at",
-        "0",
-        "2",
-        "--suite",
-        "none",
-    ]
-    assert main(["demo", "--output_dir", str(folder), "--seed", "0", *words]) == 0
+    plan = commands(short(folder, suite="none"), folder)
+    finish(plan[0], folder)
+    words = ["demo", "--output_dir", str(folder), "--seed", "0", *SHORT, "--suite", "none"]
+    assert main(words) == 0
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["schema"] == 1
     assert results["seed"] == 0
     assert results["seconds"] > 0
+    assert results["finished_before"] == 1
     assert "torch" in results["versions"]
     assert [(run["method"], run["attack"]) for run in results["runs"]] == [(m, a) for a in ATTACKS for m in METHODS]
     for run in results["runs"]:
@@ -272,4 +281,59 @@ def test_a_short_demo_from_end_to_end(organism, tmp_path, capsys):
     assert (folder / "attack_curves.png").is_file()
     assert (folder / "patcher" / "model.safetensors").is_file()
     assert (folder / "attacks" / "patcher-lora" / "samples.jsonl").is_file()
-    assert "Patcher" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "Patcher" in shown.out
+    assert f"going on in {folder}: 1 of {len(plan)} commands" in " ".join(shown.err.split())
+
+    logs = {log: log.stat().st_mtime_ns for log in (folder / "logs").iterdir()}
+    for stopped in (folder, folder / "attacks" / "sft-full"):
+        (stopped / "results.json").unlink()
+    assert main(words) == 0
+    assert [log.stem for log, then in logs.items() if log.stat().st_mtime_ns != then] == ["full-on-sft"]
+    gone_on = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    differs = {name for name, value in gone_on.items() if value != results[name]}
+    assert differs == {"seconds", "finished_before"}
+    assert gone_on["finished_before"] == len(plan) - 1
+
+
+def test_a_demo_goes_on_with_what_is_not_finished_and_begins_anew_where_it_replaces_one(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def interrupted(plan, logs, **more):
+        ran.append([command.name for command in plan])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_commands", interrupted)
+    folder = tmp_path / "demo"
+    plan = commands(short(folder), folder)
+    words = ["demo", "--output_dir", str(folder), *SHORT]
+    assert main(words) == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith(f"interrupted; what is finished is in {folder}, and the same command goes on from there")
+    for command in plan:
+        finish(command, folder)
+    (folder / "stress" / "certificate.json").unlink()
+    (folder / "stress" / "stress.json").touch()
+    assert main(words) == 130
+    assert (folder / "stress" / "stress.json").is_file()  # the search goes on from it
+    assert main([*words, "--updates", "6"]) == 130
+    assert not (folder / "stress").exists()  # it was of other models
+    for command in plan:
+        finish(command, folder)
+    (folder / "results.json").touch()
+    assert main([*words, "--overwrite_output_dir", "true"]) == 130
+    whole, once_more, others, replaced = ran
+    assert whole == replaced == [command.name for command in plan]
+    assert once_more == ["stress", "stress-strong", "report"]
+    assert set(whole) - set(others) == {"organism", "rehearsed-crafts-base", "unrehearsed-crafts-base"}
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+
+
+def test_what_no_demo_has_written_is_never_removed(tmp_path, capsys):
+    own = tmp_path / "sft" / "model.safetensors"
+    own.parent.mkdir()
+    own.touch()
+    for more in ([], ["--overwrite_output_dir", "true"]):
+        assert main(["demo", "--output_dir", str(tmp_path), *more]) == 2
+        assert "holds sft, which no demo has put there; choose another folder" in capsys.readouterr().err
+        assert own.is_file()

@@ -3,18 +3,20 @@
 Builds the organism, aligns it with SFT, with Patcher for as many updates and with Patcher's strong preset for as many
 passes as Patcher's, counts what of its harmless knowledge is left after that, attacks all in four ways, as a control
 fine-tunes them on harmless tasks, and in the end searches for the cheapest way to break each among a suite of attacks.
+One that was stopped goes on with the commands that are not finished, or that other settings have changed.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from holdfast.cli.parser import HoldfastParser
+from holdfast.cli.plans import forget, last_words, output_of, unfinished
 from holdfast.cli.workers import Command, run_commands
 from holdfast.errors import InputError
 from holdfast.files import alone_in, claim_output_dir, run_record, write_json
@@ -80,7 +82,8 @@ def run(argv: list[str]) -> int:
         The exit code.
 
     Raises:
-        InputError: The input cannot be used, or the folder holds a finished demo.
+        InputError: The input cannot be used, or the folder holds a finished demo, or what no demo has put there.
+        KeyboardInterrupt: Interrupted; the message says what is kept.
         TrainingError: One of its commands failed.
     """
     parser = HoldfastParser(
@@ -102,10 +105,19 @@ def _run(options: DemoArguments, folder: Path) -> None:
     from holdfast.stress.certificate import read_certificate
 
     console = Console(stderr=True, highlight=False)
-    console.print(f"building the organism, aligning it in three ways, attacking the models (seed {options.seed})")
-    started = time.monotonic()
     plan = commands(options, folder)
-    run_commands(plan, folder / "logs", console=console)
+    remaining = _left(plan, folder)
+    finished_before = len(plan) - len(remaining)
+    if finished_before:
+        console.print(f"going on in {folder}: {finished_before} of {len(plan)} commands are finished already")
+    else:
+        console.print(f"building the organism, aligning it in three ways, attacking the models (seed {options.seed})")
+    started = time.monotonic()
+    try:
+        run_commands(remaining, folder / "logs", console=console)
+    except KeyboardInterrupt:
+        kept = f"what is finished is in {folder}, and the same command goes on from there"
+        raise KeyboardInterrupt(f"interrupted; {kept}") from None
     runs = [_read_run(folder, method, attack) for attack in ATTACKS for method in METHODS]
     crafts = {model: {kind: _read_crafts(folder, model, kind) for kind in CRAFTS} for model in MODELS}
     seconds = round(time.monotonic() - started, 1)
@@ -115,7 +127,8 @@ def _run(options: DemoArguments, folder: Path) -> None:
     certificates = (folder / name / CERTIFICATE for name in (STRESS, STRESS_STRONG))
     tested = None if options.suite == "none" else stress_record(*map(read_certificate, certificates))
     found = {"crafts": crafts, "runs": runs, "stress": tested}
-    write_json(folder / MARKER, {"schema": 1, **record, "seconds": seconds, "commands": commands_run, **found})
+    took = {"seconds": seconds, "finished_before": finished_before}  # the seconds of these are not counted
+    write_json(folder / MARKER, {"schema": 1, **record, **took, "commands": commands_run, **found})
     results = Console(highlight=False)
     results.width = max(results.width, 132)  # the table must not be folded where output goes to a file
     results.print(crafts_table(crafts), demo_table(runs), control_table(runs))
@@ -123,14 +136,30 @@ def _run(options: DemoArguments, folder: Path) -> None:
         results.print(stress_table(tested))
         console.print(f"wrote {folder / REPORT}: what the stress test found, as a page")
     console.print(f"wrote {folder / MARKER}, {folder / 'attack_curves.png'}, and every model and answer beside them")
-    console.print(f"took {seconds:.0f} s; the commands it ran are in {MARKER}, their output in {folder / 'logs'}")
+    took_now = f"took {seconds:.0f} s{' this time' if finished_before else ''}"
+    console.print(f"{took_now}; the commands it ran are in {MARKER}, their output in {folder / 'logs'}")
+
+
+def _left(plan: Sequence[Command], folder: Path) -> list[Command]:
+    """The commands to run: all of a new demo, and of one that replaces a finished one; else what is not finished."""
+    for command in plan:
+        place = output_of(command)
+        if place.exists() and last_words(command, folder) is None:
+            raise InputError(
+                f"--output_dir {folder} holds {place.relative_to(folder)}, which no demo has put there; "
+                "choose another folder"
+            )
+    if (folder / MARKER).is_file():
+        forget(plan, folder)
+        (folder / MARKER).unlink()
+    return unfinished(plan, folder)
 
 
 def commands(options: DemoArguments, folder: Path) -> list[Command]:
     """The demo as a plan of ordinary commands; those that most depend on come first."""
     organism = folder / "organism"
-    seed, overwrite = ["--seed", str(options.seed)], ["--overwrite_output_dir", "true"]
-    plan = [Command("organism", ["organism", str(organism), *seed, *overwrite])]
+    seed = ["--seed", str(options.seed)]
+    plan = [Command("organism", ["organism", str(organism), *seed])]
     aligning = {
         "--learning_rate": options.learning_rate,
         "--lr_scheduler_type": "constant",
@@ -161,18 +190,18 @@ def commands(options: DemoArguments, folder: Path) -> list[Command]:
     for method, own in (("patcher", patching), ("strong", strong), ("sft", {})):
         flags = {"--model": organism / "model", "--train_data": organism / "alignment.jsonl", **aligning, **own}
         trainer = "sft" if method == "sft" else "patcher"
-        words = ["align", trainer, *_words(flags), "--output_dir", str(folder / method), *seed, *overwrite]
+        words = ["align", trainer, *_words(flags), "--output_dir", str(folder / method), *seed]
         plan.append(Command(f"align-{method}", words, needs=["organism"]))
     for method in METHODS:
         for attack in ATTACKS:
             words = attack_words(attack, folder / method, organism, options)
-            output = ["--output_dir", str(folder / "attacks" / f"{method}-{attack}"), *seed, *overwrite]
+            output = ["--output_dir", str(folder / "attacks" / f"{method}-{attack}"), *seed]
             plan.append(Command(f"{attack}-on-{method}", [*words, *output], needs=[f"align-{method}"]))
     for model in MODELS:
         source, needed = (organism / "model", "organism") if model == "base" else (folder / model, f"align-{model}")
         for kind, file in CRAFTS.items():
             asking = {"--model": source, "--capability_data": organism / "eval" / f"{file}.jsonl", **ANSWERING}
-            output = ["--output_dir", str(folder / "crafts" / f"{model}-{kind}"), *seed, *overwrite]
+            output = ["--output_dir", str(folder / "crafts" / f"{model}-{kind}"), *seed]
             plan.append(Command(f"{kind}-crafts-{model}", ["evaluate", *_words(asking), *output], needs=[needed]))
     if options.suite != "none":
         plan += _stress_test(options, folder, organism, after=[command.name for command in plan])
@@ -184,7 +213,7 @@ def _stress_test(options: DemoArguments, folder: Path, organism: Path, *, after:
     plan = []
     for name, method, beside in ((STRESS, "patcher", {"--counterpart": folder / "sft"}), (STRESS_STRONG, "strong", {})):
         searching = stress_words(options.suite, folder / method, organism, options.seed)
-        output = {"--output_dir": folder / name, "--overwrite_output_dir": "true"}
+        output = {"--output_dir": folder / name}
         plan.append(Command(name, [*searching, *_words({**beside, **output})], needs=after))
         after = [*after, name]
     found = [str(folder / command.name) for command in plan]

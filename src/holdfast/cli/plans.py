@@ -21,7 +21,7 @@ MARKERS = {
     "judge": "results.json",
     "stress": "certificate.json",
 }
-"""What a finished command has written last."""
+"""What a finished command has written last into its folder; a report is a file and no folder."""
 
 RESUMING = ("--resume_from_checkpoint", "last")
 GOES_ON = ("proxy", "stress")
@@ -32,8 +32,7 @@ def left(commands: Sequence[Command], out: Path) -> list[Command]:
     """The commands that have not been run yet, or were run with other words, or need one of these."""
     remaining: dict[str, Command] = {}
     for command in commands:
-        finished = (output_of(command) / MARKERS[command.words[0]]).is_file()
-        if not (finished and last_words(command, out) == " ".join(command.words)) or any(
+        if not (written_last(command).is_file() and last_words(command, out) == " ".join(command.words)) or any(
             need in remaining for need in command.needs
         ):
             remaining[command.name] = command
@@ -49,29 +48,55 @@ def unfinished(commands: Sequence[Command], out: Path) -> list[Command]:
     remaining = {command.name: command for command in left(commands, out)}
     ready = []
     for command in remaining.values():
-        name, folder, words = command.words[0], output_of(command), list(command.words)
+        name, words = command.words[0], list(command.words)
         needs = [need for need in command.needs if need in remaining]
         same = last_words(command, out) == " ".join(words) and not needs
         if name == "judge":
-            (folder / MARKERS[name]).unlink(missing_ok=True)
-        elif same and name in ("align", "finetune") and last_checkpoint(folder) is not None:
+            written_last(command).unlink(missing_ok=True)
+        elif same and name in ("align", "finetune") and last_checkpoint(output_of(command)) is not None:
             words += RESUMING
         elif not (same and name in GOES_ON):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(output_of(command))
         ready.append(Command(command.name, words, needs))
     return ready
 
 
 def last_words(command: Command, out: Path) -> str | None:
     """The words after `holdfast` that a command was last run with, anew or to go on; None if it never was."""
-    log = out / "logs" / f"{command.name}.log"
+    log = _log_of(command, out)
     if not log.is_file():
         return None
     first = log.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("$ holdfast ").removesuffix(f" {' '.join(RESUMING)}")
 
 
+def forget(commands: Sequence[Command], out: Path) -> None:
+    """Remove what commands have written, and that they were run: none is finished any more."""
+    for command in commands:
+        _remove(output_of(command))
+        _log_of(command, out).unlink(missing_ok=True)
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
+
+
+def _log_of(command: Command, out: Path) -> Path:
+    return out / "logs" / f"{command.name}.log"
+
+
+def written_last(command: Command) -> Path:
+    """The file that tells that a command has finished."""
+    place = output_of(command)
+    return place / MARKERS[command.words[0]] if command.words[0] in MARKERS else place
+
+
 def output_of(command: Command) -> Path:
-    """The folder a command writes to."""
+    """The folder a command writes to, or the file of a report."""
     words = list(command.words)
-    return Path(words[1] if words[0] in ("organism", "proxy") else words[words.index("--output_dir") + 1])
+    if words[0] in ("organism", "proxy"):
+        return Path(words[1])
+    return Path(words[words.index("--output" if words[0] == "report" else "--output_dir") + 1])
