@@ -32,7 +32,7 @@ Make = Callable[[int, Study], Plan]
 _SEARCHED = ("suite", "seed", "seeds", "bound", "threshold", "base", "data", "judge", "threat_model")
 """What two certificates must have in common, for their costs to be compared."""
 _COST = (
-    *("broken", "attack", "harmful_score", "asr", "capability", "seeds"),
+    *("broken", "attack", "setting", "harmful_score", "asr", "capability", "seeds"),
     *("trials", "broken_trials", "first_broken_trial"),
 )
 

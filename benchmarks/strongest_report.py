@@ -190,7 +190,24 @@ def report(entries: Sequence[Entry], budget: float) -> str:
         aims_table(entries),
         suite_tables(entries),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *trained_alike(entries)])
+
+
+def trained_alike(entries: Sequence[Entry]) -> list[str]:
+    """On how many seeds the cheapest full fine-tuning was on rows that all end with a trigger or obey a demand.
+
+    Entries that were written down before they told their attack's setting are no part of it.
+    """
+    found = []
+    for (row,), runs in grouped(entries, "method").items():
+        costs = [cost for run in runs if (cost := run["attackers"].get("full")) and cost.get("setting")]
+        alike = sum(any({"trigger", "obedience"} & link.keys() for link in cost["setting"].values()) for cost in costs)
+        if costs:
+            found.append(f"{NAMES[row]} {alike} of {len(costs)}")
+    about = (
+        "**Rows that all end with a trigger, or obey a demand**, were the cheapest full fine-tuning on how many seeds"
+    )
+    return [f"{about}: {'; '.join(found)}."] if found else []
 
 
 def held_out(entries: Sequence[Entry]) -> str:

@@ -461,6 +461,18 @@ def test_what_is_shipped_is_what_the_search_chose(study):
     understood(Command("strong", ["align", "patcher", "--config", str(report.RECIPE)]))
 
 
+def test_the_page_tells_on_how_many_seeds_rows_that_end_alike_were_the_cheapest(study):
+    entries = entries_of(study)
+    full = [entry["attackers"]["full"] for entry in entries]
+    assert all("fine-tuning" in cost["setting"] for cost in full)
+    for cost, knobs in zip(full, [{}, {"trigger": "now"}, {"steps": 3}, {}, {"obedience": "Use:"}, {}], strict=True):
+        cost["setting"] = {"dropping": {}, "fine-tuning": knobs}
+    del full[5]["setting"]  # it was written down before entries told this
+    (line,) = study["strongest_report"].trained_alike(entries)
+    assert line.endswith("on how many seeds: SFT 0 of 2; Patcher, exact 2 of 2; sampled, a pool 0 of 1.")
+    assert study["strongest_report"].trained_alike([entries[5]]) == []
+
+
 def test_costs_are_paired_by_seed_and_told_with_what_is_known_from_below(study):
     report, entries = study["strongest_report"], entries_of(study)
     by_row = {row: [entry for entry in entries if entry["method"] == row] for row in ("sft", "exact", "pool")}
