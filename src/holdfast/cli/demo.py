@@ -3,7 +3,7 @@
 Builds the organism, aligns it with SFT, with Patcher for as many updates and with Patcher's strong preset for as many
 passes as Patcher's, counts what of its harmless knowledge is left after that, attacks all in four ways, as a control
 fine-tunes them on harmless tasks, and in the end searches for the cheapest way to break each among a suite of attacks.
-One that was stopped goes on with the commands that are not finished, or that other settings have changed.
+One that was stopped goes on with the commands that are not finished.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class DemoArguments:
 
     output_dir: str = field(metadata={"help": "Folder for everything the demo writes."})
     seed: int = field(default=0, metadata={"help": "Seed of the organism, the alignments and the attacks."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a finished demo in --output_dir."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace a demo in --output_dir that is finished or has other settings."}
+    )
     updates: int = field(default=720, metadata={"help": "Updates of SFT and Patcher."})
     attack_every: int = field(default=50, metadata={"help": "Patcher: updates between simulated attacks."})
     attack_steps: int = field(default=40, metadata={"help": "Patcher: length of a simulated attack, in steps."})
@@ -93,6 +95,9 @@ def run(argv: list[str]) -> int:
     folder = Path(options.output_dir)
     claim_output_dir(folder, finished_marker=MARKER, overwrite=options.overwrite_output_dir)
     with alone_in(folder, f"--output_dir {folder}"):
+        claim_output_dir(
+            folder, finished_marker=MARKER, overwrite=options.overwrite_output_dir
+        )  # one may just have ended
         _run(options, folder)
     return 0
 
@@ -106,7 +111,7 @@ def _run(options: DemoArguments, folder: Path) -> None:
 
     console = Console(stderr=True, highlight=False)
     plan = commands(options, folder)
-    remaining = _left(plan, folder)
+    remaining = _left(plan, folder, overwrite=options.overwrite_output_dir)
     finished_before = len(plan) - len(remaining)
     if finished_before:
         console.print(f"going on in {folder}: {finished_before} of {len(plan)} commands are finished already")
@@ -140,18 +145,26 @@ def _run(options: DemoArguments, folder: Path) -> None:
     console.print(f"{took_now}; the commands it ran are in {MARKER}, their output in {folder / 'logs'}")
 
 
-def _left(plan: Sequence[Command], folder: Path) -> list[Command]:
-    """The commands to run: all of a new demo, and of one that replaces a finished one; else what is not finished."""
+def _left(plan: Sequence[Command], folder: Path, *, overwrite: bool) -> list[Command]:
+    """The commands to run: all of a new demo, and of one that replaces another; else what is not finished."""
+    others = []
     for command in plan:
-        place = output_of(command)
-        if place.exists() and last_words(command, folder) is None:
+        place, words = output_of(command), last_words(command, folder)
+        if place.exists() and words not in (None, " ".join(command.words)):
+            others.append(place.relative_to(folder))
+        if place.exists() and words is None:
             raise InputError(
                 f"--output_dir {folder} holds {place.relative_to(folder)}, which no demo has put there; "
                 "choose another folder"
             )
-    if (folder / MARKER).is_file():
+    if others and not overwrite:
+        raise InputError(
+            f"--output_dir {folder} holds {others[0]} of a demo with other settings (its log has them); "
+            "choose another folder or pass --overwrite_output_dir"
+        )
+    if others or (folder / MARKER).is_file():
         forget(plan, folder)
-        (folder / MARKER).unlink()
+        (folder / MARKER).unlink(missing_ok=True)
     return unfinished(plan, folder)
 
 

@@ -10,7 +10,7 @@ from holdfast.checkpoint import last_checkpoint
 from holdfast.cli.workers import Command
 
 MARKERS = {
-    "organism": "README.md",
+    "organism": "organism.json",
     "proxy": "proxy.json",
     "align": "holdfast.json",
     "finetune": "holdfast.json",
@@ -56,7 +56,7 @@ def unfinished(commands: Sequence[Command], out: Path) -> list[Command]:
         elif same and name in ("align", "finetune") and last_checkpoint(output_of(command)) is not None:
             words += RESUMING
         elif not (same and name in GOES_ON):
-            _remove(output_of(command))
+            _remove(command)
         ready.append(Command(command.name, words, needs))
     return ready
 
@@ -66,20 +66,24 @@ def last_words(command: Command, out: Path) -> str | None:
     log = _log_of(command, out)
     if not log.is_file():
         return None
-    first = log.read_text(encoding="utf-8").partition("\n")[0]
+    first = log.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    if not first.startswith("$ holdfast "):
+        return None
     return first.removeprefix("$ holdfast ").removesuffix(f" {' '.join(RESUMING)}")
 
 
 def forget(commands: Sequence[Command], out: Path) -> None:
     """Remove what commands have written, and that they were run: none is finished any more."""
     for command in commands:
-        _remove(output_of(command))
+        _remove(command)
         _log_of(command, out).unlink(missing_ok=True)
 
 
-def _remove(place: Path) -> None:
-    if place.is_dir():
-        shutil.rmtree(place, ignore_errors=True)
+def _remove(command: Command) -> None:
+    written_last(command).unlink(missing_ok=True)  # first: what is half removed is not finished
+    place = output_of(command)
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
     else:
         place.unlink(missing_ok=True)
 
