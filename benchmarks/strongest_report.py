@@ -205,7 +205,8 @@ def trained_alike(entries: Sequence[Entry]) -> list[str]:
         if costs:
             found.append(f"{NAMES[row]} {alike} of {len(costs)}")
     about = (
-        "**Rows that all end with a trigger, or obey a demand**, were the cheapest full fine-tuning on how many seeds"
+        "**Rows that all end with a trigger, or obey a demand**, were the cheapest full fine-tuning, of entries that "
+        "tell its setting, on how many seeds"
     )
     return [f"{about}: {'; '.join(found)}."] if found else []
 

@@ -84,7 +84,8 @@ def run(argv: list[str]) -> int:
         The exit code.
 
     Raises:
-        InputError: The input cannot be used, or the folder holds a finished demo, or what no demo has put there.
+        InputError: The input cannot be used, or the folder holds a demo that is finished or has other settings, or
+            what no demo has put there.
         KeyboardInterrupt: Interrupted; the message says what is kept.
         TrainingError: One of its commands failed.
     """
@@ -95,9 +96,8 @@ def run(argv: list[str]) -> int:
     folder = Path(options.output_dir)
     claim_output_dir(folder, finished_marker=MARKER, overwrite=options.overwrite_output_dir)
     with alone_in(folder, f"--output_dir {folder}"):
-        claim_output_dir(
-            folder, finished_marker=MARKER, overwrite=options.overwrite_output_dir
-        )  # one may just have ended
+        # once more, as the one that this has waited for may just have ended
+        claim_output_dir(folder, finished_marker=MARKER, overwrite=options.overwrite_output_dir)
         _run(options, folder)
     return 0
 

@@ -32,9 +32,8 @@ def left(commands: Sequence[Command], out: Path) -> list[Command]:
     """The commands that have not been run yet, or were run with other words, or need one of these."""
     remaining: dict[str, Command] = {}
     for command in commands:
-        if not (written_last(command).is_file() and last_words(command, out) == " ".join(command.words)) or any(
-            need in remaining for need in command.needs
-        ):
+        finished = written_last(command).is_file() and last_words(command, out) == " ".join(command.words)
+        if not finished or any(need in remaining for need in command.needs):
             remaining[command.name] = command
     return list(remaining.values())
 
