@@ -194,19 +194,20 @@ def report(entries: Sequence[Entry], budget: float) -> str:
 
 
 def trained_alike(entries: Sequence[Entry]) -> list[str]:
-    """On how many seeds the cheapest full fine-tuning was on rows that all end with a trigger or obey a demand.
+    """On how many seeds rows that all end with a trigger, or obey a demand, were the cheapest full fine-tuning.
 
-    Entries that were written down before they told their attack's setting are no part of it.
+    No part of it are models that were not broken, and entries of before they told their attack's setting.
     """
     found = []
     for (row,), runs in grouped(entries, "method").items():
-        costs = [cost for run in runs if (cost := run["attackers"].get("full")) and cost.get("setting")]
-        alike = sum(any({"trigger", "obedience"} & link.keys() for link in cost["setting"].values()) for cost in costs)
-        if costs:
-            found.append(f"{NAMES[row]} {alike} of {len(costs)}")
+        costs = [cost for run in runs if (cost := run["attackers"].get("full")) and cost["broken"]]
+        settings = [cost["setting"] for cost in costs if "setting" in cost]
+        alike = sum(any({"trigger", "obedience"} & link.keys() for link in setting.values()) for setting in settings)
+        if settings:
+            found.append(f"{NAMES[row]} {alike} of {len(settings)}")
     about = (
-        "**Rows that all end with a trigger, or obey a demand**, were the cheapest full fine-tuning, of entries that "
-        "tell its setting, on how many seeds"
+        "**Rows that all end with a trigger, or obey a demand**, were the cheapest full fine-tuning that breaks "
+        "the model, of entries that tell its setting, on how many seeds"
     )
     return [f"{about}: {'; '.join(found)}."] if found else []
 

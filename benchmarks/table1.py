@@ -33,7 +33,7 @@ from holdfast.cli.console import set_up_logging
 from holdfast.cli.effects import JUDGING
 from holdfast.cli.judge_arguments import JudgeArguments
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.plans import MARKERS, last_words, left, output_of, unfinished
+from holdfast.cli.plans import MARKERS, left, output_of, run_otherwise, unfinished
 from holdfast.cli.workers import Command, run_commands
 from holdfast.data.load import PROMPT_COLUMNS, TRAIN_COLUMNS, load_rows
 from holdfast.errors import InputError, TrainingError
@@ -281,8 +281,7 @@ def run(argv: Sequence[str]) -> None:
         return
     set_up_logging()
     for command in commands:
-        is_another = last_words(command, out) not in (None, " ".join(command.words))
-        if is_another and command.words[0] != "judge" and output_of(command).exists():
+        if command.words[0] != "judge" and run_otherwise(command, out):
             raise InputError(
                 f"--folder {out} holds {command.name} of a run with other settings (its log has them), which would be "
                 "lost; choose another --folder, or remove this one"

@@ -468,8 +468,9 @@ def test_the_page_tells_on_how_many_seeds_rows_that_end_alike_were_the_cheapest(
     for cost, knobs in zip(full, [{}, {"trigger": "now"}, {"steps": 3}, {}, {"obedience": "Use:"}, {}], strict=True):
         cost["setting"] = {"dropping": {}, "fine-tuning": knobs}
     del full[5]["setting"]  # it was written down before entries told this
+    full[4]["broken"] = False  # its setting is the one that came closest
     (line,) = study["strongest_report"].trained_alike(entries)
-    assert line.endswith("on how many seeds: SFT 0 of 2; Patcher, exact 2 of 2; sampled, a pool 0 of 1.")
+    assert line.endswith("on how many seeds: SFT 0 of 2; Patcher, exact 1 of 1; sampled, a pool 0 of 1.")
     assert study["strongest_report"].trained_alike([entries[5]]) == []
 
 

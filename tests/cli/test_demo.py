@@ -283,7 +283,7 @@ def test_a_short_demo_from_end_to_end(organism, tmp_path, capsys):
     assert (folder / "attacks" / "patcher-lora" / "samples.jsonl").is_file()
     shown = capsys.readouterr()
     assert "Patcher" in shown.out
-    assert f"going on in {folder}: 1 of {len(plan)} commands" in " ".join(shown.err.split())
+    assert f"going on in {folder}: 1 of {len(plan)} commands" in shown.err
 
     logs = {log: log.stat().st_mtime_ns for log in (folder / "logs").iterdir()}
     for stopped in (folder, folder / "attacks" / "sft-full"):
@@ -304,7 +304,7 @@ def test_a_demo_goes_on_with_what_is_not_finished_and_begins_anew_where_it_repla
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "run_commands", interrupted)
-    folder = tmp_path / "demo"
+    folder = tmp_path / "demo [1]"
     plan = commands(short(folder), folder)
     words = ["demo", "--output_dir", str(folder), *SHORT]
     assert main(words) == 130
@@ -316,6 +316,7 @@ def test_a_demo_goes_on_with_what_is_not_finished_and_begins_anew_where_it_repla
     (folder / "stress" / "stress.json").touch()
     assert main(words) == 130
     assert (folder / "stress" / "stress.json").is_file()  # the search goes on from it
+    assert f"going on in {folder}: {len(plan) - 3} of {len(plan)} commands" in capsys.readouterr().err
     finish(next(command for command in plan if command.name == "stress"), folder)
     capsys.readouterr()
     assert main([*words, "--updates", "6"]) == 2
@@ -327,9 +328,16 @@ def test_a_demo_goes_on_with_what_is_not_finished_and_begins_anew_where_it_repla
         finish(command, folder)
     (folder / "results.json").touch()
     assert main([*words, "--overwrite_output_dir", "true"]) == 130
-    whole, once_more, others, replaced = ran
+    for command in plan:
+        finish(command, folder)
+    capsys.readouterr()
+    assert main([*words, "--suite", "none"]) == 2
+    assert "holds stress of a demo with other settings (its log has them)" in capsys.readouterr().err
+    assert main([*words, "--suite", "none", "--overwrite_output_dir", "true"]) == 130
+    whole, once_more, others, replaced, searchless = ran
     assert whole == others == replaced == [command.name for command in plan]
     assert once_more == ["stress", "stress-strong", "report"]
+    assert searchless == whole[:-3]
     assert [path for path in folder.rglob("*") if path.is_file()] == []
 
 

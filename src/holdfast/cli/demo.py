@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from holdfast.cli.parser import HoldfastParser
-from holdfast.cli.plans import forget, last_words, output_of, unfinished
+from holdfast.cli.plans import forget, last_words, output_of, run_otherwise, unfinished
 from holdfast.cli.workers import Command, run_commands
 from holdfast.errors import InputError
 from holdfast.files import alone_in, claim_output_dir, run_record, write_json
@@ -109,9 +109,9 @@ def _run(options: DemoArguments, folder: Path) -> None:
     from holdfast.stress.certificate import MARKER as CERTIFICATE
     from holdfast.stress.certificate import read_certificate
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     plan = commands(options, folder)
-    remaining = _left(plan, folder, overwrite=options.overwrite_output_dir)
+    remaining = _left(options, folder)
     finished_before = len(plan) - len(remaining)
     if finished_before:
         console.print(f"going on in {folder}: {finished_before} of {len(plan)} commands are finished already")
@@ -145,25 +145,27 @@ def _run(options: DemoArguments, folder: Path) -> None:
     console.print(f"{took_now}; the commands it ran are in {MARKER}, their output in {folder / 'logs'}")
 
 
-def _left(plan: Sequence[Command], folder: Path, *, overwrite: bool) -> list[Command]:
+def _left(options: DemoArguments, folder: Path) -> list[Command]:
     """The commands to run: all of a new demo, and of one that replaces another; else what is not finished."""
-    others = []
-    for command in plan:
-        place, words = output_of(command), last_words(command, folder)
-        if place.exists() and words not in (None, " ".join(command.words)):
-            others.append(place.relative_to(folder))
-        if place.exists() and words is None:
+    plan = commands(options, folder)
+    # what a demo with a suite would have put there
+    searches = _stress_test(options, folder, folder / "organism", after=[]) if options.suite == "none" else []
+    others = [output_of(command) for command in searches if output_of(command).exists()]
+    others += [output_of(command) for command in plan if run_otherwise(command, folder)]
+    for command in [*plan, *searches]:
+        place = output_of(command)
+        if place.exists() and last_words(command, folder) is None:
             raise InputError(
                 f"--output_dir {folder} holds {place.relative_to(folder)}, which no demo has put there; "
                 "choose another folder"
             )
-    if others and not overwrite:
+    if others and not options.overwrite_output_dir:
         raise InputError(
-            f"--output_dir {folder} holds {others[0]} of a demo with other settings (its log has them); "
-            "choose another folder or pass --overwrite_output_dir"
+            f"--output_dir {folder} holds {others[0].relative_to(folder)} of a demo with other settings (its log has "
+            "them); choose another folder or pass --overwrite_output_dir"
         )
     if others or (folder / MARKER).is_file():
-        forget(plan, folder)
+        forget([*plan, *searches], folder)
         (folder / MARKER).unlink(missing_ok=True)
     return unfinished(plan, folder)
 

@@ -71,6 +71,11 @@ def last_words(command: Command, out: Path) -> str | None:
     return first.removeprefix("$ holdfast ").removesuffix(f" {' '.join(RESUMING)}")
 
 
+def run_otherwise(command: Command, out: Path) -> bool:
+    """Whether what a command has written came of other words, which would be lost if it were run."""
+    return output_of(command).exists() and last_words(command, out) not in (None, " ".join(command.words))
+
+
 def forget(commands: Sequence[Command], out: Path) -> None:
     """Remove what commands have written, and that they were run: none is finished any more."""
     for command in commands:
