@@ -212,17 +212,28 @@ def trained_alike(entries: Sequence[Entry]) -> list[str]:
     return [f"{about}: {'; '.join(found)}."] if found else []
 
 
-def held_out(entries: Sequence[Entry]) -> str:
-    """Every family that was left out of the pool, against the kinds of attackers that use it."""
-    by_row = {row: runs for (row,), runs in grouped(entries, "method").items()}
+def held_out(entries: Sequence[Entry], reported: Sequence[Entry]) -> str:
+    """Every family that was left out of the pool, against the kinds of attackers that use it.
+
+    Args:
+        entries: Of the models whose pool lacks one.
+        reported: Those of the report, of which the preset's and the demo's Patcher's stand beside them.
+    """
+    by_row = {row: runs for (row,), runs in grouped([*entries, *reported], "method").items()}
     lines = []
     for family, kinds in HELD_OUT.items():
         runs = by_row.get(f"no-{family}", [])
-        bounds = [bound for run in runs if (bound := union(run, kinds)) is not None]
+        seeds = [run["seed"] for run in runs]
+        cells = []
+        for one in (runs, [run for run in by_row.get("preset", []) if run["seed"] in seeds]):
+            bounds = [bound for run in one if (bound := union(run, kinds)) is not None]
+            cells.append(told(bounds, bounds))
         ratios = paired(runs, by_row.get(BUDGET, []), lambda run, kinds=kinds: union(run, kinds))
         enough = f"{sum(ratio >= 3 for ratio, _ in ratios)} of {len(ratios)}"
-        lines.append([family, ", ".join(kinds), told(bounds, bounds), told(ratios, ratios), enough])
-    return f"{INTERVAL}\n\n" + table(["left out", "attackers", "steps", "/ exact", "≥ 3 × exact's, seeds"], lines)
+        numbers = ", ".join(map(str, seeds)) or "–"
+        lines.append([family, ", ".join(kinds), *cells, told(ratios, ratios), enough, numbers])
+    heads = ["left out", "attackers", "steps", "with it: steps", "/ exact", "≥ 3 × exact's, seeds", "seeds"]
+    return f"{INTERVAL}\n\n" + table(heads, lines)
 
 
 def lengths(entries: Sequence[Entry]) -> str:
@@ -339,7 +350,8 @@ def main() -> None:
         found = read(measured)
         sections, budget = found["sections"], found["budget"]
         blocks |= {block: report(sections[name], budget) for name, block in REPORTS.items() if name in sections}
-        blocks |= {"held-out": held_out(sections["held_out"])} if "held_out" in sections else {}
+        if "held_out" in sections:
+            blocks["held-out"] = held_out(sections["held_out"], sections["report"])
         fill_block("strongest-summary", summary(sections["report"]), README)
     if long.is_file():
         blocks["lengths"] = lengths(read(long)["entries"])
