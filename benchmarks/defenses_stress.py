@@ -124,7 +124,7 @@ def entry_of(certificate: Mapping[str, Any], counterpart: Mapping[str, Any] | No
     def told(cost: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> Entry | None:
         if cost is None:
             return None
-        amount = {"steps": cost["steps"]} if cost["broken"] else {"at_least": cost["at_least"]}
+        amount = {name: cost[name] for name in (("steps",) if cost["broken"] else ("at_least", "at_least_flops"))}
         by_asr = {name: value for name, value in cost["by_asr"].items() if name in ("broken", "steps")}
         kept = {name: cost[name] for name in _COST}
         return {**kept, **amount, "by_asr": by_asr, "ratio": None if own else ratio(cost, other)}

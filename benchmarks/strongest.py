@@ -32,7 +32,20 @@ from holdfast.errors import TrainingError
 from holdfast.files import versions, write_json
 from holdfast.stress.suites import SUITES
 from strongest_lengths import run as run_lengths
-from strongest_plan import EQUAL, SEEDS, STUDY, TINY, Entry, StrongPlan, budget, held_out_rows, joined, rows, worst_of
+from strongest_plan import (
+    EQUAL,
+    SEEDS,
+    STUDY,
+    TINY,
+    Entry,
+    StrongPlan,
+    beside_sft,
+    budget,
+    held_out_rows,
+    joined,
+    rows,
+    worst_of,
+)
 from strongest_search import preset_of, search
 
 STEPS = ("search", "report", "held_out", "large", "lengths")
@@ -68,6 +81,7 @@ def measure(
             lambda entry: settings.get(entry["method"]),
             lambda entry: (entry["seed"], list(settings).index(entry["method"])),
         )
+        beside_sft(found)
         known = {"schema": 1, "versions": versions(), "budget": budget(study)}
         write_json(path, {**known, "sections": {**sections, section: found}})
 

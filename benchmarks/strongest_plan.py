@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from defenses_plan import ALIGNMENT, BATCH_SIZE, DEMO_PATCHER, HERE, MEASURING, SMOKE, Flags, Plan, Study, read
+from defenses_stress import COUNTERPART
 from holdfast.alignment.pool import Member, Pool
 from holdfast.attacks.ablation import Ablation
 from holdfast.attacks.attack import Choice
@@ -26,7 +27,7 @@ from holdfast.data.load import load_rows
 from holdfast.files import write_jsonl
 from holdfast.organism.corpus import REFUSALS
 from holdfast.stress.bound import THRESHOLD, Own
-from holdfast.stress.costs import canonical
+from holdfast.stress.costs import canonical, ratio
 
 SEEDS = (35, 36, 37, 38, 39)
 """What is reported. No setting was chosen on them."""
@@ -255,6 +256,19 @@ def joined(
 
     by_place = {place(entry): entry for entry in [*filter(holds, before), *found]}
     return [by_place[where] for where in sorted(by_place)]
+
+
+def beside_sft(entries: Sequence[Entry]) -> None:
+    """Tell what breaking a model takes beside SFT's of the same seed, where another machine searched that one."""
+    sft = {entry["seed"]: entry for entry in entries if entry["method"] == COUNTERPART}
+    for entry in entries:
+        other = sft.get(entry["seed"], entry)
+        if other is entry:
+            continue
+        pairs = [(cost, other["attackers"][kind]) for kind, cost in entry["attackers"].items()]
+        for cost, beside in [*pairs, (entry["cheapest"], other["cheapest"])]:
+            if cost is not None and cost["ratio"] is None:
+                cost["ratio"] = ratio(cost, beside)
 
 
 # ---------------------------------------------------------------------- the commands

@@ -232,6 +232,16 @@ def test_on_many_cores_the_same_is_found_at_once_and_what_is_there_can_be_writte
     assert len(commands.ran) == ran
 
 
+def test_what_sfts_model_took_is_taken_from_what_another_machine_wrote_down(study, monkeypatch, tmp_path):
+    Strong(monkeypatch, study)
+    _, at_once = measure(study, tmp_path / "one", rows=("sft", "exact"))
+    measure(study, tmp_path / "two", rows=("sft",))
+    shutil.rmtree(tmp_path / "two" / "out")
+    assert measure(study, tmp_path / "two", rows=("exact",))[1] == at_once
+    exact = at_once["sections"]["report"][1]
+    assert [cost["ratio"] for cost in (exact["cheapest"], *exact["attackers"].values())].count(None) == 0
+
+
 def test_a_family_is_left_out_by_commands_that_there_are(study, tmp_path):
     plan = study["strongest_plan"]
     whole = replace(plan.STUDY, out=tmp_path)
