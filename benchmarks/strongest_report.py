@@ -45,7 +45,7 @@ HEADS = {
 }
 PICTURE = "../benchmarks/results/attack_lengths.png"
 
-BLOCKS = ("report", "held-out", "full", "lengths", "real", "search")
+BLOCKS = ("report", "held-out", "full", "lengths", "large", "real", "search")
 TEMPLATE = "# The strongest defense\n\n" + "\n".join(
     f"## {title}\n\n<!-- strongest-{block} -->\n<!-- /strongest-{block} -->\n"
     for block, title in zip(
@@ -55,6 +55,7 @@ TEMPLATE = "# The strongest defense\n\n" + "\n".join(
             "Attacks from outside the pool",
             "An attacker who tries far more",
             "The length of simulated attacks",
+            "A larger organism",
             "A real chat model",
             "How the preset was chosen",
         ),
@@ -63,7 +64,7 @@ TEMPLATE = "# The strongest defense\n\n" + "\n".join(
 )
 SUMMARY = (COUNTERPART, BUDGET, "preset")
 """The rows of the README's table."""
-REPORTS = {"report": "report", "report, full": "full"}
+REPORTS = {"report": "report", "report, full": "full", "large, quick": "large"}
 """Sections of the results, and the blocks that they are told in."""
 INTERVAL = (
     "The median over seeds, and in brackets the least and the greatest: of n seeds these are an interval of confidence "
