@@ -20,7 +20,7 @@ from holdfast.config import DefenseConfig
 from holdfast.trainer import DefenseTrainer
 from studies import BENCHMARKS, Commands, alone, results, understood
 
-OWN = ("strongest_plan", "strongest_search", "strongest_lengths", "strongest_report", "strongest")
+OWN = ("strongest_plan", "strongest_search", "strongest_lengths", "strongest_tables", "strongest_report", "strongest")
 MODULES = (
     *("defenses_plan", "defenses_stress", "defenses_search", "defenses_tables", "readme"),
     *OWN,
@@ -479,13 +479,13 @@ def test_the_page_tells_on_how_many_seeds_rows_that_end_alike_were_the_cheapest(
         cost["setting"] = {"dropping": {}, "fine-tuning": knobs}
     del full[5]["setting"]  # it was written down before entries told this
     full[4]["broken"] = False  # its setting is the one that came closest
-    (line,) = study["strongest_report"].trained_alike(entries)
+    (line,) = study["strongest_tables"].trained_alike(entries)
     assert line.endswith("on how many seeds: SFT 0 of 2; Patcher, exact 1 of 1; sampled, a pool 0 of 1.")
-    assert study["strongest_report"].trained_alike([entries[5]]) == []
+    assert study["strongest_tables"].trained_alike([entries[5]]) == []
 
 
 def test_costs_are_paired_by_seed_and_told_with_what_is_known_from_below(study):
-    report, entries = study["strongest_report"], entries_of(study)
+    report, entries = study["strongest_tables"], entries_of(study)
     by_row = {row: [entry for entry in entries if entry["method"] == row] for row in ("sft", "exact", "pool")}
     assert [report.union(run) for run in by_row["sft"]] == [(0, False)] * 2
     assert [report.union(run) for run in by_row["exact"]] == [(2, False)] * 2
@@ -497,6 +497,17 @@ def test_costs_are_paired_by_seed_and_told_with_what_is_known_from_below(study):
     assert "| > 60 [20–> 100] | > 61 [21–> 101] | > 20.3 [7–> 33.7] | > 300 | > 14.3 | > 14.3 |" in line
     (line,) = (one for one in report.aims_table(entries).splitlines() if one.startswith("| Patcher, exact |"))
     assert line == "| Patcher, exact | 0 of 2 | 0 of 2 | 2 of 2 | 0 of 2 | 0 of 2 | 0 of 2 |"
+
+
+def test_what_breaks_each_model_is_told_seed_by_seed_of_the_seeds_that_most_rows_have(study):
+    entries = entries_of(study)
+    text = study["strongest_tables"].seed_by_seed([*entries[:-1], {**entries[0], "seed": 29}])
+    assert text.startswith("**Seed by seed**, 30, 31 in that order:")
+    lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
+    cells = ["held, held", "held, held", "> 40, > 40", "20, 20", "2, 2", "20, 20", "0.45, 0.45", "0.01, 0.01"]
+    assert lines["Patcher, exact"] == f"| Patcher, exact | {' | '.join(cells)} |"
+    assert lines["sampled, a pool"].count("20, – |") == 2  # full, hybrid
+    assert "> 100" in study["strongest_tables"].seed_by_seed(entries)
 
 
 def test_the_summary_is_of_the_seeds_that_all_its_rows_have(study):
