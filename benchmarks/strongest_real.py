@@ -11,6 +11,7 @@ to tell what an attack leaves of it meets the sweep alone.
     python benchmarks/strongest_real.py                                   # seed 0, 150 updates: for two cores
     python benchmarks/strongest_real.py --seeds 0 1 2 --updates 180 --processes 12     # where there is a GPU
     python benchmarks/strongest_real.py --seeds 0 1 2 --updates 180 --collect          # write down what is there
+    python benchmarks/strongest_real.py --rows preset --updates 180       # a part of it, beside what is there
     python benchmarks/strongest_real.py --smoke                           # tiny numbers that only prove that it runs
 
 What is finished stays in benchmarks/out/ and is not run again. Writes benchmarks/results/strongest_real.json.
@@ -177,9 +178,9 @@ def collect(study: Study, seeds: Sequence[int], settings: dict[str, Flags], mode
     return found
 
 
-def align_all(plan: RealPlan, settings: dict[str, Flags]) -> dict[str, str]:
-    """Align with every row: the names of the commands."""
-    return {row: plan.align(row, settings[row]) for row in ROWS}
+def align_all(plan: RealPlan, settings: dict[str, Flags], chosen: Sequence[str] = ROWS) -> dict[str, str]:
+    """Align with every row, or some: the names of the commands."""
+    return {row: plan.align(row, settings[row]) for row in chosen}
 
 
 def searchable(results: Entry) -> bool:
@@ -203,6 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a chat model folder (default: installed)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="which now, beside what is written down")
     parser.add_argument("--updates", type=int, default=150, help="of SFT with as much compute as Patcher has")
     parser.add_argument("--processes", type=int, default=2, help="commands side by side")
     parser.add_argument("--leave_out", nargs="*", default=[], help="attacks that the suite leaves out")
@@ -225,7 +227,8 @@ def main() -> None:
         for plan in plans:
             plan.write_rows([one for one in plans if one.seed == plan.seed and one is not plan])
             plan.before("base", plan.proxy)
-            aligned += [(plan, row, needs, plan.before(row, needs)) for row, needs in align_all(plan, settings).items()]
+            models = align_all(plan, settings, args.rows)
+            aligned += [(plan, row, needs, plan.before(row, needs)) for row, needs in models.items()]
         execute([command for plan in plans for command in plan.commands.values()], study.out, processes=args.processes)
         for plan, row, needs, before in aligned:
             plan.sweep(row, needs)

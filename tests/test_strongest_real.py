@@ -13,7 +13,7 @@ from studies import BENCHMARKS, understood
 MODULES = (
     *("defenses_plan", "defenses_stress", "defenses_search", "defenses_tables", "readme", "plain_questions"),
     *("real", "real_tables", "second_judge", "smollm2", "strongest_plan", "strongest_search", "strongest_lengths"),
-    *("strongest", "strongest_report", "strongest_real"),
+    *("strongest", "strongest_tables", "strongest_report", "strongest_real"),
 )
 
 
