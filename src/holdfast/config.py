@@ -16,6 +16,8 @@ from holdfast.files import with_keys_once
 
 logger = logging.getLogger(__name__)
 
+LARGEST = torch.finfo(torch.float32).max
+"""What weights can be taken times."""
 RAW_TEXT_HELP = "Take prompts and completions as they stand, in training as in evaluation, without the chat template."
 _MAPPINGS = (
     "model_init_kwargs",
@@ -152,19 +154,26 @@ class DefenseConfig(SFTConfig):
 
 
 def require_positive(config: Any, *names: str) -> None:
-    """Raise InputError for the first of these settings that is given and not above zero."""
+    """Raise InputError for the first of these settings that is given and not above zero, or not finite in 32 bits."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise InputError(f"--{name} must be greater than 0, got {value}")
+        _require_finite(name, value)
 
 
 def require_not_negative(config: Any, *names: str) -> None:
-    """Raise InputError for the first of these settings that is given and below zero."""
+    """Raise InputError for the first of these settings that is given and below zero, or not finite in 32 bits."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= 0:
             raise InputError(f"--{name} must not be negative, got {value}")
+        _require_finite(name, value)
+
+
+def _require_finite(name: str, value: float | None) -> None:
+    if value is not None and value > LARGEST:
+        raise InputError(f"--{name} must be a number that 32 bits can hold, got {value}")
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:

@@ -153,6 +153,14 @@ SECOND = {
     [
         ('{"ablation": 0}', [], "--pool: its weights do not sum to more than 0"),
         ('{"dropping": -1}', [], "--pool dropping: its weight must be a number not below 0, got -1"),
+        ('{"dropping": 1e308, "rounding": 1e308}', [], "--pool: its weights do not come to a finite sum"),
+        ('{"lora": 1, "ablation": 0}', ["--benign_data", "b"], "--benign_data plays no part without a --pool with"),
+        (
+            '{"lora": 1, "prefill": 0}',
+            ["--refusal", "No."],
+            "--refusal plays no part without a --pool with prefill",
+        ),
+        ('{"dropping": 1, "lora": 0}', ["--attack_steps", "3"], "--attack_steps plays no part with a --pool in which"),
         ('{"tuning": 1}', [], "--pool has no member 'tuning'; expected fine-tuning, lora, ablation"),
         ('{"dropping": {"weight": 1, "steps": 2}}', [], "--pool dropping has no steps; expected weight, layer"),
         ("dropping", [], "--pool must be a JSON object, got 'dropping'"),
@@ -184,6 +192,49 @@ def test_a_pool_that_cannot_be_had(
     patcher: list[str], pool: str, words: list[str], expected: str, refused: Refused
 ) -> None:
     assert expected in refused(*patcher, "--pool", pool, *words)
+
+
+STRONG = ["--preset", "strong", "--benign_data", "b", "--retain_data", "r", "--refusal", "No."]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            STRONG[:4],
+            "--preset strong needs --attack_data, --benign_data, --retain_data, --refusal; missing: --re",
+        ),
+        ([*STRONG, "--attack_every", "7"], "--preset strong has another --attack_every than the one that is given"),
+        (
+            [*STRONG, "--max_steps", "43"],
+            "--preset strong: no attack is due before the end of the run (--attack_every 43",
+        ),
+        (
+            [*STRONG, "--max_steps", "99", "--parallel"],
+            "--preset strong has no parallel form: --pool fine-tuning: in the",
+        ),
+    ],
+)
+def test_a_run_that_would_not_be_the_presets(
+    patcher: list[str], words: list[str], expected: str, refused: Refused
+) -> None:
+    assert expected in refused(*patcher, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--retain_weight inf", "--retain_weight must be a number that 32 bits can hold, got inf"),
+        ("--reroute_weight 1e300", "--reroute_weight must be a number that 32 bits can hold, got 1e+300"),
+        ("--attack_scale 1 1e308", "--attack_scale takes two numbers"),
+        (
+            "--origin_decay 1500 --learning_rate 1e-3",
+            "--origin_decay 1500 at --learning_rate 0.001 would take an update",
+        ),
+    ],
+)
+def test_what_no_weights_could_be_taken_times(patcher: list[str], words: str, expected: str, refused: Refused) -> None:
+    assert expected in refused(*patcher, "--retain_data", "r", *words.split())
 
 
 def test_a_base_that_is_another_model(patcher: list[str], tmp_path: Path, refused: Refused) -> None:

@@ -218,6 +218,19 @@ def test_a_preset_of_which_a_part_would_play_no_part_is_refused(preset: Path) ->
         parser.parse(["--output_dir", "o", "--preset", "swift", "--fast", "false"])
 
 
+def test_what_a_preset_needs_is_told_at_once(preset: Path, recipe: Path) -> None:
+    needs = {"swift": ("steps", "fast")}
+    parser = HoldfastParser((Arguments,), prog="holdfast test", presets={"swift": preset}, needs=needs)
+    words = ["--output_dir", "o", "--preset", "swift"]
+    with pytest.raises(InputError, match=r"^--preset swift needs --steps, --fast; missing: --steps, --fast$"):
+        parser.parse(words)
+    recipe.write_text("steps: 7\n")
+    with pytest.raises(InputError, match=r"missing: --fast$"):
+        parser.parse([*words, "--config", str(recipe)])
+    *_, rest = parser.parse([*words, "--config", str(recipe), "--fast", "true"])
+    assert rest.preset == "swift"
+
+
 def test_an_unknown_preset_is_refused(preset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_with(preset, "--preset", "weak")

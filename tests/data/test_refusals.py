@@ -68,6 +68,15 @@ def test_a_mistyped_column_is_no_refusal(typed):
     assert texts("t5 t6", rows) == ["t5 t6"] * 2
 
 
+@pytest.mark.parametrize("typed", ["refusal", "refusal_text"])
+def test_a_name_is_no_refusal_where_there_is_no_such_column(typed):
+    with pytest.raises(
+        InputError, match=rf"--refusal {typed} is no column of the attack data and no file; expected one"
+    ):
+        texts(typed)
+    assert texts("No.") == ["No."] * 40
+
+
 @pytest.mark.parametrize("text", ["t5 " * 400, "~t5 t6", "t5\0t6"])
 def test_a_text_need_not_do_as_a_path(text):
     assert texts(text) == [text] * 40

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.alignment.pool import BEGUN, Pool
 from holdfast.attacks.back_to_base import BackToBase
-from holdfast.config import DefenseConfig, json_object, require_not_negative, require_positive
+from holdfast.config import LARGEST, DefenseConfig, json_object, require_not_negative, require_positive
 from holdfast.data.refusals import REFUSAL_HELP
 from holdfast.errors import InputError
 
@@ -136,6 +135,11 @@ class PatcherConfig(DefenseConfig):
         )
         require_positive(self, "reroute_layers")
         require_not_negative(self, "attack_weight_decay", "reroute_weight", "origin_decay")
+        if self.origin_decay * self.learning_rate > 1:
+            raise InputError(
+                f"--origin_decay {self.origin_decay:g} at --learning_rate {self.learning_rate:g} would take an update "
+                "past the weights that the run began with; their product must not be above 1"
+            )
         if self.estimator not in ESTIMATORS:
             raise InputError(f"--estimator must be {' or '.join(ESTIMATORS)}, got {self.estimator}")
         given: Any = self.attack_scale
@@ -143,7 +147,7 @@ class PatcherConfig(DefenseConfig):
         if (
             len(bounds) != 2
             or not all(isinstance(bound, int | float) for bound in bounds)
-            or not 0 <= bounds[0] <= bounds[1] < math.inf
+            or not 0 <= bounds[0] <= bounds[1] <= LARGEST
         ):
             raise InputError(
                 "--attack_scale takes two numbers, the least factor and the greatest, the least not below 0 and not "

@@ -148,8 +148,11 @@ class Pool:
         if not isinstance(given, Mapping):
             raise InputError(f"--pool must be a mapping from members to weights, got {given!r}")
         found = cls(tuple(_member(name, one) for name, one in given.items()))
-        if not sum(member.weight for member in found.members) > 0:
+        whole = sum(member.weight for member in found.members)
+        if not whole > 0:
             raise InputError("--pool: its weights do not sum to more than 0, so nothing could be drawn from it")
+        if whole == math.inf:
+            raise InputError("--pool: its weights do not come to a finite sum, so nothing could be drawn from it")
         return found
 
     def attacks(self) -> set[str]:

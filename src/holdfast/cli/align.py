@@ -10,7 +10,7 @@ from holdfast.alignment.booster import BoosterConfig, BoosterTrainer
 from holdfast.alignment.parallel import ParallelPatcherConfig, PatcherDefenderTrainer
 from holdfast.alignment.patcher import PatcherTrainer
 from holdfast.alignment.pool import Pool
-from holdfast.alignment.presets import PRESETS
+from holdfast.alignment.presets import NEEDS, PRESETS
 from holdfast.alignment.vaccine import VaccineConfig, VaccineTrainer
 from holdfast.cli import parallel, training
 from holdfast.cli.arguments import AlignData, AttackedAlignData, PatcherData
@@ -25,7 +25,9 @@ from holdfast.trainer import DefenseTrainer
 
 _METHODS = {
     "sft": Method(AlignData, DefenseConfig, DefenseTrainer),
-    "patcher": Method(PatcherData, ParallelPatcherConfig, PatcherTrainer, effects=PATCHER, presets=PRESETS),
+    "patcher": Method(
+        PatcherData, ParallelPatcherConfig, PatcherTrainer, effects=PATCHER, presets=PRESETS, needs=NEEDS
+    ),
     "vaccine": Method(AlignData, VaccineConfig, VaccineTrainer),
     "booster": Method(AttackedAlignData, BoosterConfig, BoosterTrainer),
     "antibody": Method(AttackedAlignData, AntibodyAlignmentConfig, AntibodyAlignmentTrainer),
@@ -44,12 +46,14 @@ def run(method: str, argv: list[str]) -> int:
     set_up_logging()
     chosen, parsed = _METHODS[method], make_parser(method).parse(argv)
     if method == "patcher":
-        model_args, data, config, side_by_side, _ = parsed
+        model_args, data, config, side_by_side, rest = parsed
         if data.attack_data is None and (config.pool is None or Pool.of(config.pool).trained):
             raise InputError(
                 "--attack_data is missing: harmful prompts with harmful answers, which simulated attacks train on; a "
                 "--pool in which nothing is trained can do without"
             )
+        if rest.preset is not None:
+            _require_whole(rest.preset, config, parallel=side_by_side.parallel)
         defends_beside = config.role == "defender" or side_by_side.parallel
         if defends_beside and 0 < config.max_steps <= config.attack_every:
             warn(
@@ -68,6 +72,20 @@ def run(method: str, argv: list[str]) -> int:
         if config.role == "defender":
             chosen = replace(chosen, trainer=PatcherDefenderTrainer, report=_write_vectors)
     return training.run(f"align {method}", "aligning", chosen, parsed)
+
+
+def _require_whole(preset: str, config: ParallelPatcherConfig, *, parallel: bool) -> None:
+    """See that a run is one under a preset: that attacks come in it, and of those that it names."""
+    if 0 < config.max_steps <= config.attack_every:
+        raise InputError(
+            f"--preset {preset}: no attack is due before the end of the run (--attack_every {config.attack_every}, "
+            f"--max_steps {config.max_steps}); expected more steps"
+        )
+    if parallel:
+        try:
+            config.require_what_attackers_make()
+        except InputError as error:
+            raise InputError(f"--preset {preset} has no parallel form: {error}") from error
 
 
 def _write_vectors(trainer: PatcherDefenderTrainer, folder: Path) -> list[str]:

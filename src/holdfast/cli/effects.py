@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+from holdfast.alignment.pool import Pool
 from holdfast.errors import InputError
 from holdfast.evaluation.judges.settings import LOCAL_JUDGES, SERVER_JUDGES
 
@@ -138,7 +139,7 @@ TRAINING = (
 
 def _pooled(*attacks: str) -> Callable[[Any], bool]:
     """Whether `align patcher` is trained against one of these; without a pool it is against its own attack alone."""
-    return lambda given: any(attack in name.split("+") for name in given.pool or ["fine-tuning"] for attack in attacks)
+    return lambda given: not set(attacks).isdisjoint((Pool.of(given.pool) if given.pool else Pool()).attacks())
 
 
 #: Of `align patcher`. The jobs of a parallel run are given the same words.
@@ -160,7 +161,7 @@ PATCHER = (
     ),
     Effect(
         "attack_scale",
-        lambda given: set(given.pool or ["fine-tuning"]) != {"prefill"},
+        lambda given: (Pool.of(given.pool) if given.pool else Pool()).attacks() != {"prefill"},
         "with a --pool of prefill alone, which displaces no weights",
     ),
     Effect(

@@ -77,6 +77,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
         effects: When flags play a part; given for nothing, they are told of.
         presets: Recipes that come with the package, by the names that `--preset` takes. What else is given may not
             contradict them.
+        needs: The flags that each of these does not do without.
         others: The dataclasses of the commands beside it, by the words of each; of a flag that this command lacks, a
             message says which of them has it.
     """
@@ -90,6 +91,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
         positional: str = "",
         effects: Sequence[Effect] = (),
         presets: Mapping[str, Path] = MappingProxyType({}),
+        needs: Mapping[str, Sequence[str]] = MappingProxyType({}),
         others: Mapping[str, Sequence[type[Any]]] = MappingProxyType({}),
     ) -> None:
         keywords: dict[str, Any] = {
@@ -101,7 +103,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
         }
         super().__init__(**keywords, allow_abbrev=False)
         self._effects = effects
-        self._presets = presets
+        self._presets, self._needs = presets, needs
         self._others = others
         self.add_argument("--config", metavar="RECIPE.yaml", help="Recipe to take values from; flags override it.")
         if presets:
@@ -129,7 +131,8 @@ class HoldfastParser(TrlParser, _OneLineParser):
             argv: The words after the command.
 
         Returns:
-            One instance of each dataclass, in order, and a namespace with the remaining arguments (positional ones).
+            One instance of each dataclass, in order, and a namespace with the remaining arguments: positional ones,
+            and the `preset` of a command that has some.
 
         Raises:
             InputError: The recipe cannot be used, a dataclass refuses its values, or a flag would play no part.
@@ -148,8 +151,7 @@ class HoldfastParser(TrlParser, _OneLineParser):
             words = [*presets, *words]
             namespace = self.parse_args([*words, *argv])
         given = vars(namespace)
-        for name in ("config", "preset"):
-            given.pop(name, None)
+        given.pop("config")
         unset = {action.dest for action in self._actions if action.default is None} - _MAY_BE_EMPTY
         typed_as = {
             action.dest: f"--{action.dest}" if action.option_strings else action.metavar for action in self._actions
@@ -176,12 +178,15 @@ class HoldfastParser(TrlParser, _OneLineParser):
         return (*built, namespace)
 
     def _words_of_preset(self, preset: str, words: Sequence[str]) -> list[str]:
-        """A preset as command-line words, having checked that no other words say otherwise."""
+        """A preset as command-line words, having checked that no other words say otherwise, and none is missing."""
         found = self._words_of_recipe(self._presets[preset])
         own, its = self._given(words), self._given(found)
         for name in its.keys() & own.keys():
             if its[name] != own[name]:
                 raise InputError(f"--preset {preset} has another --{name} than the one that is given; leave out one")
+        needed = [f"--{name}" for name in self._needs.get(preset, ())]
+        if missing := [flag for flag in needed if flag.removeprefix("--") not in own]:
+            raise InputError(f"--preset {preset} needs {', '.join(needed)}; missing: {', '.join(missing)}")
         return found
 
     def _flag_of_others(self, words: Sequence[str]) -> str:

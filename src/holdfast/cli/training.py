@@ -70,6 +70,7 @@ class Method:
         effects: when flags that are its own play a part.
         report: writes what the method found out beside the model: (trainer, folder) → the names of the files.
         presets: settings of it that come with the package, by name.
+        needs: the flags that each of these does not do without.
     """
 
     data: type[TrainingData]
@@ -79,6 +80,7 @@ class Method:
     effects: Sequence[Effect] = ()
     report: Callable[[Any, Path], list[str]] | None = None
     presets: Mapping[str, Path] = field(default_factory=dict)
+    needs: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def make_parser(stage: str, name: str, methods: Mapping[str, Method], description: str, *more: type) -> HoldfastParser:
@@ -90,6 +92,7 @@ def make_parser(stage: str, name: str, methods: Mapping[str, Method], descriptio
         description=description,
         effects=(*TRAINING, *method.effects),
         presets=method.presets,
+        needs=method.needs,
         others={f"{stage} {other}": (one.data, one.config) for other, one in methods.items() if other != name},
     )
 

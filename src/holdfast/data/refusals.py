@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,11 @@ def refusal_texts(
         raise InputError(
             f"--refusal {refusal} is no column of {called(name)}, which has {near[0]!r}; expected that one, or, for a "
             "text that is so like a column's name, a file with it"
+        )
+    elif re.fullmatch("[a-z]+(_[a-z]+)*", refusal):
+        raise InputError(
+            f"--refusal {refusal} is no column of {called(name)} and no file; expected one, or a text of more than one "
+            "lower-case word"
         )
     else:
         texts, places = [refusal], [f"--refusal {refusal!r}"]

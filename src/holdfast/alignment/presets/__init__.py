@@ -10,3 +10,5 @@ from types import MappingProxyType
 
 PRESETS = MappingProxyType({path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))})
 """The file of every preset, by its name."""
+NEEDS = MappingProxyType({"strong": ("attack_data", "benign_data", "retain_data", "refusal")})
+"""The flags without which a part of a preset would play no part."""
