@@ -189,4 +189,6 @@ def held_out(entries: Sequence[Entry], reported: Sequence[Entry]) -> str:
         numbers = ", ".join(map(str, seeds)) or "–"
         lines.append([family, ", ".join(kinds), *cells, told(ratios, ratios), enough, numbers])
     heads = ["left out", "attackers", "steps", "with it: steps", "/ exact", "≥ 3 × exact's, seeds", "seeds"]
-    return f"{INTERVAL}\n\n" + table(heads, lines)
+    measured = {run["seed"] for run in entries}
+    beside = [run for run in reported if run["method"] in (BUDGET, "preset") and run["seed"] in measured]
+    return "\n\n".join([INTERVAL, table(heads, lines), seed_by_seed([*beside, *entries])])

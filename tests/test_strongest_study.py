@@ -543,6 +543,7 @@ def test_the_page_is_begun_with_the_first_results_and_filled_with_all(study, mon
     page = (tmp_path / "strongest.md").read_text()
     assert "| ablation | training-free, hybrid | > 60 [20–> 100] | 20 | > 20.3 [7–> 33.7] | 2 of 2 | 30, 31 |" in page
     assert "| prefill | prompting, hybrid | – | – | – | 0 of 0 | – |" in page
+    assert "| no ablation in the pool | " in page
     assert page.count("<!-- strongest-lengths -->\n<!-- /strongest-lengths -->") == 1
     larger = page.partition("<!-- strongest-large -->")[2].partition("<!-- /strongest-large -->")[0]
     assert "| Patcher, exact | 0 of 1 |" in larger

@@ -237,6 +237,14 @@ def test_what_no_weights_could_be_taken_times(patcher: list[str], words: str, ex
     assert expected in refused(*patcher, "--retain_data", "r", *words.split())
 
 
+@pytest.mark.parametrize(
+    ("flag", "pool"), [("--retain_data", '{"fine-tuning": 1}'), ("--benign_data", '{"ablation": 1}')]
+)
+def test_harmless_rows_that_are_the_attackers(patcher: list[str], flag: str, pool: str, refused: Refused) -> None:
+    expected = f"{flag} is what --attack_data is, {patcher[-1]}; expected harmless rows"
+    assert expected in refused(*patcher, "--pool", pool, flag, patcher[-1])
+
+
 def test_a_base_that_is_another_model(patcher: list[str], tmp_path: Path, refused: Refused) -> None:
     tiny_llama().save_pretrained(tmp_path / "other")
     expected = "--base is not what the model was made of: its model.embed_tokens.weight has shape (97, 16)"

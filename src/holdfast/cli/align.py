@@ -47,11 +47,7 @@ def run(method: str, argv: list[str]) -> int:
     chosen, parsed = _METHODS[method], make_parser(method).parse(argv)
     if method == "patcher":
         model_args, data, config, side_by_side, rest = parsed
-        if data.attack_data is None and (config.pool is None or Pool.of(config.pool).trained):
-            raise InputError(
-                "--attack_data is missing: harmful prompts with harmful answers, which simulated attacks train on; a "
-                "--pool in which nothing is trained can do without"
-            )
+        _require_rows(data, config)
         if rest.preset is not None:
             _require_whole(rest.preset, config, parallel=side_by_side.parallel)
         defends_beside = config.role == "defender" or side_by_side.parallel
@@ -72,6 +68,18 @@ def run(method: str, argv: list[str]) -> int:
         if config.role == "defender":
             chosen = replace(chosen, trainer=PatcherDefenderTrainer, report=_write_vectors)
     return training.run(f"align {method}", "aligning", chosen, parsed)
+
+
+def _require_rows(data: PatcherData, config: ParallelPatcherConfig) -> None:
+    """See that there is what simulated attacks train on, and that it is not what is to be harmless."""
+    if data.attack_data is None and (config.pool is None or Pool.of(config.pool).trained):
+        raise InputError(
+            "--attack_data is missing: harmful prompts with harmful answers, which simulated attacks train on; a "
+            "--pool in which nothing is trained can do without"
+        )
+    for name in ("benign_data", "retain_data"):
+        if getattr(data, name) is not None and getattr(data, name) == data.attack_data:
+            raise InputError(f"--{name} is what --attack_data is, {data.attack_data}; expected harmless rows")
 
 
 def _require_whole(preset: str, config: ParallelPatcherConfig, *, parallel: bool) -> None:
