@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def run(method: str, argv: list[str]) -> int:
 
 def _require_rows(data: PatcherData, config: ParallelPatcherConfig) -> None:
     """See that there is what simulated attacks train on, and that it is not what is to be harmless."""
-    if data.attack_data is None and (config.pool is None or Pool.of(config.pool).trained):
+    pool = Pool.of(config.pool) if isinstance(config.pool, Mapping) else Pool()
+    if data.attack_data is None and pool.trained:
         raise InputError(
             "--attack_data is missing: harmful prompts with harmful answers, which simulated attacks train on; a "
             "--pool in which nothing is trained can do without"
