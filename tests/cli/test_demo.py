@@ -225,6 +225,12 @@ def test_steps_to_measure_at_must_rise_from_zero(tmp_path, capsys):
     assert not (tmp_path / "demo").exists()
 
 
+def test_a_demo_is_long_enough_for_an_attack_on_the_preset(tmp_path, capsys):
+    assert main(["demo", "--output_dir", str(tmp_path / "demo"), "--updates", "26"]) == 2
+    assert "--updates 26: the preset would not be attacked; expected at least 27" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
 def test_a_finished_demo_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "results.json").write_text("{}")
     assert main(["demo", "--output_dir", str(tmp_path)]) == 2
@@ -232,12 +238,12 @@ def test_a_finished_demo_is_not_overwritten(tmp_path, capsys):
     assert (tmp_path / "results.json").read_text() == "{}"
 
 
-SHORT = ["--updates", "4", "--attack_every", "2", "--attack_steps", "2", "--measure_at", "0", "2"]
+SHORT = ["--updates", "27", "--attack_every", "14", "--attack_steps", "2", "--measure_at", "0", "2"]
 
 
 def short(folder, **more):
     """What these words mean."""
-    return DemoArguments(output_dir=str(folder), updates=4, attack_every=2, attack_steps=2, measure_at=[0, 2], **more)
+    return DemoArguments(output_dir=str(folder), updates=27, attack_every=14, attack_steps=2, measure_at=[0, 2], **more)
 
 
 def finish(command, folder):
@@ -319,10 +325,10 @@ def test_a_demo_goes_on_with_what_is_not_finished_and_begins_anew_where_it_repla
     assert f"going on in {folder}: {len(plan) - 3} of {len(plan)} commands" in capsys.readouterr().err
     finish(next(command for command in plan if command.name == "stress"), folder)
     capsys.readouterr()
-    assert main([*words, "--updates", "6"]) == 2
+    assert main([*words, "--updates", "28"]) == 2
     assert "of a demo with other settings (its log has them)" in capsys.readouterr().err
     assert (folder / "stress" / "certificate.json").is_file()
-    assert main([*words, "--updates", "6", "--overwrite_output_dir", "true"]) == 130
+    assert main([*words, "--updates", "28", "--overwrite_output_dir", "true"]) == 130
     assert not (folder / "stress").exists()
     for command in plan:
         finish(command, folder)

@@ -8,6 +8,7 @@ One that was stopped goes on with the commands that are not finished.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -15,6 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from holdfast.alignment.presets import PRESETS
 from holdfast.cli.parser import HoldfastParser
 from holdfast.cli.plans import forget, last_words, output_of, run_otherwise, unfinished
 from holdfast.cli.workers import Command, run_commands
@@ -38,6 +42,11 @@ ANSWERING = {"--max_new_tokens": 16, "--eval_batch_size": 256}
 STRESS, STRESS_STRONG, REPORT = "stress", "stress-strong", "report.html"
 #: The task whose rows hide the harmful ones of the poisoned attack.
 BENIGN_TASK = "sorting"
+
+
+def strong_updates(updates: int) -> int:
+    """The preset's, as many passes as so many updates of Patcher."""
+    return round(STRONG_UPDATES * updates)
 
 
 @dataclass
@@ -72,6 +81,10 @@ class DemoArguments:
     def __post_init__(self) -> None:
         if not self.measure_at or sorted(set(self.measure_at)) != self.measure_at or self.measure_at[0] != 0:
             raise InputError(f"--measure_at must rise from 0, got {self.measure_at}")
+        every = yaml.safe_load(PRESETS["strong"].read_text(encoding="utf-8"))["attack_every"]
+        if strong_updates(self.updates) <= every:
+            least = next(updates for updates in itertools.count() if strong_updates(updates) > every)
+            raise InputError(f"--updates {self.updates}: the preset would not be attacked; expected at least {least}")
 
 
 def run(argv: list[str]) -> int:
@@ -200,7 +213,7 @@ def commands(options: DemoArguments, folder: Path) -> list[Command]:
         "--attack_batch_size": 16,
         "--learning_rate": STRONG_RATE,
         "--lr_scheduler_type": "linear",
-        "--max_steps": round(STRONG_UPDATES * options.updates),
+        "--max_steps": strong_updates(options.updates),
     }
     for method, own in (("patcher", patching), ("strong", strong), ("sft", {})):
         flags = {"--model": organism / "model", "--train_data": organism / "alignment.jsonl", **aligning, **own}
