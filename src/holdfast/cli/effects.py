@@ -137,9 +137,14 @@ TRAINING = (
 )
 
 
+def _drawn(given: Any) -> set[str]:
+    """The attacks that `align patcher` is trained against; without a pool it is its own alone."""
+    return (Pool.of(given.pool) if given.pool else Pool()).attacks()
+
+
 def _pooled(*attacks: str) -> Callable[[Any], bool]:
-    """Whether `align patcher` is trained against one of these; without a pool it is against its own attack alone."""
-    return lambda given: not set(attacks).isdisjoint((Pool.of(given.pool) if given.pool else Pool()).attacks())
+    """Whether `align patcher` is trained against one of these."""
+    return lambda given: not _drawn(given).isdisjoint(attacks)
 
 
 #: Of `align patcher`. The jobs of a parallel run are given the same words.
@@ -161,7 +166,7 @@ PATCHER = (
     ),
     Effect(
         "attack_scale",
-        lambda given: (Pool.of(given.pool) if given.pool else Pool()).attacks() != {"prefill"},
+        lambda given: _drawn(given) != {"prefill"},
         "with a --pool of prefill alone, which displaces no weights",
     ),
     Effect(
