@@ -52,11 +52,8 @@ def run(method: str, argv: list[str]) -> int:
         if rest.preset is not None:
             _require_whole(rest.preset, config, parallel=side_by_side.parallel)
         defends_beside = config.role == "defender" or side_by_side.parallel
-        if defends_beside and 0 < config.max_steps <= config.attack_every:
-            warn(
-                f"no attack is due before the end of the run (--attack_every {config.attack_every}, --max_steps "
-                f"{config.max_steps}): the model will be aligned without one"
-            )
+        if defends_beside and (unattacked := _unattacked(config)):
+            warn(f"{unattacked}: the model will be aligned without one")
         if config.exchange and not (config.role or side_by_side.parallel):
             raise InputError(f"--exchange {config.exchange} needs --role defender, --role attacker or --parallel")
         if side_by_side.parallel:
@@ -86,16 +83,21 @@ def _require_rows(data: PatcherData, config: ParallelPatcherConfig) -> None:
 
 def _require_whole(preset: str, config: ParallelPatcherConfig, *, parallel: bool) -> None:
     """See that a run is one under a preset: that attacks come in it, and of those that it names."""
-    if 0 < config.max_steps <= config.attack_every:
-        raise InputError(
-            f"--preset {preset}: no attack is due before the end of the run (--attack_every {config.attack_every}, "
-            f"--max_steps {config.max_steps}); expected more steps"
-        )
+    if unattacked := _unattacked(config):
+        raise InputError(f"--preset {preset}: {unattacked}; expected more steps")
     if parallel:
         try:
             config.require_what_attackers_make()
         except InputError as error:
             raise InputError(f"--preset {preset} has no parallel form: {error}") from error
+
+
+def _unattacked(config: ParallelPatcherConfig) -> str | None:
+    """Why no attack comes in a run of so many steps, if none does."""
+    if not 0 < config.max_steps <= config.attack_every:
+        return None
+    due = f"--attack_every {config.attack_every}, --max_steps {config.max_steps}"
+    return f"no attack is due before the end of the run ({due})"
 
 
 def _write_vectors(trainer: PatcherDefenderTrainer, folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def _run(options: DemoArguments, folder: Path) -> None:
 
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     plan = commands(options, folder)
-    remaining = _left(options, folder)
+    remaining = _left(plan, options, folder)
     finished_before = len(plan) - len(remaining)
     if finished_before:
         console.print(f"going on in {folder}: {finished_before} of {len(plan)} commands are finished already")
@@ -158,9 +158,8 @@ def _run(options: DemoArguments, folder: Path) -> None:
     console.print(f"{took_now}; the commands it ran are in {MARKER}, their output in {folder / 'logs'}")
 
 
-def _left(options: DemoArguments, folder: Path) -> list[Command]:
+def _left(plan: Sequence[Command], options: DemoArguments, folder: Path) -> list[Command]:
     """The commands to run: all of a new demo, and of one that replaces another; else what is not finished."""
-    plan = commands(options, folder)
     # what a demo with a suite would have put there
     searches = _stress_test(options, folder, folder / "organism", after=[]) if options.suite == "none" else []
     others = [output_of(command) for command in searches if output_of(command).exists()]
