@@ -110,6 +110,20 @@ def test_patcher_without_attack_data(sft: list[str], words: str, expected: str, 
     assert expected in refused("align", "patcher", *sft[2:], *words.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("""--pool={"ablation":1}""", "attack ablation needs harmless prompts; give --benign_data"),
+        ("--reroute_weight 1", "--reroute_weight needs --attack_data, whose rows are led elsewhere, and --retain_data"),
+    ],
+)
+def test_patchers_data_are_asked_for_before_a_model_is(
+    patcher: list[str], words: str, expected: str, refused: Refused
+) -> None:
+    place = patcher.index("--model") + 1
+    assert expected in refused(*patcher[:place], "no/such/model", *patcher[place + 1 :], *words.split())
+
+
 def test_the_base_of_a_pool_that_is_not_there(sft: list[str], refused: Refused) -> None:
     said = refused("align", "patcher", *sft[2:], """--pool={"base":1}""", "--base", "no/such/base")
     assert "--base: model no/such/base is neither a folder" in said

@@ -59,6 +59,24 @@ CASES: list[tuple[str, list[str], str, str]] = [
     ("align patcher", ALIGN, """--attack_steps 5 --pool={"dropping":1}""", """--pool={"dropping+lora":1}"""),
     (
         "align patcher",
+        PATCH,
+        """--attack_steps 5 --pool={"lora":{"weight":1,"steps":3},"fine-tuning":0}""",
+        """--pool={"lora":{"weight":1,"steps":3},"fine-tuning":1}""",
+    ),
+    (
+        "align patcher",
+        PATCH,
+        """--attack_learning_rate 1e-5 --pool={"lora":{"weight":1,"learning_rate":1e-4}}""",
+        """--pool={"lora":{"weight":1,"relative_rate":2}}""",
+    ),
+    (
+        "align patcher",
+        PATCH,
+        """--attack_batch_size 2 --pool={"dropping+lora":{"weight":1,"lora":{"batch_size":[2,4]}}}""",
+        """--pool={"dropping+lora":{"weight":1,"lora":{"steps":3}}}""",
+    ),
+    (
+        "align patcher",
         ALIGN,
         """--attack_data a --pool={"dropping":1,"rounding":1}""",
         """--pool={"dropping+prefill":1} --refusal no""",

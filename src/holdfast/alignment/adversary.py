@@ -54,7 +54,7 @@ class Adversary:
         self._model, self._written, self._base = model, written, base
         self._harmful: list[Prompt] = []
         self._harmless: list[Prompt] = []
-        links = [link for member in pool.members if member.weight > 0 for link in member.links]
+        links = pool.links
         if any(link.name == ADAPTED for link in links) and isinstance(model, PeftModel):
             raise InputError(f"--pool {ADAPTED}: an adapter cannot be put on another one; leave it out of the pool")
         if Ablation.name in {link.name for link in links}:

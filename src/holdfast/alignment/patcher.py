@@ -68,7 +68,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from holdfast.alignment.adversary import Adversary
 from holdfast.alignment.draws import draws
 from holdfast.alignment.patcher_config import PatcherConfig
-from holdfast.alignment.pool import BEGUN, Link, Member, Pool
+from holdfast.alignment.pool import Link, Member, Pool
 from holdfast.alignment.rerouting import ReroutingTrainer
 from holdfast.alignment.rounds import simulate_round
 from holdfast.alignment.vectors import BY_HAND, AttackVectors
@@ -123,7 +123,10 @@ class PatcherTrainer(ReroutingTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, train_dataset, **kwargs)
-        self._pool = Pool() if self.args.pool is None else Pool.of(self.args.pool)
+        self.args.require_data(
+            attack=attack_dataset is not None, benign=benign_dataset is not None, retain=self.retains
+        )
+        self._pool = Pool.of(self.args.pool)
         assert self._format is not None  # the train data have been prepared
         with from_flag("--base"):
             base = whole_model(load_model(self.args.base)) if self.args.base is not None else None
@@ -149,6 +152,7 @@ class PatcherTrainer(ReroutingTrainer):
         if self.args.origin_decay > 0:
             self.decay_towards_origin(self.args.origin_decay)
         if self.args.reroute_weight > 0:
+            assert self._attack_rows is not None  # as the configuration requires
             self.reroute(self._attack_rows, self.args.reroute_layers)
         self._vectors = AttackVectors()
         self.add_callback(_BeforeTheFirstUpdate(self))
@@ -348,8 +352,7 @@ class PatcherTrainer(ReroutingTrainer):
 
     def _begun_rows(self, link: Link, rows: Dataset | None) -> Dataset:
         """The harmful prompts, answers begun as an attacker who knows the attack data would, unless it is told how."""
-        if rows is None:
-            raise InputError(f"--pool: {BEGUN} needs harmful prompts; give --attack_data")
+        assert rows is not None  # as the configuration requires of a pool with begun answers
         assert self._format is not None
         given = link.knobs.get("opener")
         known = openers_of(rows, self._format.plain, common=len(OPENERS))  # as many of its own as of many models

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.alignment.pool import BEGUN, Pool
+from holdfast.attacks.ablation import Ablation
 from holdfast.attacks.back_to_base import BackToBase
 from holdfast.config import LARGEST, DefenseConfig, json_object, require_not_negative, require_positive
 from holdfast.data.refusals import REFUSAL_HELP
@@ -120,11 +121,10 @@ class PatcherConfig(DefenseConfig):
         if isinstance(self.pool, str):
             self.pool = json_object("pool", self.pool)
         super().__post_init__()
-        if self.pool is not None:
-            attacks = Pool.of(self.pool).attacks()
-            for name, attack in (("base", BackToBase.name), ("refusal", BEGUN)):
-                if attack in attacks and getattr(self, name) is None:
-                    raise InputError(f"--pool: {attack} needs --{name}")
+        attacks = Pool.of(self.pool).attacks()
+        for name, attack in (("base", BackToBase.name), ("refusal", BEGUN)):
+            if attack in attacks and getattr(self, name) is None:
+                raise InputError(f"--pool: {attack} needs --{name}")
         if self.suffixes is not None and not (self.suffixes and all(text.strip() for text in self.suffixes)):
             raise InputError("--suffixes has an empty text, or none at all; expected texts that prompts may end with")
         for name in ("alpha", "retain_alpha"):
@@ -152,4 +152,30 @@ class PatcherConfig(DefenseConfig):
             raise InputError(
                 "--attack_scale takes two numbers, the least factor and the greatest, the least not below 0 and not "
                 f"above the greatest; got {' '.join(map(str, bounds))}"
+            )
+
+    def require_data(self, *, attack: bool, benign: bool, retain: bool) -> None:
+        """See that there are the data that these settings take, beside what simulated attacks train on.
+
+        Args:
+            attack: Whether there are harmful rows.
+            benign: Whether there are harmless prompts for ablation.
+            retain: Whether there are rows to retain.
+
+        Raises:
+            InputError: There are not; one sentence, with the flag that is missing.
+        """
+        attacks = Pool.of(self.pool).attacks()
+        if Ablation.name in attacks:
+            for needed, held in (("harmful_prompts", attack), ("harmless_prompts", benign)):
+                if not held:
+                    raise Ablation.lacks(needed)
+        if BEGUN in attacks and not attack:
+            raise InputError(f"--pool: {BEGUN} needs harmful prompts; give --attack_data")
+        if self.origin_decay > 0 and not retain:
+            raise InputError("--origin_decay needs --retain_data, with which the weights of the beginning are kept")
+        if self.reroute_weight > 0 and not (attack and retain):
+            raise InputError(
+                "--reroute_weight needs --attack_data, whose rows are led elsewhere, and --retain_data, by which all "
+                "else stays"
             )

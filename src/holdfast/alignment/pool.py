@@ -138,13 +138,15 @@ class Pool:
     members: tuple[Member, ...] = field(default_factory=lambda: (Member(TUNED),))
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Pool:
-        """Read a pool, as the module says.
+    def of(cls, given: Mapping[str, Any] | str | None) -> Pool:
+        """Read a pool, as the module says; None: the default.
 
         Raises:
             InputError: A member or a knob that there is not, a value that its attack refuses, or weights that cannot be
                 drawn by; one sentence.
         """
+        if given is None:
+            return cls()
         if not isinstance(given, Mapping):
             raise InputError(f"--pool must be a mapping from members to weights, got {given!r}")
         found = cls(tuple(_member(name, one) for name, one in given.items()))
@@ -158,6 +160,11 @@ class Pool:
     def attacks(self) -> set[str]:
         """The names of all attacks in it that are ever drawn."""
         return {name for member in self.members if member.weight > 0 for name in member.name.split("+")}
+
+    @property
+    def links(self) -> list[Link]:
+        """The attacks on the weights of all members that are ever drawn."""
+        return [link for member in self.members if member.weight > 0 for link in member.links]
 
     @property
     def trained(self) -> list[str]:

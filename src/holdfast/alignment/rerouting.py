@@ -34,21 +34,16 @@ class ReroutingTrainer(RetainingTrainer):
         """Whether harmful rows are led elsewhere."""
         return self._rerouted is not None
 
-    def reroute(self, rows: Dataset | None, layers: int | None) -> None:
-        """Have harmful rows led elsewhere.
+    def reroute(self, rows: Dataset, layers: int | None) -> None:
+        """Have harmful rows led elsewhere; there are rows to retain.
 
         Args:
             rows: H, prepared.
             layers: Of how many of the last decoder layers C is to be taken; None: all.
 
         Raises:
-            InputError: There are no rows, or nothing is retained, or the model has fewer layers.
+            InputError: The model has fewer layers.
         """
-        if not self.retains or rows is None:
-            raise InputError(
-                "--reroute_weight needs --attack_data, whose rows are led elsewhere, and --retain_data, by which "
-                "all else stays"
-            )
         if (layers or 0) > len(self._layers):
             raise InputError(
                 f"--reroute_layers {layers}: a {type(self.model).__name__} has {len(self._layers)} decoder layers"

@@ -102,13 +102,7 @@ class RetainingTrainer(DefenseTrainer):
             self._origin = snapshot(self.model)
 
     def decay_towards_origin(self, rate: float) -> None:
-        """Have every update take the weights back as `TowardsOrigin` does, at a rate ρ.
-
-        Raises:
-            InputError: Nothing is retained, so that there is no θ₀.
-        """
-        if not self.retains:
-            raise InputError("--origin_decay needs --retain_data, with which the weights of the beginning are kept")
+        """Have every update take the weights back as `TowardsOrigin` does, at a rate ρ; there are rows to retain."""
         self.add_callback(TowardsOrigin(self, rate))
 
     def approach_origin(self, share: float) -> None:

@@ -214,8 +214,13 @@ class Attack(ABC):
         for needed in self.needed():
             held = getattr(attacker, needed)
             if held is None or (not isinstance(held, torch.nn.Module) and len(held) == 0):
-                what, flag = HOLDINGS[needed]
-                raise InputError(f"attack {self.name} needs {what}; give {flag}")
+                raise self.lacks(needed)
+
+    @classmethod
+    def lacks(cls, needed: str) -> InputError:
+        """What to raise where a field of `Attacker` is missing that it needs."""
+        what, flag = HOLDINGS[needed]
+        return InputError(f"attack {cls.name} needs {what}; give {flag}")
 
 
 class Displacement(Attack):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,18 +47,19 @@ def run(method: str, argv: list[str]) -> int:
     chosen, parsed = _METHODS[method], make_parser(method).parse(argv)
     if method == "patcher":
         model_args, data, config, side_by_side, rest = parsed
-        _require_rows(data, config)
         if rest.preset is not None:
             _require_whole(rest.preset, config, parallel=side_by_side.parallel)
-        defends_beside = config.role == "defender" or side_by_side.parallel
-        if defends_beside and (unattacked := _unattacked(config)):
-            warn(f"{unattacked}: the model will be aligned without one")
-        if config.exchange and not (config.role or side_by_side.parallel):
-            raise InputError(f"--exchange {config.exchange} needs --role defender, --role attacker or --parallel")
         if side_by_side.parallel:
             if config.role:
                 raise InputError(f"--parallel starts both roles: leave out --role {config.role}")
             config.require_what_attackers_make()
+        elif config.exchange and not config.role:
+            raise InputError(f"--exchange {config.exchange} needs --role defender, --role attacker or --parallel")
+        _require_rows(data, config)
+        defends_beside = config.role == "defender" or side_by_side.parallel
+        if defends_beside and (unattacked := _unattacked(config)):
+            warn(f"{unattacked}: the model will be aligned without one")
+        if side_by_side.parallel:
             return parallel.supervise(argv, side_by_side, config)
         if config.role == "attacker":
             return parallel.run_attacker(model_args, data, config)
@@ -69,9 +69,11 @@ def run(method: str, argv: list[str]) -> int:
 
 
 def _require_rows(data: PatcherData, config: ParallelPatcherConfig) -> None:
-    """See that there is what simulated attacks train on, and that it is not what is to be harmless."""
-    pool = Pool.of(config.pool) if isinstance(config.pool, Mapping) else Pool()
-    if data.attack_data is None and pool.trained:
+    """See that there are all rows that a run takes, and that harmless ones are not the attacker's.
+
+    An attacker of a parallel run may be given the defender's settings without the defender's data.
+    """
+    if data.attack_data is None and Pool.of(config.pool).trained:
         raise InputError(
             "--attack_data is missing: harmful prompts with harmful answers, which simulated attacks train on; a "
             "--pool in which nothing is trained can do without"
@@ -79,6 +81,9 @@ def _require_rows(data: PatcherData, config: ParallelPatcherConfig) -> None:
     for name in ("benign_data", "retain_data"):
         if getattr(data, name) is not None and getattr(data, name) == data.attack_data:
             raise InputError(f"--{name} is what --attack_data is, {data.attack_data}; expected harmless rows")
+    if config.role != "attacker":
+        given = {name: getattr(data, f"{name}_data") is not None for name in ("attack", "benign", "retain")}
+        config.require_data(**given)
 
 
 def _require_whole(preset: str, config: ParallelPatcherConfig, *, parallel: bool) -> None:

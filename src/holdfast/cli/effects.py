@@ -139,12 +139,22 @@ TRAINING = (
 
 def _drawn(given: Any) -> set[str]:
     """The attacks that `align patcher` is trained against; without a pool it is its own alone."""
-    return (Pool.of(given.pool) if given.pool else Pool()).attacks()
+    return Pool.of(given.pool).attacks()
 
 
 def _pooled(*attacks: str) -> Callable[[Any], bool]:
     """Whether `align patcher` is trained against one of these."""
     return lambda given: not _drawn(given).isdisjoint(attacks)
+
+
+def _left_to(knob: str) -> Callable[[Any], bool]:
+    """Whether `align patcher` trains an attack that does not say this itself; of none that trains there is nothing."""
+
+    def plays(given: Any) -> bool:
+        trained = [link for link in Pool.of(given.pool).links if link.trains]
+        return not trained or any(knob not in link.knobs for link in trained)
+
+    return plays
 
 
 #: Of `align patcher`. The jobs of a parallel run are given the same words.
@@ -173,6 +183,10 @@ PATCHER = (
         "attack_steps attack_learning_rate attack_batch_size attack_weight_decay",
         _pooled("fine-tuning", "lora"),
         "with a --pool in which nothing is trained",
+    ),
+    *(
+        Effect(f"attack_{knob}", _left_to(knob), f"with a --pool in which all that trains has a {knob} of its own")
+        for knob in ("steps", "learning_rate", "batch_size")
     ),
     Effect(
         "attack_data",
