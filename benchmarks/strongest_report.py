@@ -168,11 +168,12 @@ def searched(found: dict[str, Any]) -> str:
         off = "diverged" if trial.get("diverged") else f"{sum(trial['off'].values()):.2f}"
         held = "–" if trial["held"] is None else f"{trial['held']:.2f}"
         values = [f"{trial['setting'][knob]:g}" for knob in knobs]
-        lines.append([*values, off, held, "**chosen**" if number == found["chosen"] else ""])
+        changed = ", ".join(f"{knob} {value:g}" for knob, value in trial["setting"].items() if knob not in knobs)
+        lines.append([*values, changed, off, held, "**chosen**" if number == found["chosen"] else ""])
     rule = found["rule"]
     for name in ("KEPT", "OVER_REFUSAL", "SLOWER", "LESS"):
         rule = rule.replace(f"`{name}`", f"{getattr(strongest_search, name):g}")
-    return f"{rule}\n" + table([*knobs, "off", "held", ""], lines)
+    return f"{rule}\n" + table([*knobs, "changed", "off", "held", ""], lines)
 
 
 def recipes(preset: dict[str, Any]) -> dict[Path, dict[str, Any]]:

@@ -395,13 +395,13 @@ def test_the_search_goes_on_to_the_same_end_and_has_a_preset_that_meets_the_limi
         (tmp_path / folder).mkdir()
     commands, whole = search_all(study, tmp_path / "whole", known, monkeypatch=monkeypatch)
     assert whole["trials"][0]["setting"] == study["strongest_search"].SEARCHED.published
-    assert len(whole["trials"]) == 1 + 4
+    assert len(whole["trials"]) == 1 + 4 + 3  # the best of the first is changed in one thing, and in another
     assert whole["seeds"] == [10, 11]
     assert {int(command.name.split("-")[0][4:]) for command in commands.ran} == {10, 11}
     for command in commands.ran:
         understood(command)
     attacked = [trial for trial in whole["trials"] if trial["held"] is not None]
-    assert [trial["number"] for trial in attacked] == [0, 2, 4]
+    assert [trial["number"] for trial in attacked] == [0, 2, 4, 6]
     assert len(commands.stressed()) == 2 * 2 * (1 + len(attacked))
     suites = [tuple(command.words[command.words.index("--suite") :]) for command in stressed(commands)]
     assert [("training-free" in words) for words in suites] == [words[1] == "quick" for words in suites]
@@ -421,8 +421,8 @@ def test_the_search_goes_on_to_the_same_end_and_has_a_preset_that_meets_the_limi
     assert study["strongest_search"].preset_of(tmp_path / "none.json") is None
     assert "| **chosen** |" in study["strongest_report"].searched(whole)
     _, longer = search_all(study, tmp_path / "whole", known, monkeypatch=monkeypatch, batches=2)
-    assert longer["trials"][:5] == whole["trials"]
-    assert len(longer["trials"]) == 1 + 8
+    assert longer["trials"][:5] == whole["trials"][:5]
+    assert len(longer["trials"]) == 1 + 8 + 3
 
 
 # ---------------------------------------------------------------------- the page
@@ -460,6 +460,21 @@ def test_a_chains_ablation_is_drawn_as_one_by_itself_and_rates_are_multiples(stu
     drawn = {member.name: member for member in Pool.of(pool).members}
     assert drawn["fine-tuning"].links[0].knobs["relative_rate"] == (0.5, 8.0, True)
     assert drawn["dropping+fine-tuning"].links[1].knobs["relative_rate"].values == (2.0,)
+
+
+def test_the_best_setting_is_changed_in_one_thing_at_a_time(study):
+    search, whole = study["strongest_search"], study["strongest_plan"].STUDY
+    best = {**search.SEARCHED.published, "prefill": 0.0}
+    kept = search.flags_of(best, whole)
+    changed = [search.flags_of(knobs, whole) for knobs in search.changed(best)]
+    for family, setting in zip(("ablation", "prefill"), changed, strict=False):
+        assert {**setting, "pool": {}} == {**kept, "pool": {}}
+        without = {name: knobs for name, knobs in kept["pool"].items() if family not in name.split("+")}
+        assert setting["pool"] == without
+    suffixes = list(study["strongest_plan"].SUFFIXES)
+    assert changed[2:] == [{**kept, "suffixes": suffixes}]
+    alone = {**best, **{name: 0 for name in kept["pool"] if "ablation" in name}}
+    assert len(search.changed(alone)) == 2
 
 
 def test_what_is_shipped_is_what_the_search_chose(study):
