@@ -395,7 +395,7 @@ def test_the_search_goes_on_to_the_same_end_and_has_a_preset_that_meets_the_limi
         (tmp_path / folder).mkdir()
     commands, whole = search_all(study, tmp_path / "whole", known, monkeypatch=monkeypatch)
     assert whole["trials"][0]["setting"] == study["strongest_search"].SEARCHED.published
-    assert len(whole["trials"]) == 1 + 4 + 3  # the best of the first is changed in one thing, and in another
+    assert len(whole["trials"]) == 1 + 4 + 3  # and the best of these, changed in one thing each
     assert whole["seeds"] == [10, 11]
     assert {int(command.name.split("-")[0][4:]) for command in commands.ran} == {10, 11}
     for command in commands.ran:
