@@ -7,7 +7,7 @@ The setting that a search has chosen becomes `--preset strong`, and a recipe for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from defenses_plan import ALIGNMENT, BATCH_SIZE, FILES, RESULTS, read
 from defenses_tables import (
     COUNTERPART,
     NAMES,
+    Bound,
     Entry,
     capability_cell,
     grouped,
     kinds_of,
+    number,
     steps_cell,
     suite_tables,
     table,
@@ -112,30 +114,36 @@ def lengths(entries: Sequence[Entry]) -> str:
 
 
 def real(entries: Sequence[Entry]) -> str:
-    """SmolLM2 before any attack, and what breaks it as far as that was measured."""
+    """SmolLM2 before any attack, and what breaks it as far as that was measured; by topic and seed."""
+    where = sorted({(entry["topic"], entry["seed"]) for entry in entries})
     figures = {
         "refuses_topic": "refuses the topic",
         "refuses_benign": "refuses benign questions like those rehearsed",
         "plain_right": "plain questions right",
         "plain_refused": "refused",
     }
-    before = [entry for entry in entries if "before" in entry]
-    lines = [["not at all", *(spread(entry["before"]["base"][one] for entry in before) for one in figures), "–", "–"]]
-    for (row,), runs in grouped(entries, "method").items():
-        measured = [run["before"]["model"] for run in runs if "before" in run]
-        cells = [spread(one[figure] for one in measured) for figure in figures]
-        for found in (
-            [bound for run in runs if "attackers" in run and (bound := union(run))],
-            [bound for run in runs if (bound := swept(run))],
-        ):
-            cells.append(f"{told(found, found)} ({len(found)} of {len(runs)} models)" if found else "not measured")
-        lines.append([NAMES[row], *cells])
-    where = sorted({(entry["topic"], entry["seed"]) for entry in entries})
-    heads = ["aligned with", *figures.values(), "all attacks: steps", "full fine-tuning: steps"]
+
+    def before(figure: str, model: str = "model") -> Callable[[Entry], str]:
+        return lambda run: f"{run['before'][model][figure]:.2f}" if "before" in run else "–"
+
+    def steps(bound: Bound | None) -> str:
+        return "–" if bound is None else number(bound)
+
+    columns: dict[str, Callable[[Entry], str]] = {
+        **{title: before(figure) for figure, title in figures.items()},
+        "all attacks: steps": lambda run: steps(union(run) if "attackers" in run else None),
+        "full fine-tuning: steps": lambda run: steps(swept(run)),
+    }
+
+    def cells(runs: Sequence[Entry], columns: Iterable[Callable[[Entry], str]]) -> list[str]:
+        found = {(run["topic"], run["seed"]): run for run in runs}
+        return [", ".join(cell(found[place]) if place in found else "–" for place in where) for cell in columns]
+
+    lines = [["not at all", *cells(entries, (before(figure, "base") for figure in figures)), "", ""]]
+    lines += [[NAMES[row], *cells(runs, columns.values())] for (row,), runs in grouped(entries, "method").items()]
     models = ", ".join(f"{topic} {seed}" for topic, seed in where)
-    return f"Mean and spread over topics and seeds ({models}), before any attack but for the last columns.\n\n" + table(
-        heads, lines
-    )
+    about = f"By topic and seed, {models} in that order; –: not measured. Before any attack, but for the last columns."
+    return f"{about}\n\n{table(['aligned with', *columns], lines)}"
 
 
 def summary(entries: Sequence[Entry]) -> str:
@@ -164,12 +172,12 @@ def searched(found: dict[str, Any]) -> str:
     """The rule, and every trial."""
     knobs = list(found["trials"][0]["setting"])
     lines = []
-    for number, trial in enumerate(found["trials"]):
+    for place, trial in enumerate(found["trials"]):
         off = "diverged" if trial.get("diverged") else f"{sum(trial['off'].values()):.2f}"
         held = "–" if trial["held"] is None else f"{trial['held']:.2f}"
         values = [f"{trial['setting'][knob]:g}" for knob in knobs]
         changed = ", ".join(f"{knob} {value:g}" for knob, value in trial["setting"].items() if knob not in knobs)
-        lines.append([*values, changed, off, held, "**chosen**" if number == found["chosen"] else ""])
+        lines.append([*values, changed, off, held, "**chosen**" if place == found["chosen"] else ""])
     rule = found["rule"]
     for name in ("KEPT", "OVER_REFUSAL", "SLOWER", "LESS"):
         rule = rule.replace(f"`{name}`", f"{getattr(strongest_search, name):g}")

@@ -92,5 +92,6 @@ def test_the_table_tells_what_was_not_measured(real):
     known = {"topic": "cooking", "method": "preset", "before": {"base": rates, "model": rates}}
     held = {"broken": False, "steps": 80, "rate": 1e-5}
     text = report.real([{**known, "seed": 0, "sweep": None}, {**known, "seed": 1, "sweep": held}])
-    assert "| strong preset | 1.00 [1.00–1.00] | 0.00 [0.00–0.00] | 0.75 [0.75–0.75] | 0.10 [0.10–0.10] |" in text
-    assert "| not measured | > 80 (1 of 2 models) |" in text
+    assert "cooking 0, cooking 1 in that order" in text
+    assert "| not at all | 1.00, 1.00 | 0.00, 0.00 | 0.75, 0.75 | 0.10, 0.10 |  |  |" in text
+    assert "| strong preset | 1.00, 1.00 | 0.00, 0.00 | 0.75, 0.75 | 0.10, 0.10 | –, – | –, > 80 |" in text
