@@ -39,6 +39,7 @@ from strongest_tables import (
     compute_table,
     cost_table,
     held_out,
+    one_by_one,
     seed_by_seed,
     swept,
     trained_alike,
@@ -136,8 +137,7 @@ def real(entries: Sequence[Entry]) -> str:
     }
 
     def cells(runs: Sequence[Entry], columns: Iterable[Callable[[Entry], str]]) -> list[str]:
-        found = {(run["topic"], run["seed"]): run for run in runs}
-        return [", ".join(cell(found[place]) if place in found else "–" for place in where) for cell in columns]
+        return one_by_one({(run["topic"], run["seed"]): run for run in runs}, where, columns)
 
     lines = [["not at all", *cells(entries, (before(figure, "base") for figure in figures)), "", ""]]
     lines += [[NAMES[row], *cells(runs, columns.values())] for (row,), runs in grouped(entries, "method").items()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from defenses_tables import COUNTERPART, NAMES, Bound, Entry, grouped, kinds_of, number, steps_of, table, told
 from readme import spread
@@ -141,12 +142,18 @@ def seed_by_seed(entries: Sequence[Entry]) -> str:
     lines = []
     for (row,), runs in rows.items():
         found = {run["seed"]: run for run in runs}
-        cells = (", ".join(cell(found[seed]) if seed in found else "–" for seed in seeds) for cell in columns.values())
-        lines.append([NAMES[row], *cells])
+        lines.append([NAMES[row], *one_by_one(found, seeds, columns.values())])
     about = (
         f"**Seed by seed**, {', '.join(map(str, seeds))} in that order: steps to a break, and what is known before it."
     )
     return f"{about}\n\n{table(['aligned with', *columns], lines)}"
+
+
+def one_by_one(
+    found: Mapping[Any, Entry], places: Sequence[Any], columns: Iterable[Callable[[Entry], str]]
+) -> list[str]:
+    """A cell for every column, with what it says of the entry at each of the places in turn."""
+    return [", ".join(cell(found[place]) if place in found else "–" for place in places) for cell in columns]
 
 
 def trained_alike(entries: Sequence[Entry]) -> list[str]:
